@@ -14,12 +14,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,77 +54,61 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "expert"
 NAMES = ("a.b", "model.layers.0.q_proj", "model.layers.11.mlp.up_proj", "x", "lm_head", "A_1-2")
 
 
-class FaultError(AssertionError):
-    """What a reader of ours must not do."""
+@contextmanager
+def folder_of(parts: dict[str, bytes]) -> Iterator[Path]:
+    """A folder of these files, in memory where there is such a thing."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as place:
+        for name, data in parts.items():
+            (Path(place) / name).write_bytes(data)
+        yield Path(place)
 
 
-@cache
-def _place() -> Path:
-    """A folder of this process, in memory where there is such a thing."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
-
-
-def _file(data: bytes, name: str) -> Path:
-    path = _place() / name
-    path.write_bytes(data)
-    return path
-
-
-def _folder(parts: dict[str, bytes]) -> Path:
-    folder = _place() / "folder"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, data in parts.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def _refused(error: Exception) -> None:
+def refuse(error: Exception) -> None:
     """Nothing, where `error` is one printable line."""
     message = str(error)
     if not message or not message.isprintable() or len(message) > MOST_CHARACTERS:
-        raise FaultError(f"a message that isn't one short line: {message[:2000]!r}") from error
+        raise AssertionError(f"a message that isn't one short line: {message[:2000]!r}") from error
 
 
-def _wanted(holds: bool, what: str) -> None:
+def require(holds: bool, what: str) -> None:
     if not holds:
-        raise FaultError(what)
+        raise AssertionError(what)
 
 
 def strict_json(data: bytes) -> None:
     """What is read is what json reads."""
-    try:
-        content = read_json(_file(data, "a.json"))
-    except ExpertError as error:
-        return _refused(error)
-    return _wanted(content == json.loads(data.decode()), "json reads something else")
+    with folder_of({"a.json": data}) as folder:
+        try:
+            content = read_json(folder / "a.json")
+        except ExpertError as error:
+            return refuse(error)
+    return require(content == json.loads(data.decode()), "json reads something else")
 
 
 def tensor_file(data: bytes) -> None:
     """Tensors are those that safetensors reads, and finite when they are said to be."""
-    path = _file(data, "a.safetensors")
-    try:
-        file = TensorFile(path)
-    except ExpertError as error:
-        return _refused(error)
-    _wanted(file.sha256() == hashlib.sha256(data).hexdigest(), "another hash")
-    known = load_safetensors(data)
-    _wanted(set(file) == set(known), "other names")
-    for name, tensor in file.items():
-        same = tensor.dtype == known[name].dtype and tensor.shape == known[name].shape
-        _wanted(same and _bits(tensor) == _bits(known[name]), f"another tensor {name!r}")
-    finite = all(bool(torch.isfinite(t).all()) for t in known.values() if t.is_floating_point())
-    try:
-        file.check_finite()
-        _wanted(finite, "a value that is not finite passed")
-    except ExpertError as error:
-        _wanted(not finite, "finite values were refused")
-        return _refused(error)
-    return None
+    with folder_of({"a.safetensors": data}) as folder:
+        try:
+            file = TensorFile(folder / "a.safetensors")
+        except ExpertError as error:
+            return refuse(error)
+        require(file.sha256() == hashlib.sha256(data).hexdigest(), "another hash")
+        theirs = load_safetensors(data)
+        require(set(file) == set(theirs), "other names")
+        for name, tensor in file.items():
+            same = tensor.dtype == theirs[name].dtype and tensor.shape == theirs[name].shape
+            require(same and bits(tensor) == bits(theirs[name]), f"another tensor {name!r}")
+        finite = all(t.isfinite().all() for t in theirs.values() if t.is_floating_point())
+        try:
+            file.check_finite()
+        except ExpertError as error:
+            require(not finite, "finite values were refused")
+            return refuse(error)
+    return require(finite, "a value that is not finite passed")
 
 
-def _bits(tensor: torch.Tensor) -> bytes:
+def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
@@ -133,49 +116,48 @@ def expert(data: bytes) -> None:
     """A folder whose hashes are right, so that the fuzzer gets behind them."""
     parts = dict(zip(EXPERT_PARTS, data.split(PARTS), strict=False))
     parts = {name: part for name, part in parts.items() if part}
-    described = _json(parts.get(LAYOUT.info, b""))
+    described = parsed(parts.get(LAYOUT.info, b""))
     if isinstance(described, dict):
         for key, name in HASHED.items():
             if described.get(f"{key}_sha256") is not None and name in parts:
                 described[f"{key}_sha256"] = hashlib.sha256(parts[name]).hexdigest()
         parts[LAYOUT.info] = json.dumps(described).encode()
-    folder = _folder(parts)
-    problems = check_expert(folder)
-    try:
-        loaded = Expert.load(folder)
-    except ExpertError as error:
-        _wanted(bool(problems), "refused, but `check` finds nothing")
-        return _refused(error)
-    _wanted(problems == [], "loaded, but `check` finds something")
-    for module in loaded.modules.values():
-        for tensor in (t for t in vars(module).values() if isinstance(t, torch.Tensor)):
-            _wanted(bool(torch.isfinite(tensor).all()) and tensor.numel() > 0, "an odd tensor")
+    with folder_of(parts) as folder:
+        problems = check_expert(folder)
+        try:
+            loaded = Expert.load(folder)
+        except ExpertError as error:
+            require(bool(problems), "refused, but `check` finds nothing")
+            return refuse(error)
+        require(problems == [], "loaded, but `check` finds something")
+        for module in loaded.modules.values():
+            for tensor in (t for t in vars(module).values() if isinstance(t, torch.Tensor)):
+                require(bool(tensor.isfinite().all()) and tensor.numel() > 0, "an odd tensor")
     return None
 
 
 def saved(data: bytes) -> None:
     """A saved model whose hash is right."""
     described, _, file = data.partition(PARTS)
-    content = _json(described)
+    content = parsed(described)
     if isinstance(content, dict):
         content["weights_sha256"] = hashlib.sha256(file).hexdigest()
         described = json.dumps(content).encode()
-    folder = _folder({ROUTED_INFO: described, ROUTED_WEIGHTS: file})
-    try:
-        model = read_saved(folder)
-    except PhatgooseError as error:
-        return _refused(error)
-    _wanted(len(model.names) == len(set(model.names)) > 0, "names of experts")
-    for tensor in model.tensors.values():
-        _wanted(bool(torch.isfinite(tensor.float()).all()), "a number that isn't finite")
-    for site in model.sizes:
-        acting = model.tensors[f"experts.{site}"]
-        least, most = acting.aminmax()
-        _wanted(0 <= int(least) <= int(most) < len(model.names), "an expert that isn't there")
+    with folder_of({ROUTED_INFO: described, ROUTED_WEIGHTS: file}) as folder:
+        try:
+            model = read_saved(folder)
+        except PhatgooseError as error:
+            return refuse(error)
+        require(len(model.names) == len(set(model.names)) > 0, "names of experts")
+        for tensor in model.tensors.values():
+            require(bool(tensor.float().isfinite().all()), "a number that isn't finite")
+        for site in model.sizes:
+            least, most = model.tensors[f"experts.{site}"].aminmax()
+            require(0 <= int(least) <= int(most) < len(model.names), "an expert that isn't there")
     return None
 
 
-def _json(data: bytes) -> Any:
+def parsed(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -188,7 +170,7 @@ def patterns(data: bytes) -> None:
     try:
         check_config({"target_modules": pattern}, "it")
     except ExpertError as error:
-        return _refused(error)
+        return refuse(error)
     if sum(map(pattern.count, "*+{")) > 3:  # Python might take for ever
         return None
     try:
@@ -200,43 +182,40 @@ def patterns(data: bytes) -> None:
     if re.fullmatch(r"[\w.-]*", pattern):
         return None  # a name, which is compared otherwise
     wanted = [name for name in NAMES if python.fullmatch(name)]
-    _wanted(matching(pattern, NAMES) == wanted, f"{pattern!r} matches {wanted} in Python")
+    require(matching(pattern, NAMES) == wanted, f"{pattern!r} matches {wanted} in Python")
     return None
 
 
 def completion(data: bytes) -> None:
     """A body of /v1/completions."""
-    _request(CompletionRequest, data)
+    read_request(CompletionRequest, data)
 
 
 def chat(data: bytes) -> None:
     """A body of /v1/chat/completions."""
-    _request(ChatRequest, data)
+    read_request(ChatRequest, data)
 
 
-def _request(kind: Any, data: bytes) -> None:
+def read_request(kind: Any, data: bytes) -> None:
     try:
-        request = parsed(kind, data)
-    except (ValueError, RecursionError):  # which FastAPI answers
-        return
-    except ApiError as error:
-        _wanted(error.status_code == 400, f"status {error.status_code}")
-        _wanted(len(json.dumps(error.body).encode()) < MOST_CHARACTERS, "a long message")
-        json.dumps(error.body, ensure_ascii=False).encode()  # no half of a surrogate pair
-        return
-    _ = request.override, [m.text for m in getattr(request, "messages", ())]
-    again = parsed(kind, request.model_dump_json(exclude_unset=True).encode())
-    _wanted(again == request, "written and read again it differs")
-
-
-def parsed(kind: Any, data: bytes) -> Any:
-    check_body(data)
-    value = json.loads(data)
-    try:
-        return kind.model_validate(value)
+        check_body(data)
+        request = kind.model_validate(json.loads(data))
     except ValidationError as error:
         faults = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        raise invalid(RequestValidationError(faults)) from error
+        return answer(invalid(RequestValidationError(faults)))
+    except ApiError as error:
+        return answer(error)
+    except (ValueError, RecursionError):  # which FastAPI answers
+        return None
+    _ = request.override, [m.text for m in getattr(request, "messages", ())]
+    again = kind.model_validate_json(request.model_dump_json(exclude_unset=True))
+    return require(again == request, "written and read again it differs")
+
+
+def answer(error: ApiError) -> None:
+    require(error.status_code == 400, f"status {error.status_code}")
+    require(len(json.dumps(error.body).encode()) < MOST_CHARACTERS, "a long message")
+    json.dumps(error.body, ensure_ascii=False).encode()  # no half of a surrogate pair
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -245,35 +224,25 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def _fuzz(target: str, arguments: list[str]) -> None:
+def fuzz(target: str, arguments: list[str]) -> None:
     """Fuzz one target; never returns."""
     atheris.Setup(["readers.py", *arguments], TARGETS[target])
     atheris.Fuzz()
 
 
-def _fuzz_all(seconds: int, folder: Path) -> int:
-    """Fuzz each target in turn, each in a process of its own; 0 when none found anything."""
-    failed = 0
-    for target in TARGETS:
-        found = folder / target
-        found.mkdir(parents=True, exist_ok=True)
-        sys.stderr.write(f"== {target}\n")
-        child = os.fork()  # what takes longest, importing, is done once
-        if not child:
-            time = f"-max_total_time={max(seconds // len(TARGETS), 1)}"
-            _fuzz(target, [str(found), str(CORPUS / target), time, *LIMITS])
-        failed += os.waitpid(child, 0)[1] != 0
-    return failed
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Expert.load(GOLDEN)  # whatever is imported late is imported now
-    _place()
     chosen, *rest = sys.argv[1:]
-    if chosen == "all":
-        found_in = Path(rest[1] if len(rest) > 1 else tempfile.mkdtemp(prefix="corpus-"))
-        failed_targets = _fuzz_all(int(rest[0]), found_in)
-        shutil.rmtree(_place(), ignore_errors=True)
-        sys.exit(failed_targets)
-    _fuzz(chosen, rest)
+    if chosen != "all":
+        fuzz(chosen, rest)
+    failed = 0
+    for name in TARGETS:
+        new = Path(rest[1] if len(rest) > 1 else tempfile.mkdtemp(prefix="corpus-")) / name
+        new.mkdir(parents=True, exist_ok=True)
+        sys.stderr.write(f"== {name}\n")
+        if not os.fork():  # what takes longest, importing, is done once
+            time = f"-max_total_time={max(int(rest[0]) // len(TARGETS), 1)}"
+            fuzz(name, [str(new), str(CORPUS / name), time, *LIMITS])
+        failed += os.wait()[1] != 0
+    sys.exit(failed)

@@ -1,13 +1,12 @@
-"""Tasks: answers, validation splits, evaluation examples, mixtures, and the neutral text."""
+"""Tasks: answers, validation splits, evaluation examples, and mixtures."""
 
-import hashlib
 from collections import Counter
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.tasks.task import PASSAGES, Example, Task, draw, mix, neutral_examples
+from phatgoose.tasks.task import Example, Task, draw, mix
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:
@@ -57,13 +56,3 @@ def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
     drawn = origins(draw(mixed.validation, 50, seed=0))
     assert min(drawn["a"], drawn["c"]) > 15
     assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
-
-
-def test_the_neutral_passages_never_change():
-    digest = "9fddd28e22dd9762326201a8e8152024ec5a354d4cfec972764b8aa09a797652"
-    assert hashlib.sha256(PASSAGES.read_bytes()).hexdigest() == digest
-    passages = PASSAGES.read_text().strip().split("\n\n")
-    assert len(passages) == 40
-    for passage, example in zip(passages, neutral_examples(), strict=True):
-        both = "".join(f"{example.input}{example.target}".split())
-        assert both == "".join(passage.split())

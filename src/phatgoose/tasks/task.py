@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from ..config import closest
 from ..errors import TaskError
 
-PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
 T = TypeVar("T")
@@ -243,16 +242,3 @@ class Suite:
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
         return tuple(entry.read(sources or Sources()) for entry in self.entries)
-
-
-def neutral_examples() -> list[Example]:
-    """Forty passages of many kinds that belong to no task, the same for everybody.
-
-    Each is cut in two at the space nearest its middle: input and target.
-    """
-    examples = []
-    for passage in PASSAGES.read_text(encoding="utf-8").strip().split("\n\n"):
-        spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
-        middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
-        examples.append(Example(passage[:middle].rstrip(), passage[middle:].lstrip()))
-    return examples

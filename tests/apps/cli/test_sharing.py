@@ -55,25 +55,9 @@ def test_a_pool_leaves_as_an_adapter_or_a_model(here, phat):
     assert lines[0].startswith("PEFT LoRA of rank 1, 14 sites: ")
     assert "reviews 50.0 %" in lines[0]
     assert "lost by the cut (Frobenius norm):" in outcome.out
-    assert "tokens of neutral text: logits differ by" in outcome.out
     config = json.loads((here / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (1, 1, {})
     outcome = phat(*merged, "--out", "whole", "--merged")
     assert outcome.out.startswith("merged model, 14 sites: ")
     assert (here / "whole" / "tokenizer.json").is_file()
     assert (here / "whole" / "model.safetensors").is_file()
-
-
-def test_a_mixture_is_fixed_for_prompts_or_a_task(here, phat):
-    for chosen_for, words in {
-        "the prompt": ["--prompt", "Film 3 is", "--prompt", "Count 2:"],
-        "unseen": ["--task", "unseen.jsonl"],
-    }.items():
-        outcome = phat("export", "experts", "--k", 1, "--out", chosen_for, *words, *BASE)
-        assert outcome.code == 0, outcome.err
-        record = json.loads((here / chosen_for / "phatgoose_export.json").read_text())
-        assert record["chosen_for"] == chosen_for
-        assert sum(record["experts"].values()) == pytest.approx(1)
-        assert record["fidelity"]["texts"] == record["chosen_for"]
-    assert phat("compose", "experts", "--out", "routed", *BASE).code == 0
-    assert phat("export", "routed", "--out", "one", "--prompt", "Film 3 is", *BASE).code == 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import Formatting, Routing
+from ...config import Routing
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -17,8 +17,6 @@ from . import options
 if TYPE_CHECKING:
     from ...experts.expert import Expert
     from ...routing.export import Export
-
-TEXTS = 100  # inputs of a task that `export` fixes a mixture by
 
 
 def import_(
@@ -125,28 +123,19 @@ def export(
     rank: Annotated[
         int | None, typer.Option(help="Cut an adapter to this rank, by SVD; default: none.", min=1)
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        "Fix the mixture that the router chooses for this text (repeatable: their mean).",
-    ] = None,
-    task: Annotated[
-        str | None, "Fix the mean of the mixtures for 100 inputs of a file or hub:DATASET."
-    ] = None,
     engine: Annotated[
         str | None,
         "Write a folder that starts this engine with all experts of a pool, and the gateway that "
         "chooses among them: vllm or llama.cpp.",
     ] = None,
-    template: options.TemplateOptions,
     opening: options.ModelOptions,
     routing: Routing,
-    formatting: Formatting,
 ) -> None:
     """Write a model with constant routing as a PEFT adapter or a plain model.
 
-    Any program that reads these can use it (docs/export.md). Routers merged, single and
-    best-individual are constant; for others, --prompt or --task fixes a mixture. With --engine it
-    hands a whole pool over to an engine instead: docs/engines.md.
+    Any program that reads these can use it (docs/export.md). Routers merged, single,
+    weights and best-individual are constant. With --engine it hands a whole pool over to an engine
+    instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     if engine is not None:
@@ -159,40 +148,23 @@ def export(
         if done.note:
             say(f"note: {done.note}")
         return
-    from ...routing.export import Texts, prompt_texts
     from ...routing.export import export as run
-    from ..generation import check_text
 
-    texts = None
-    if prompt:
-        for each in prompt:
-            check_text(each)
-        texts = prompt_texts(prompt, formatting)
-    elif task is not None:
-        loaded = template.load(task)
-        texts = Texts(loaded.name, loaded.evaluation_examples(TEXTS, 0), formatting)
     opened = opening.open(model, routing, keeps_factors=True).model
-    for line in _told(run(opened, out, texts=texts, merged=merged, rank=rank)):
+    for line in _told(run(opened, out, merged=merged, rank=rank)):
         say(line)
 
 
 def _told(result: Export) -> list[str]:
     from ...routing.export import EXPORT_INFO
 
-    shares = sorted(result.shares.whole().items(), key=lambda pair: -pair[1])
+    shares = sorted(result.mixture.items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)
-    sites = len(result.losses) or len(result.shares.by_site)
     form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"
-    lines = [f"{form}, {sites} sites: {mixture} -> {result.folder}"]
+    lines = [f"{form}, {len(result.shares)} sites: {mixture} -> {result.folder}"]
     if result.lost:
         lines.append(
             f"lost by the cut (Frobenius norm): {result.lost:.2%} of all updates; every site in "
             f"{EXPORT_INFO}"
-        )
-    if near := result.fidelity:
-        lines.append(
-            f"beside the routed model, {near.tokens} tokens of {near.texts}: logits differ by "
-            f"{near.difference:.3g} in the mean, the greedy token is the same after "
-            f"{near.agreement:.1%}"
         )
     return lines

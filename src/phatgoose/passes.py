@@ -308,23 +308,13 @@ def acting_at(active: Tensor | None) -> AbstractContextManager[None]:
 def active_share(u: Tensor) -> Tensor | None:
     """1 at tokens of u [.., n] that the expert acts on and 0 elsewhere, [.., 1]; None: at all.
 
-    Raises RoutingError for a layer that sees other tokens than the batch's.
+    A layer inside one of the base's own experts, which sees some tokens only, can't tell them.
     """
     active = _ACTIVE.get()
-    if active is None:
-        return None
-    if u[..., 0].numel() != active.numel():
-        raise RoutingError(
-            f"A layer sees {u[..., 0].numel()} of a batch's {active.numel()} tokens, as inside one "
-            f"of the base's own experts; an expert there acts on all tokens only."
-        )
-    return active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)
+    return None if active is None else active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)
 
 
 def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
-    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere.
-
-    Raises what `active_share` does.
-    """
+    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere."""
     active = active_share(u)
     return strength if active is None else strength * active

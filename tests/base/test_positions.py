@@ -64,11 +64,11 @@ WRITING = Task("writing", test=(Example(LONG, "yes"),))
 def test_scoring_and_generation_leave_room_for_the_answer(kind):
     base = few_places(kind)
     room = (24, 24, 24) if kind == "bart" else (13, 16, 20)  # its decoder has places of its own
-    with pytest.warns(UserWarning, match=f"choosing: 2 of 2 inputs .* cut to {room[0]} tokens"):
-        assert evaluate(base, CHOOSING).scores[0].cuts["inputs_cut_to"] == room[0]
-    with pytest.warns(UserWarning, match=f"writing: 1 of 1 input .* cut to {room[1]} tokens"):
+    with pytest.warns(UserWarning, match=f"choosing: 2 of 2 inputs cut to {room[0]} tokens"):
+        evaluate(base, CHOOSING)
+    with pytest.warns(UserWarning, match=f"writing: 1 of 1 input cut to {room[1]} tokens"):
         evaluate(base, WRITING, max_new_tokens=8)
-    with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input .* cut to {room[2]} tokens"):
+    with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input cut to {room[2]} tokens"):
         generate(base.model, base.tokenizer, LONG, 4)
     with pytest.raises(EvaluationError, match="max_new_tokens is 64, but the base has 24 pos"):
         evaluate(base, WRITING)

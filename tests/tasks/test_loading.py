@@ -96,10 +96,10 @@ def test_a_template_renders_input_target_and_choices(row, template, choices, wan
 @pytest.mark.parametrize(
     ("template", "choices", "complaint"),
     [
-        ("{{ question }}", None, "form 'input ||| target'"),
+        ("{{ question }}", None, "form 'input ... target', is not"),
         ("{{ nothing }} ||| b", None, "row 1 is not valid: 'nothing' is undefined"),
         ("{{ question.__class__.__mro__ }} ||| b", None, "unsafe"),
-        ("{{ question }} ||| {{ none }}", None, "a field that the template prints is empty"),
+        ("{{ question }} ||| {{ none }}", None, "an empty field that it prints"),
         ("{{ question }} ||| b", "b ||| {{ empty }}", "choices.1: .* got ''"),
     ],
 )
@@ -123,8 +123,8 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
         ("a.jsonl", ["[" * 5000], "line 1 is not valid: it is nested too deeply"),
         ("a.jsonl", [json.dumps({**ROWS[0], "input": "Is it \ud83d"})], "input: .*unicode string"),
         ("a.csv", ["input,target", "a,b", "alone"], "line 3 is not valid: target is missing"),
-        ("a.csv", ["input,target", "Hello, world,yes"], "until line 2, more cells"),
-        ("a.csv", ["input,target", "a,b", 'Who?,"Ann', "x"], "until line 2, unexpected end"),
+        ("a.csv", ["input,target", "Hello, world,yes"], "line 2 has more cells"),
+        ("a.csv", ["input,target", "a,b", 'Who?,"Ann', "x"], "unexpected end"),
         ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
         ("a.json", [f"[{GOOD}, 3]"], "a.json, row 2 is not valid: Input should be"),
         ("a.parquet", ["PAR1"], "a.parquet can't be read: |a.parquet is not valid: "),
@@ -138,9 +138,9 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     ("change", "complaint"),
     [
         ({"target": float("nan")}, "target is missing or empty; the f"),
-        ({"messages": MESSAGES[:-1]}, "must end with what the assistant answers"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0.content"),
-        ({"messages": [CALLS]}, "0.tool_calls"),
+        ({"messages": MESSAGES[:-1]}, "role: Input should be .assistant"),
+        ({"messages": [{"role": "user", "content": [{}]}, MESSAGES[-1]]}, "messages.0.content"),
+        ({"messages": [CALLS]}, "tool_calls"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "yes ||| no |||"}, "choices.2: .* got ''"),

@@ -22,7 +22,6 @@ from ..routing.context import Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
 from ..sites import Stream
-from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
 from .distribution import (
     PARTS,
@@ -189,7 +188,7 @@ def _streams(
     """(name, tokens as text, parts) of each stream."""
     prompt, answer = pair.prompt, pair.target[:-1]
     if encoder.is_encoder_decoder:
-        answer = [decoder_start(model), *answer]
+        answer = [model.config.decoder_start_token_id, *answer]
         return [
             ("encoder", texts_of(encoder.tokenizer, prompt), (0,) * len(prompt)),
             ("decoder", texts_of(encoder.tokenizer, answer), (1,) * len(answer)),

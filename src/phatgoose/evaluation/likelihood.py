@@ -148,7 +148,7 @@ def _score_seq2seq(
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)
     states, form = encoded.last_hidden_state, type(encoded)  # some models ask for more of it
     owner = _owners(rows, device)
-    start = batching.decoder_start(model)
+    start = model.config.decoder_start_token_id
     choices = [choice for _, each in rows for choice in each]
     means = torch.empty(len(choices), device=device)
     # In groups, since padding of a decoder's rows costs as much as tokens.

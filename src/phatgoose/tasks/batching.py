@@ -22,8 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import BaseModelError
-from ..files import one_line, shortened
+from ..files import one_line
 from ..passes import (
     acting_at,
     watching,
@@ -60,7 +59,7 @@ class Collator:
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         # In a causal model a prompt's last token predicts an answer's first.
-        self._start = decoder_start(model) if self._is_encoder_decoder else 0
+        self._start = model.config.decoder_start_token_id if self._is_encoder_decoder else 0
         accepted = inspect.signature(model.forward).parameters
         self._wants_positions = "position_ids" in accepted
 
@@ -112,18 +111,6 @@ class Collator:
             "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
             "labels": pad_right(targets, IGNORED),
         }
-
-
-def decoder_start(model: PreTrainedModel) -> int:
-    """The token that answers of a sequence-to-sequence `model` begin with, or BaseModelError."""
-    start: int | None = getattr(model.config, "decoder_start_token_id", None)
-    if start is None:
-        raise BaseModelError(
-            f"Base model {shortened(model.name_or_path)} has no decoder_start_token_id, the token "
-            f"that its answers begin with; set it in the config.json of a local copy (T5's is "
-            f"its pad_token_id)."
-        )
-    return start
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -464,7 +451,7 @@ def continued(
         pad_token_id=tokenizer.pad_token_id,
     )
     if model.config.is_encoder_decoder:
-        config.decoder_start_token_id = decoder_start(model)
+        config.decoder_start_token_id = model.config.decoder_start_token_id
     # It would fill the open fields, and may penalise repetitions, suppress tokens or stop at texts.
     model.generation_config = GenerationConfig()
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from statistics import median
@@ -29,7 +29,7 @@ from .task import Chat, Example
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
-CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
+CUTS = ("inputs", "inputs_cut")  # in an expert's metrics
 WARN_FROM = 0.1  # warn from this share of cut inputs on
 HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the tail the rest
 
@@ -299,9 +299,8 @@ class Cuts:
             if not lost:
                 continue
             text = (
-                f"{one_line(task)}: {len(lost)} of {len(cuts)} {what}{'s' * (len(cuts) > 1)} "
-                f"({_percent(len(lost) / len(cuts))}) cut to "
-                f"{max(cut.most for cut in cuts if cut is not None)} tokens, by "
+                f"{one_line(task)}: {len(lost)} of {len(cuts)} {what}{'s' * (len(cuts) > 1)} cut "
+                f"to {max(cut.most for cut in cuts if cut is not None)} tokens, by "
                 f"{round(median(lost))} in the median"
             )
             if what == "input" and len(lost) < WARN_FROM * len(cuts):
@@ -310,22 +309,6 @@ class Cuts:
                 warnings.warn(f"{text}.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
-        """How many inputs there were, how many were cut, to how many tokens, and by how many."""
-        cuts = [cut for cut in self.inputs if cut is not None]
-        values = [len(self.inputs), len(cuts)]
-        if cuts:
-            lost = round(median(cut.lost for cut in cuts))
-            values += [max(cut.most for cut in cuts), lost]
-        return dict(zip(CUTS, values, strict=False))
-
-
-def recorded_share(metrics: Mapping[str, Any]) -> str | None:
-    """The share of cut inputs in an expert's metrics, in words; None if not recorded."""
-    inputs, cut = (metrics.get(name) for name in CUTS[:2])
-    if isinstance(inputs, int) and isinstance(cut, int) and 0 <= cut <= inputs > 0:
-        return _percent(cut / inputs)
-    return None
-
-
-def _percent(share: float) -> str:
-    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+        """How many inputs there were, and how many were cut."""
+        cut = sum(cut is not None for cut in self.inputs)
+        return dict(zip(CUTS, (len(self.inputs), cut), strict=True))

@@ -79,7 +79,7 @@ def load_task(
         rows = _in_file(Path(source))
         if str(source).startswith(HUB):
             rows, label = _on_hub(str(source)), str(source)
-    with reading("The template", TaskError):
+    with reading(f"The template, in the form 'input {SEPARATOR} target',", TaskError):
         templates = _compiled(template, choices)
     place = one_line(source, 140) if isinstance(source, str | Path) else label
     with reading(place, TaskError):
@@ -131,13 +131,13 @@ def _csv(path: Path) -> Rows:
     csv.field_size_limit(LONGEST_CELL)  # the library's own is 131,072; long documents have more
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row:  # where DictReader puts what is beyond the header
-                    raise csv.Error("more cells than the header names; quote texts with a comma")
-                yield f"{path}, line {reader.line_num}", row
-        except csv.Error as error:
-            raise ValueError(f"until line {reader.line_num}, {error}") from error
+        for row in reader:
+            if None in row:  # where DictReader puts what is beyond the header
+                raise ValueError(
+                    f"line {reader.line_num} has more cells than the header names; quote texts "
+                    f"with a comma"
+                )
+            yield f"{path}, line {reader.line_num}", row
 
 
 def _parquet(path: Path) -> Rows:
@@ -295,7 +295,10 @@ class _Turn(BaseModel):
         return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
-TURNS = TypeAdapter(list[_Turn])
+class _Answer(_Turn):
+    """The last of `messages`, which is the target."""
+
+    role: Literal["assistant"]
 
 
 class _Row(BaseModel):
@@ -334,10 +337,7 @@ def _compiled(template: str | None, choices: str | None) -> dict[str, Template]:
     environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
     texts = {"choices": choices} if choices else {}
     if template is not None:
-        texts["input"], *rest = template.split(SEPARATOR)
-        if len(rest) != 1:
-            raise ValueError(f"it must have the form 'input {SEPARATOR} target'")
-        texts["target"] = rest[0]
+        texts["input"], texts["target"] = template.split(SEPARATOR)
     return {key: environment.from_string(text) for key, text in texts.items()}
 
 
@@ -352,9 +352,7 @@ def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict
 
 
 def _printed(value: Any) -> Any:
-    if value is None:
-        raise TemplateError("a field that the template prints is empty")
-    return value
+    return StrictUndefined(name="an empty field that it prints") if value is None else value
 
 
 def _in_our_form(row: dict[str, Any]) -> dict[str, Any]:
@@ -365,15 +363,11 @@ def _in_our_form(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list) and isinstance(completion, list):
         row = {**row, "messages": [*prompt, *completion]}
     if "messages" in row:
-        turns = TURNS.validate_python(row["messages"])
-        *before, answer = turns or [_Turn(role="none", content="")]
-        if answer.role != "assistant" or not any(turn.text.strip() for turn in before):
-            raise ValueError("messages must end with what the assistant answers to others")
-        return {**row, "messages": before, "target": answer.text}
+        *before, answer = row["messages"]
+        return {**row, "messages": before, "target": _Answer.model_validate(answer).text}
     if prompt is not None and completion is not None:
         # What follows a prompt is set off by a space of ours.
-        answers = {key: _stripped(row.get(key)) for key in ("choices", "references")}
-        return {**row, **answers, "input": prompt, "target": str(completion).strip()}
+        return {**row, "input": prompt, "target": str(completion).strip()}
     if "instruction" in row and "output" in row:
         asked = (str(row[name]).strip() for name in ("instruction", "input") if name in row)
         return {**row, "input": "\n\n".join(filter(None, asked)), "target": row["output"]}

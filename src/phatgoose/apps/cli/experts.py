@@ -99,14 +99,12 @@ def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -
 
 
 def _summary(expert: ExpertInfo) -> str:
-    from ...tasks.encoding import recorded_share
-
     metrics = expert.metrics
     loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
     if loss is None:  # an expert of `gate` or `import` is there already
         return f"{expert.name}: there already, and not trained here"
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
-    cut = f"; inputs cut: {recorded_share(metrics)}" if metrics.get("inputs_cut") else ""
+    cut = f"; inputs cut: {metrics['inputs_cut']}" if metrics.get("inputs_cut") else ""
     return (
         f"{expert.name}: validation loss {loss:.4f} at step {metrics['expert_best_step']}, "
         f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: {gates}{cut}"
@@ -186,13 +184,8 @@ def check(directories: Annotated[list[Path], typer.Argument(help="Expert directo
 
 
 def _contents(expert: Expert) -> str:
-    from ...tasks.encoding import recorded_share
-
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
-    share, tail = recorded_share(expert.info.metrics), expert.info.tail
+    tail = expert.info.tail
     answers += f", acts on the prompt's last {tail} tokens and the answer" if tail else ""
-    cut = f", inputs cut: {share}" if share is not None else ""
-    return (
-        f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}{cut}"
-    )
+    return f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}"

@@ -160,7 +160,7 @@ def complaint(folder: Path, base: Base) -> str:
     return line
 
 
-SIZES, ORDER, WHOLE, UNKNOWN = "; wanted ", "in order", "one module for each", "wanted no such one"
+SIZES, ORDER, WHOLE, UNKNOWN = "; wanted ", "in order", "one module for each", "wanted no such tensor"
 TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
     # kind, tensor, change, said
     ("plain", "A.", lambda t: t[..., :5], SIZES),
@@ -231,5 +231,5 @@ def test_a_link_out_of_the_folder_is_refused_unread(folder, bases, file):
 def test_commands_refuse_a_tampered_folder_and_leave_it(folder, strangers, phat, command, who):
     tamper(folder, "B.", lambda t: t[:, :1])
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    refused(phat(command, folder, strangers / who if who else "e0"), "; wanted [")
+    refused(phat(command, folder, strangers / who if who else "e0"), "; wanted (")
     assert {name: (folder / name).read_bytes() for name in before} == before

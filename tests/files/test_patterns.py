@@ -6,15 +6,13 @@ from contextlib import contextmanager, suppress
 
 import peft
 import pytest
-import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from import_cases import Case, write_case
 from odd_files import one_line_of, rewrite
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_FILES
+from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from phatgoose.files import check_config, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
@@ -87,23 +85,3 @@ def test_an_adapter_of_slow_patterns_is_read_or_refused_at_once(base_folders, tm
         rewrite(folder / ADAPTER_CONFIG, **{key: {pattern: 3} if key == of_counts else pattern})
         with soon(), suppress(PhatgooseError):
             import_adapter(folder, tmp_path / key, base=str(base), allow_loss=0)
-
-
-def test_patterns_that_peft_matched_come_to_the_same(base_folders, tmp_path):
-    patterns = {
-        "target_modules": r".*\.(q_proj|up_proj)",
-        "exclude_modules": r".*layers\.0\.mlp.*",
-        "rank_pattern": {r"layers\.\d\.self_attn\.q_proj": 2},
-        "alpha_pattern": {r".*\.1\..*": 5, "up_proj": 3},
-    }
-    case, base = Case("", options=lambda kind: patterns), base_folders["llama"]
-    folder = write_case(case, "llama", base, tmp_path / "adapter")
-    assert PEFT_FILES.read_config(folder)["target_modules"] == patterns["target_modules"]
-    expert = import_adapter(folder, tmp_path / "out", base=str(base))
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    for site, lora in expert.lora.items():
-        assert torch.equal(lora.A, tensors[f"base_model.model.{site}.lora_A.weight"])
-        rank = 2 if "q_proj" in site else 4
-        alpha = 5 if ".1." in site else 3 if "up_proj" in site else 8
-        assert (lora.A.shape[0], lora.scale) == (rank, alpha / rank), site
-    assert len(expert.lora) == 3

@@ -1,9 +1,10 @@
-"""Batches: within their budget, padded or packed, and the logits of targets only."""
+"""Batches: padded or packed within their budget, logits of targets only, and greedy answers."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from architectures import make_tiny
 from phatgoose.tasks.batching import (
@@ -12,6 +13,8 @@ from phatgoose.tasks.batching import (
     Collator,
     batches_of_tokens,
     can_pack,
+    continued,
+    end_tokens,
     pack_rows,
     packed_batches,
     target_logits,
@@ -93,3 +96,38 @@ def test_targets_stand_where_they_are_predicted(base):
             wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
         assert labels[labels != IGNORED].tolist() == pair.target
         assert_same_logits(row[labels != IGNORED], wanted)
+
+
+PENALTIES = {"repetition_penalty": 1.3, "suppress_tokens": [0, *range(3, 100)], "num_beams": 3}
+PENALTIES |= {"stop_strings": ["a"], "guidance_scale": 2.0, "do_sample": True, "max_length": 4}
+PENALTIES |= {"min_new_tokens": 9, "forced_eos_token_id": 150, "return_dict_in_generate": True}
+
+
+def by_argmax(base, ids, tokens):
+    """The likeliest token after all before it, again and again, until one ends the answer."""
+    answer = [0] if base.is_encoder_decoder else ids[0].tolist()
+    for _ in range(tokens):
+        given = {"decoder_input_ids": torch.tensor([answer])} if base.is_encoder_decoder else {}
+        logits = logits_of(base.model, ids if given else torch.tensor([answer]), **given)
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == 1:
+            break
+    return answer
+
+
+@pytest.mark.parametrize("ends", [1, [1], None])
+def test_greedy_takes_the_likeliest_token_whatever_the_base_would_have(base, ends):
+    ids = torch.tensor([base.tokenizer("to be or not")["input_ids"]])
+    wanted = by_argmax(base, ids, 20)
+    base.model.generation_config = GenerationConfig(**PENALTIES, eos_token_id=ends)
+    before = base.model.generation_config.to_dict()
+    answer = continued(base.model, base.tokenizer, ids, torch.ones_like(ids), 20)
+    assert answer[0].tolist() == wanted
+    assert base.model.generation_config.to_dict() == before
+
+
+def test_an_answer_ends_where_the_base_says_or_else_its_tokenizer(llama):
+    llama.model.generation_config.eos_token_id = None
+    assert end_tokens(llama.model, llama.tokenizer) == [1]
+    llama.model.generation_config.eos_token_id = [5, 6]
+    assert end_tokens(llama.model, llama.tokenizer) == [5, 6]

@@ -5,7 +5,6 @@ import importlib
 import json
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -150,15 +149,6 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
 def test_a_bad_field_is_refused_with_its_row(change, complaint):
     row = change if "messages" in change else {**ROWS[0], **change}
     assert re.search(f"row 2 is not valid: .*{complaint}", complaint_about([ROWS[0], row]))
-
-
-@pytest.mark.parametrize("name", ["datasets", "pyarrow"])
-def test_a_missing_library_is_named_with_how_to_install_it(tmp_path, monkeypatch, name):
-    for module in (name, f"{name}.parquet"):
-        monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    source = "hub:owner/data" if name == "datasets" else tmp_path / "a.parquet"
-    assert "pip install 'phatgoose[datasets]'" in complaint_about(source)
 
 
 def test_rows_may_be_of_the_library_datasets_and_in_a_json_file_by_split(tmp_path):

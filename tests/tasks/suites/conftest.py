@@ -1,25 +1,6 @@
 """Fixtures of the tests of suites."""
 
-import json
-from pathlib import Path
-
 import pytest
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two small task files."""
-    path = tmp_path / "mine"
-    path.mkdir()
-    rows = [
-        {"input": "Is it?", "target": "yes", "choices": ["yes", "no"], "split": "test"},
-        {"input": "Was it?", "target": "no", "split": "validation"},
-        {"input": "Will it?", "target": "no", "references": ["no", "never"]},
-    ]
-    (path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (path / "a.csv").write_text("input,target,split\n1+1,2,test\n", encoding="utf-8")
-    (path / "notes.txt").write_text("not a task", encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -55,12 +55,6 @@ def test_a_split_is_found_by_the_names_of_files_and_folders(
     assert read(tmp_path, dataset, config, split) == TRAIN
 
 
-def test_what_save_to_disk_wrote_is_read(tmp_path):
-    save_copy(tmp_path, "owner/d", "GROUP/Some Task:1.0", train=TRAIN, test=TEST)
-    assert read(tmp_path, "owner/d", "GROUP/Some Task:1.0", "test") == TEST
-    assert "can't be loaded" in complaint(tmp_path, "owner/d", "GROUP/Some Task:1.0", "x")
-
-
 @pytest.mark.parametrize(
     ("file", "content", "config", "split", "words"),
     [

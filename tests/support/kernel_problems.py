@@ -1,4 +1,4 @@
-"""Inputs of the kernels, with the gradients of each."""
+"""Inputs of the kernels, and what comes of them, with the gradients of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from phatgoose.routing.kernels import KERNELS
+from phatgoose.routing.routers.router import SiteRouter
+from routed_models import by_vectors
 
-ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
-DIFFERENTIABLE = [name for name in ON_CPUS if name != "native"]
+ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Problem:
 
     def solved_by(self, name: str) -> list[Tensor]:
         """The kernel's value, then its gradients for u, weights, A and B, if it has any."""
-        if name not in DIFFERENTIABLE:
+        if name in ("native", "triton"):
             return [self.value_by(name)]
         u, weights, A, B = leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
         value = KERNELS[name](u, self.experts, weights, A, B)
@@ -69,15 +70,35 @@ def problems_of(dtypes: Iterable[torch.dtype], **sizes: SearchStrategy[int]):
     )
 
 
-ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4}  # in units of the dtype's eps
+def assert_equals_reference(problem: Problem, got: list[Tensor], added: bool = False) -> None:
+    """A value, and gradients if any, within roundings of the reference in float64.
+
+    Roundings are relative to what sums come to without cancellation. Where the value was `added`,
+    it was to the cotangent.
+    """
+    exact, scale = problem.mapped(Tensor.double), problem.mapped(lambda x: x.double().abs())
+    eps = torch.finfo(problem.u.dtype).eps * ROUNDINGS[problem.u.dtype]
+    solved = zip(got, exact.solved_by("reference"), scale.solved_by("reference"), strict=False)
+    for each, wanted, size in solved:
+        before = (exact.cotangent, scale.cotangent) if added else (0, 0)
+        assert each.shape == wanted.shape
+        assert ((each.double() - wanted - before[0]).abs() <= eps * (size + before[1])).all()
 
 
-def magnitudes(x: Tensor) -> Tensor:
-    """What sums of these come to without cancellation: roundings are relative to that."""
-    return x.double().abs()
+def scored(router: str, T: int, E: int, n: int, k: int, dtype, offset: float, seed: int):
+    """Tokens u [T, n] of a mean, and a router by vectors [E, n] that have none."""
+    generator = torch.Generator().manual_seed(seed)
+    u = (3 * torch.randn(T, n, generator=generator) + offset).to(dtype)
+    vectors = torch.randn(E, n, generator=generator)
+    vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
+    return u, by_vectors(router, vectors, k)
 
 
-def assert_close(got: Tensor, wanted: Tensor, size: Tensor, dtype: torch.dtype) -> None:
-    assert got.shape == wanted.shape
-    eps = torch.finfo(dtype).eps * ROUNDINGS[dtype]
-    assert ((got.double() - wanted).abs() <= eps * size).all()
+def assert_are_the_top(chosen: tuple[Tensor, Tensor], u: Tensor, router: SiteRouter, slack: float):
+    """`chosen` experts and weights are those of the formula of `router`."""
+    experts, weights = (each.cpu() for each in chosen)
+    scores = router.router.scores(u, router)
+    got = scores.gather(1, experts)
+    torch.testing.assert_close(got, scores.topk(router.k).values, rtol=slack, atol=slack)
+    torch.testing.assert_close(weights, got.softmax(dim=-1), rtol=2 * slack, atol=2 * slack)
+    assert all(len(set(row)) == router.k for row in experts.tolist())

@@ -16,23 +16,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import phatgoose.routing.kernels.triton_gpu as module
-from kernel_problems import Problem, make_problem, problems_of
+from kernel_problems import (
+    ROUNDINGS,
+    Problem,
+    assert_are_the_top,
+    assert_equals_reference,
+    make_problem,
+    problems_of,
+    scored,
+)
 from phatgoose.routing.compose import compose
 from phatgoose.routing.kernels import one_call
-from phatgoose.routing.kernels.plain import reference
 from phatgoose.routing.kernels.triton_gpu import (
     add_routed,
     in_blocks,
     one_by_one,
     top_experts,
 )
-from routed_models import by_vectors
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-BODIES = [one_by_one, in_blocks]
-ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
-each_body = pytest.mark.parametrize("body", BODIES)
+each_body = pytest.mark.parametrize("body", [one_by_one, in_blocks])
 without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -46,17 +50,6 @@ def solve(body, problem: Problem) -> Tensor:
     parts = (problem.u, problem.experts, problem.weights, problem.A, problem.B)
     with torch.no_grad():
         return body(*(part.to(DEVICE) for part in parts)).cpu()
-
-
-def assert_equals_reference(problem: Problem, body) -> None:
-    """Within a few roundings of the reference in float64, relative to the sums of absolutes."""
-    exact = problem.mapped(Tensor.double).value_by("reference")
-    scale = problem.mapped(lambda x: x.double().abs()).value_by("reference")
-    got = solve(body, problem)
-    assert got.dtype == problem.u.dtype
-    assert got.shape == exact.shape
-    eps = torch.finfo(got.dtype).eps * ROUNDINGS[got.dtype]
-    assert ((got.double() - exact).abs() <= eps * scale).all()
 
 
 problems = st.integers(1, 5).flatmap(
@@ -77,25 +70,19 @@ problems = st.integers(1, 5).flatmap(
 @settings(max_examples=25, derandomize=True)
 @given(problem=problems)
 def test_both_bodies_equal_the_reference(body, problem):
-    assert_equals_reference(problem, body)
+    got = solve(body, problem)
+    assert got.dtype == problem.u.dtype
+    assert_equals_reference(problem, [got])
 
 
 @needs_triton
 @each_body
-def test_experts_nobody_chose_are_not_read(body):
-    problem = make_problem(E=4, k=2)
-    problem.experts = torch.tensor([[0, 3]]).expand(5, -1)
-    problem.A[1:3], problem.B[1:3] = float("nan"), float("nan")
-    assert solve(body, problem).isfinite().all()
-
-
-@needs_triton
-@each_body
-def test_padding_is_left_alone_whatever_it_holds(body):
-    problem = make_problem(T=6)
+def test_neither_padding_nor_experts_that_nobody_chose_are_read(body):
+    problem = make_problem(T=6, E=4, k=2)
+    problem.experts = torch.tensor([[0, 3]]).expand(6, -1)
     problem.weights[::2] = 0
-    wanted = solve(reference, problem)
-    problem.u[::2] = float("nan")
+    wanted = problem.value_by("reference")
+    problem.A[1:3], problem.B[1:3], problem.u[::2] = float("nan"), float("nan"), float("nan")
     got = solve(body, problem)
     assert not got[::2].any()
     torch.testing.assert_close(got[1::2], wanted[1::2])
@@ -113,19 +100,12 @@ def test_padding_is_left_alone_whatever_it_holds(body):
     offset=st.sampled_from([0, 1, 100]),
     seed=st.integers(0, 999),
 )
-def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, offset, seed):
-    generator = torch.Generator().manual_seed(seed)
-    u = (3 * torch.randn(T, n, generator=generator) + offset).to(dtype)
-    vectors = torch.randn(E, n, generator=generator)
-    vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
-    plain = by_vectors(router, vectors, k)
-    experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), plain.k, plain.eps)
-    wanted = plain.router.scores(u, plain).topk(plain.k, dim=-1).values
-    got = plain.router.scores(u, plain).gather(1, experts.cpu())
-    slack = 1e-4 * max(1.0, float(plain.router.scores(u, plain).abs().max()) if T else 0.0)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=slack)
-    torch.testing.assert_close(weights.cpu(), got.softmax(dim=-1), rtol=0, atol=slack)
-    assert all(len(set(row)) == plain.k for row in experts.tolist())
+def test_the_top_experts_are_those_of_the_formula(router, **sizes):
+    u, plain = scored(router, **sizes)
+    scores = plain.router.scores(u, plain)
+    slack = 1e-4 * max(1.0, float(scores.abs().max()) if len(u) else 0.0)
+    chosen = top_experts(u.to(DEVICE), plain.vectors.to(DEVICE), plain.k, plain.eps)
+    assert_are_the_top(chosen, u, plain, slack)
 
 
 added_to = problems_of(
@@ -150,13 +130,8 @@ def test_one_call_adds_what_top_experts_and_the_product_come_to(p, eps, least_pa
     with torch.no_grad(), mock.patch.object(module, "LEAST_PAIRS", least_pairs):
         add_routed(got, u.view(T, 1, n) if u.is_contiguous() else u[:, None], vectors, A, B, k, eps)
         p.experts, p.weights = (x.cpu() for x in top_experts(u, vectors, k, eps))
-    exact, scale = (
-        p.mapped(change).value_by("reference") + change(p.cotangent)
-        for change in (Tensor.double, lambda x: x.double().abs())
-    )
-    bound = torch.finfo(p.u.dtype).eps * ROUNDINGS[p.u.dtype] * scale
     assert got.shape == y.shape
-    assert ((got.cpu().view(T, d).double() - exact).abs() <= bound).all()
+    assert_equals_reference(p, [got.cpu().view(T, d)], added=True)
 
 
 @needs_triton

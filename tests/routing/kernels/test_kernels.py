@@ -1,0 +1,181 @@
+"""Kernels in torch and the native one: values, gradients, threads, and which one is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernel_problems import (
+    assert_are_the_top,
+    assert_equals_reference,
+    make_problem,
+    problems_of,
+    scored,
+)
+from phatgoose.errors import ConfigError
+from phatgoose.experts.kind import expert_products
+from phatgoose.routing.kernels import KERNELS, choose_kernel
+from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
+from phatgoose.routing.layers import RoutedLinear, SiteStack, stack_of
+from phatgoose.sites import Site
+from routed_models import by_vectors
+
+ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file
+FLOATS = (torch.float32, torch.bfloat16)
+needs_native = pytest.mark.skipif(not runs_natively(torch.zeros(1)), reason="no native kernel")
+each_kernel = pytest.mark.parametrize("name", ON_CPUS)
+problems = st.integers(1, 5).flatmap(
+    lambda E: problems_of(
+        FLOATS,
+        T=st.integers(0, 20),
+        E=st.just(E),
+        k=st.integers(1, E),
+        r=st.integers(1, 9),
+        n=st.integers(1, 70),
+        d=st.integers(1, 150),
+    )
+)
+
+
+@each_kernel
+@settings(max_examples=60, derandomize=True)
+@given(problem=problems)
+def test_every_kernel_equals_the_reference_in_values_and_gradients(name, problem):
+    assert_equals_reference(problem, problem.solved_by(name))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
+@each_kernel
+def test_a_token_that_names_an_expert_twice_gets_both_its_weights(name, tokens):
+    problem = make_problem(T=tokens, E=3, k=3, d=70)
+    problem.experts = torch.tensor([[1, 1, 1], [2, 0, 2], [0, 1, 2]]).repeat(3, 1)[:tokens]
+    assert_equals_reference(problem, problem.solved_by(name))
+
+
+def test_the_reference_is_the_sum_of_the_paper():
+    problem = make_problem().mapped(Tensor.double)
+    wanted = torch.zeros(5, 9).double()
+    for t in range(5):
+        for w, z in zip(problem.weights[t], problem.experts[t], strict=True):
+            wanted[t] += w * problem.B[z].T @ (problem.A[z] @ problem.u[t])
+    torch.testing.assert_close(problem.value_by("reference"), wanted, rtol=1e-12, atol=1e-12)
+
+
+@each_kernel
+def test_an_expert_nobody_chose_adds_nothing_and_gets_no_gradient(name):
+    problem = make_problem(E=4, k=2)
+    problem.experts = torch.tensor([[0, 3]]).expand(5, -1)
+    problem.A[1:3] = torch.nan if name == "native" else 1e20  # the native one doesn't read it
+    problem.B[1:3] = 1e10
+    value, *gradients = problem.solved_by(name)
+    assert value.abs().max() < 1e3
+    for gradient in gradients[2:]:  # of A and B
+        assert not gradient[1:3].any()
+        assert gradient[0].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_each_run_of_rows_meets_its_own_factor(dtype):
+    problem = make_problem(T=7, E=3, r=8, n=8, d=16, dtype=dtype)
+    rows, factors, counts = problem.u, problem.B, torch.tensor([4, 0, 3])
+    runs = ((rows[:4], factors[0]), (rows[4:], factors[2]))
+    wanted = torch.cat([run.float() @ factor.float() for run, factor in runs])
+    got = expert_products(rows, factors, counts)
+    torch.testing.assert_close(got.float(), wanted, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "name"),
+    [(1, 100, "gather"), (512, 8, "concat"), (32, 100, "concat"), (512, 100, "grouped")],
+)
+def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monkeypatch):
+    p = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
+    if runs_natively(p.u, p.A):
+        assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is KERNELS["native"]
+    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
+    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is KERNELS[name]
+
+
+@pytest.mark.parametrize("kernel", ["native", "triton"])
+def test_a_kernel_that_can_t_take_a_tensor_is_refused_by_name(kernel):
+    p = make_problem(E=8)
+    with pytest.raises(ConfigError, match=rf"Kernel {kernel} can't take torch.int64 on cpu"):
+        choose_kernel(kernel, p.u.long(), p.experts, p.A, p.B)
+    with pytest.raises(ConfigError, match="without gradients"):
+        choose_kernel(kernel, p.u.requires_grad_(), p.experts, p.A, p.B)
+
+
+# The native one
+
+
+@needs_native
+@pytest.mark.parametrize("index", [-1, 6, 2**62, -(2**62)])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_index_of_no_expert_is_refused_whatever_its_weight(index, weight):
+    problem = make_problem(E=6)
+    problem.experts[-1, -1], problem.weights[-1, -1] = index, weight
+    with pytest.raises(IndexError, match="not among the 6 experts"):
+        problem.value_by("native")
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_gaps_in_factors_are_closed_before_their_addresses_are_taken(name, llama_pool):
+    stack = stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
+    n, d = stack.lora.A.shape[2], stack.lora.B.shape[2]
+    gaps = {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in stack.tensors().items()}
+    router = by_vectors("phatgoose", torch.randn(4, n))
+    gapped = SiteStack.of(gaps, stack.experts)
+    layer = RoutedLinear(torch.nn.Linear(n, d), Site("site", n, d, "decoder"), gapped, router)
+    assert getattr(layer, name).is_contiguous()
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"T": 60, "E": 3, "n": 40, "d": 330},  # many tokens for each expert
+        {"T": 60, "E": 500, "n": 40, "d": 330},  # one or none
+        {"T": 1030, "E": 3, "k": 1, "n": 8, "d": 40},
+    ],
+    ids=str,
+)
+def test_threads_share_out_columns_without_a_gap(threads, sizes):
+    problem, before = make_problem(**sizes), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = problem.value_by("native")
+    finally:
+        torch.set_num_threads(before)
+    assert_equals_reference(problem, [got])
+
+
+@needs_native
+@pytest.mark.parametrize("router", ["phatgoose", "arrow"])
+@settings(max_examples=40, derandomize=True)
+@given(
+    T=st.integers(0, 9),
+    E=st.integers(1, 40),
+    n=st.integers(2, 80),
+    k=st.integers(1, 4),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 999),
+)
+def test_the_native_top_experts_are_those_of_the_formula(router, dtype, **sizes):
+    u, plain = scored(router, dtype=dtype, offset=1, **sizes)
+    slack = 0.02 if dtype is torch.bfloat16 else 1e-4  # vectors rounded to bfloat16 have a mean
+    assert_are_the_top(top_experts(u, plain.vectors, plain.k, plain.eps), u, plain, slack)
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [0, 1, 2, 9, 40])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_native_call_is_choosing_and_adding(tokens, dtype):
+    p = make_problem(T=tokens, E=30, r=8, n=48, d=150, dtype=dtype)
+    got, vectors = p.cotangent.clone(), 7 * p.A[:, 0].contiguous()
+    add_routed(got, p.u, vectors, p.A, p.B, 3, 1e-5)
+    p.experts, p.weights = top_experts(p.u, vectors, 3, 1e-5)
+    assert_equals_reference(p, [got], added=True)

@@ -1,19 +1,17 @@
 """Short trainings of tiny experts, interrupted anywhere, and their losses computed one by one."""
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Training
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import GatedLinear, train_expert
-from tiny import logits_of
 
 
 def words(*targets: str) -> tuple[Example, ...]:
@@ -34,28 +32,12 @@ def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **o
     return train_expert(base, task, out=out, training=training, **settings)
 
 
-def trained(base, out: Path, by: Callable[..., Expert] = train, **options) -> Expert:
-    """What `by(base, out, **options)` makes, at `out`: trained at the first call, then copied.
-
-    For tests of an expert, not of its training.
-    """
-    asked = [(name, getattr(value, "digest", value)) for name, value in sorted(options.items())]
-    key = repr((by.__module__, base.reference, base.model.dtype, out.name, asked))
-    if key in TRAINED:
-        out.mkdir(parents=True)
-        for name, content in TRAINED[key].items():
-            (out / name).write_bytes(content)
-        return Expert.load(out)
-    expert = by(base, out, **options)
-    TRAINED[key] = {path.name: path.read_bytes() for path in out.iterdir()}
-    return expert
-
-
-TRAINED: dict[str, dict[str, bytes]] = {}  # files by name, of what was trained with these options
-
-
-def target_nll(model, base, examples, read=logits_of) -> Tensor:
+def target_nll(model, base, examples) -> Tensor:
     """The negative log-likelihood of every target token, one example at a time, no padding."""
+
+    def read(ids: list[int], **inputs: Tensor) -> Tensor:
+        return model(torch.tensor([ids]), **inputs).logits[0]
+
     losses = []
     for example in examples:
         prompt = base.tokenizer(example.input)["input_ids"]
@@ -63,24 +45,11 @@ def target_nll(model, base, examples, read=logits_of) -> Tensor:
         target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
         if base.is_encoder_decoder:
             shifted = torch.tensor([[0, *target[:-1]]])
-            logits = read(model, torch.tensor([prompt]), decoder_input_ids=shifted)[0]
+            logits = read(prompt, decoder_input_ids=shifted)
         else:
-            logits = read(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+            logits = read(prompt + target)[len(prompt) - 1 : -1]
         losses.append(-logits.float().log_softmax(-1)[range(len(target)), target])
     return torch.cat(losses)
-
-
-def with_graph(model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
-    """The logits, to be differentiated."""
-    return model(ids, **inputs).logits
-
-
-def without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
 
 
 def assert_same_expert(got: Expert, wanted: Expert) -> None:

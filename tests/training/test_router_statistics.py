@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
@@ -17,7 +17,6 @@ from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert
 from tiny import make_adapter
 from toy_embedders import embed
-from training_runs import trained
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
@@ -50,33 +49,22 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     wanted = train(base, tmp_path / "a" / "count", embeddings=True, statistics_examples=7)
     bare = train(base, tmp_path / "b" / "count", means=False, readings=False)
-    assert not bare.means
-    assert not bare.readings
-    assert bare.embeddings is None
+    assert (dict(bare.means), dict(bare.readings), bare.embeddings) == ({}, {}, None)
     got = measured(bare.directory, base, examples=7, embeddings=True)
     assert same(got.means, wanted.means)
     assert same(got.readings, wanted.readings)
     assert torch.equal(got.embeddings, wanted.embeddings)
     assert len(got.embeddings) == 7
-    assert got.info.embedder == wanted.info.embedder
-    assert got.info == replace(
-        wanted.info,
-        metrics=got.info.metrics,  # they hold times
-    )
+    assert got.info == replace(wanted.info, metrics=got.info.metrics)  # which hold times
 
 
 def test_what_is_not_asked_for_stays(llama, tmp_path):
     expert = train(llama, tmp_path / "count", embeddings=True)
     got = measured(expert, llama, examples=3)
     assert torch.equal(got.embeddings, expert.embeddings)
-    assert got.info.embedder == expert.info.embedder
     assert not same(got.means, expert.means)
     again = measured(got, llama, examples=4, means=False, embeddings=True, embedder="other")
     assert same(again.means, got.means)
@@ -87,9 +75,8 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     for means, wanted in ((False, None), (True, "torch.float32, Parameter")):  # None: of two bases
         found = measured(again, llama, examples=4, means=means)
         assert Expert.load(found.directory).info.measured_in == wanted
-    recorded = again.info.hyperparameters
-    assert (recorded["means"], recorded["embeddings"]) == (True, True)
-    assert (recorded["statistics_examples"], recorded["embedder"]) == (4, "other")
+    recorded = {"means": True, "embeddings": True, "statistics_examples": 4, "embedder": "other"}
+    assert recorded.items() <= again.info.hyperparameters.items()
 
 
 @pytest.mark.parametrize("form", ["prompt", "paper"])
@@ -113,28 +100,21 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
         assert len(set(map(len, seen)) - set(map(len, whole))) > 0
 
 
-def refused(error: type[Exception], match: str, expert: Expert, base) -> None:
-    before = files_of(expert.directory)
-    with pytest.raises(error, match=match):
-        measured(expert, base)
-    assert files_of(expert.directory) == before
+def test_another_base_or_foreign_files_are_refused_and_nothing_is_lost(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    changed = replace(llama, fingerprint="sha256:" + "0" * 64)
+    with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):
+        measured(expert, changed)
+    (expert.directory / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in expert.directory.iterdir()}
+    with pytest.raises(ExpertError, match=r"also holds notes\.txt"):
+        measured(expert, llama)
+    assert {path.name: path.read_bytes() for path in expert.directory.iterdir()} == before
 
 
-def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_folders, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    other = load_base(base_folders["llama"], dtype="float32")
-    with torch.no_grad():
-        next(other.model.parameters()).add_(1)
-    changed = replace(other, fingerprint="sha256:" + "0" * 64)
-    refused(WrongBaseError, "The base of expert 'count' is", expert, changed)
-    reference = BaseReference(llama.id, None, None)
+def test_an_unknown_base_is_taken_on_trust(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
+    reference = BaseReference(llama.id, None, None)
     old = Expert.from_peft(adapter, {}, name="old", base=reference).save(tmp_path / "old")
     with pytest.warns(UserWarning, match="No fingerprint is recorded of the base of expert 'old'"):
         assert measured(old, llama).means
-
-
-def test_foreign_files_are_not_lost(llama, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    (expert.directory / "notes.txt").write_text("mine")
-    refused(ExpertError, "also holds notes.txt", expert, llama)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
 from phatgoose.base import load_base
-from phatgoose.errors import (
-    ConfigError,
-    ExpertError,
-    PhatgooseError,
-    PoolError,
-    WrongBaseError,
-)
+from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, WrongBaseError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
@@ -55,21 +49,26 @@ def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_p
     assert_same_logits(logits_of(peft_model(base, expert.directory), ids), seen[0])
 
 
-def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path):
-    expert = train(llama, tmp_path / "echo", name="other")
-    assert expert.lora.keys() == expert.gates.keys() == expert.means.keys()
-    assert expert.lora.keys() == find_sites(llama.model).keys()
-    assert [path.name for path in tmp_path.iterdir()] == ["echo"]
-    info = expert.info
+@pytest.fixture(scope="module")
+def whole(base_folders, tmp_path_factory) -> Expert:
+    """The expert of an uninterrupted training of the tiny Llama."""
+    base = load_base(base_folders["llama"], dtype="float32")
+    return train(base, tmp_path_factory.mktemp("whole") / "whole", name="other")
+
+
+def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, whole):
+    assert whole.lora.keys() == whole.gates.keys() == whole.means.keys()
+    assert whole.lora.keys() == find_sites(llama.model).keys()
+    assert [path.name for path in whole.directory.parent.iterdir()] == ["whole"]
+    info = whole.info
     assert (info.name, info.task["name"], info.base) == ("other", "echo", llama.reference)
     wanted = {"rank": 2, "alpha": 4, "steps": 4, "learning_rate": 0.02, "gate_steps": 2}
     assert wanted.items() <= info.hyperparameters.items()
     assert info.metrics["expert_steps"] == 4
     assert info.metrics["expert_best_step"] in (2, 4)
     assert info.metrics["expert_tokens_per_second"] > 0
-    assert info.metrics["expert_tokens"] > 0
-    targets = json.loads((expert.directory / "adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(expert.lora)  # the same bytes in every run
+    targets = json.loads((whole.directory / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(whole.lora)  # the same bytes in every run
 
 
 def test_training_depends_on_its_seed_alone(llama, tmp_path, whole):
@@ -127,24 +126,16 @@ def test_a_taken_place_and_a_routed_base_are_refused(llama, llama_pool, tmp_path
         train(llama, tmp_path / "new")
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
+def test_work_with_other_settings_data_or_base_is_not_resumed(llama, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    for other in (
         {"peft": replace(LORA, rank=3)},
         {"gate_training": replace(GATES, joint=True)},
         {"task": replace(TASK, train=words("quite", "other", "data"))},
-        {"base": ("llama", "bfloat16")},
-    ],
-    ids=["lora", "gates", "data", "dtype"],
-)
-def test_work_with_other_settings_data_or_base_is_not_resumed(
-    llama, base_folders, tmp_path, monkeypatch, other
-):
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
-    kind, dtype = other.get("base", ("llama", "float32"))
-    given = {**other, "base": load_base(base_folders[kind], dtype=dtype)}
-    with pytest.raises(ConfigError, match="other settings, data or another base"):
-        train(out=tmp_path / "cut", resume=True, **given)
+        {"base": load_base(llama.id, dtype="bfloat16")},
+    ):
+        with pytest.raises(ConfigError, match="other settings, data or another base"):
+            train(**{"base": llama, "out": tmp_path / "cut", "resume": True, **other})
 
 
 def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):
@@ -164,31 +155,14 @@ def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)
 
 
-HOLD = """
-from filelock import FileLock
-lock = FileLock({!r})
-lock.acquire()
-print("held", flush=True)
-input()
-"""
-
-
 def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
     out = tmp_path / "expert"
     with open_work(out, {"a": 1}, resume=False) as work:
         (work / "checkpoint").write_text("1")
-    lock = str(tmp_path / ".expert.work" / "lock")
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout is not None
-    with other:
-        assert other.stdout.readline() == b"held\n"
+    with FileLock(work / "lock"):
         for resume in (True, False):
-            with pytest.raises(ExpertError, match="Another process is at work"):  # noqa: SIM117
-                with open_work(out, {"a": 1}, resume=resume):
-                    pass
-        assert (work / "checkpoint").exists()
-        other.kill()
+            another = open_work(out, {"a": 1}, resume=resume)
+            with pytest.raises(ExpertError, match="Another process is at work"), another:
+                pass
     with open_work(out, {"a": 1}, resume=True) as again:
         assert (again / "checkpoint").read_text() == "1"

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from phatgoose.base import Base
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 

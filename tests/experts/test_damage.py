@@ -18,7 +18,7 @@ from odd_files import one_line_of, rewrite
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert, adapter_files, check_expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
 Damage = Callable[[Path], object]

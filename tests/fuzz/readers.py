@@ -40,7 +40,7 @@ from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequ
 from phatgoose.apps.server.requests import check_body, invalid
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import TensorFile, check_config, matching, read_json
 from phatgoose.routing.saved import ROUTED_INFO, ROUTED_WEIGHTS, read_saved
 

@@ -10,7 +10,7 @@ import torch
 from odd_files import rewrite
 from phatgoose.base import BaseReference
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG
+from phatgoose.experts.kind import ADAPTER_CONFIG
 
 SITE = "model.layers.0.self_attn.q_proj"
 REFERENCE = BaseReference("tiny", None, "sha256:ab")

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tiny import copied_model, make_tokenizer
 
 KINDS = ("t5", "llama", "gpt2")

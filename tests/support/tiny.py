@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from copies import Original
 from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import readings_of
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair

@@ -1,8 +1,7 @@
 """Experts, and pools of them: adapters on disk with their gates and statistics.
 
-kind.py        what each kind has: modules at sites, new ones in training, a stack of many
+kind.py        what each kind has: modules at sites, files, new modules, a stack of many
 lora.py (and DoRA), ia3.py, bottleneck.py
-peft_files.py  PEFT's two files, and what is refused of them
 expert.py      the expert directory, and its model card
 statistics.py  what it shares of how the base reads its prompts
 importing.py   experts made of other people's adapters

@@ -36,9 +36,8 @@ from ..files import (
     shortened,
 )
 from . import kinds
-from .kind import AdapterFiles, SiteModule, check_parts, read_tensors
+from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
-from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, READ
 
 # The adapter in a directory: of which kind it is, and what it does.

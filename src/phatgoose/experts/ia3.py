@@ -30,6 +30,7 @@ from ..config import IA3
 from ..errors import ExpertError
 from ..sites import Site
 from .kind import (
+    PEFT_FILES,
     Constant,
     NewModules,
     Part,
@@ -37,8 +38,8 @@ from .kind import (
     factor_of,
     stacked,
     weighted_rows,
+    write_adapter,
 )
-from .peft_files import PEFT_FILES, write_adapter
 
 ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 

@@ -68,19 +68,20 @@ from .expert import LAYOUT, Expert, adapter_files, check_name, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import HubReference, fetch, reference_of
 from .ia3 import ScalingVector
-from .kind import SiteModule, check_fit
-from .lora import DoraFactors, LoraFactors
-from .peft_files import (
+from .kind import (
     ACTING,
-    ADAPTER,
     ADAPTER_CONFIG,
     CONFIGS,
     CONVERTIBLE,
     PEFT_FILES,
     PEFT_PREFIX,
+    SiteModule,
+    check_fit,
 )
+from .lora import DoraFactors, LoraFactors
 
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
+ADAPTER = "default"  # PEFT's name for the one adapter of a model
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
 KEPT = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")  # of a config
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, create_model
+from annotated_types import Ge, Le
+from peft import IA3Config, LoraConfig, PeftConfig
+from pydantic import BaseModel, ConfigDict, create_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..base import Base
 from ..errors import ExpertError
-from ..files import TensorFile, one_line, read_json
+from ..files import TensorFile, check_config, one_line, read_json, shortened
 from ..passes import where_active
 from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, replaced
 
@@ -175,6 +178,119 @@ class OwnFiles(AdapterFiles):
         names = {self.version_key: Literal[1], self.base_key: str, **self.settings}
         required: dict[str, Any] = {name: (kind, ...) for name, kind in names.items()}
         return create_model("Config", __config__={"extra": "forbid"}, **required)
+
+
+# PEFT's.
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+PEFT_PREFIX = "base_model.model."
+
+# PEFT's types that are routed as they are.
+CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
+
+# PEFT's types that update linear layers, so that its convert_to_lora can approximate them.
+CONVERTIBLE = (
+    *("LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA", "C3A", "WAVEFT", "DELORA", "GRALORA"),
+)
+
+# The options that decide where an adapter acts and how strongly.
+ACTING = (
+    *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "task_type"),
+    *("layers_to_transform", "layers_pattern", "r", "lora_alpha", "use_rslora", "lora_bias"),
+    *("rank_pattern", "alpha_pattern"),
+)
+# Others that change nothing of a trained adapter. Whatever else is set makes it more than
+# W u + s B A u or (IA)³ vectors, or may do so in a newer PEFT.
+HARMLESS = (
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_version", "lora_dropout", "init_lora_weights", "init_ia3_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    "megatron_core",
+)
+PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+
+Number = Annotated[float, Ge(-1e9), Le(1e9)]
+
+
+class AdapterConfig(TypedDict, total=False):
+    """What is read of an adapter_config.json, beside what PEFT itself reads."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    peft_type: str
+    lora_alpha: Number
+    rank_pattern: dict[str, Number] | None
+    alpha_pattern: dict[str, Number] | None
+
+
+class PeftFiles(AdapterFiles):
+    """PEFT's files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
+
+    prefix: ClassVar[str] = PEFT_PREFIX
+    hint: ClassVar[str] = (
+        f" Pickled weights ({PICKLED_WEIGHTS}) are never read, since they could run code: save the "
+        f"adapter again as safetensors."
+    )
+
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        return self.checked(self.read_any_config(directory), directory)
+
+    def read_any_config(self, directory: Path) -> dict[str, Any]:
+        """The config of an adapter of any of PEFT's types, unchecked."""
+        hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
+        return cast(dict[str, Any], read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint))
+
+    def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
+        return {
+            **super().about(base, layer),
+            "revision": base.revision,
+            "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
+            "fan_in_fan_out": isinstance(layer, Conv1D),
+        }
+
+    def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
+        kind, init = config.get("peft_type"), str(config.get("init_lora_weights", True)).lower()
+        usual = vars(CONFIGS[kind]()) if kind in CONFIGS else config
+        odd = [key for key, value in config.items() if value and value != usual.get(key)]
+        odd = [key for key in odd if key not in (*ACTING, *HARMLESS)]
+        if kind not in CONFIGS:
+            lossy = ", or 'phatgoose import --allow-loss' approximates it by a LoRA"
+            wanted = f"wanted LORA or IA3{lossy if kind in CONVERTIBLE else ''}"
+            problem = f"holds a PEFT adapter of type {shortened(kind, 40)}; {wanted}"
+        elif odd:
+            problem = (
+                f"uses {shortened(odd[0])}, which can't be routed: only updates of linear layers "
+                f"at all tokens can (docs/imports.md)"
+            )
+        elif init not in PLAIN_INITS:
+            problem = (
+                f"was initialised by {shortened(init, 40)}, which may have changed the base; "
+                f"convert it with PEFT's path_initial_model_for_weight_conversion first"
+            )
+        else:
+            check_config(config, str(directory / ADAPTER_CONFIG))
+            return config
+        raise ExpertError(f"{directory} {problem}.")
+
+
+PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], sites: Iterable[str], tensors: Mapping[str, Tensor]
+) -> Path:
+    """Write a PEFT adapter of `tensors`, by site and ending, into `folder`, and return that."""
+    named = {PEFT_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(named, folder / ADAPTER_WEIGHTS)
+    content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+# What is wrong with tensors.
 
 
 def read_tensors(path: Path, hint: str = "") -> TensorFile:

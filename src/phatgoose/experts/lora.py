@@ -36,6 +36,7 @@ from ..config import INIT_STD, Lora
 from ..files import value_at
 from ..sites import Site
 from .kind import (
+    PEFT_FILES,
     Constant,
     NewModules,
     OwnFiles,
@@ -46,8 +47,8 @@ from .kind import (
     scaled,
     stacked,
     weighted_rows,
+    write_adapter,
 )
-from .peft_files import PEFT_FILES, write_adapter
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 

@@ -120,7 +120,7 @@ DAMAGES: dict[str, list[tuple[Damage, str]]] = {
         (PEFT(peft_type="LOHA"), "--allow-loss"),
         *((PEFT(**{key: UNROUTED[key]}), f"uses {key!r}, which can't be") for key in UNROUTED),
         (PEFT(lora_bias=True), "bias is missing; wanted (4) torch.float32 or"),
-        (PEFT(lora_alpha="8"), "that PEFT can't have written"),
+        (PEFT(lora_alpha="8"), "lora_alpha: Input should be a valid number"),
         (PEFT(alpha_pattern={"(": 2}), "no name or regular expression"),
         *((PEFT(init_lora_weights=way), "changed the base") for way in ("corda", "pissa_niter_4")),
         (lora(f"{LORA}.lora_A.weight", None), f"site {QUERY}: A is missing; wanted"),

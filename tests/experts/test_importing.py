@@ -61,19 +61,6 @@ def test_every_option_is_imported_exactly_or_refused(case, kind, base_folders, t
         assert (adapter / file).read_bytes() == (expert.directory / file).read_bytes()
 
 
-def test_adapters_opened_again_are_the_same_and_change_with_their_files(own_adapter, tmp_path):
-    shutil.copytree(own_adapter, tmp_path / "adapters" / "mine")
-    first, again = (Pool.open(tmp_path / "adapters").experts[0] for _ in range(2))
-    assert first is again
-    config = tmp_path / "adapters" / "mine" / ADAPTER_CONFIG
-    config.write_text(config.read_text() + "\n")
-    assert Pool.open(tmp_path / "adapters").experts[0] is not first
-    weights = tmp_path / "adapters" / "mine" / ADAPTER_WEIGHTS
-    weights.rename(weights.with_name("adapter_model.bin"))
-    with pytest.raises(PoolError, match="Pickled weights"):
-        Pool.open(tmp_path / "adapters")
-
-
 def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(
     own_adapter, llama, tmp_path
 ):
@@ -106,7 +93,7 @@ def test_the_base_of_an_import_is_the_one_that_the_adapter_or_the_user_names(
 def test_a_base_of_other_shapes_is_refused_by_layer(own_adapter, tmp_path):
     other = make_model("qwen2")
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ExpertError, match=r"k_proj.lora_B.weight': its config wants \(16, 4\)"):
+    with pytest.raises(ExpertError, match=r"k_proj.lora_B.weight is .*; wanted \(16, 4\)"):
         import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
 
 
@@ -126,7 +113,7 @@ def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders
         ({"target_modules": "(("}, "no name or regular expression"),
         ({"r": 0}, "can't be imported: "),
         ({"r": "4"}, "can't be imported: "),
-        ({"r": 8}, "its config wants (8, "),
+        ({"r": 8}, "wanted (8, "),
         ({"revision": "../../x"}, "no branch, tag or commit"),
     ],
 )
@@ -167,7 +154,7 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
     again = shutil.copytree(folders[0], tmp_path / "again" / "a")
     found = import_adapters([*folders, again], tmp_path / "pool")
     assert list(found.refused) == [str(again)]
-    assert "import it alone" in found.refused[str(again)]
+    assert "exists already" in found.refused[str(again)]
     read, imported = Pool.open(tmp_path / "adapters"), Pool.open(tmp_path / "pool")
     assert (read.names, read.base) == (imported.names, imported.base)
     assert [record["path"] for record in read.records()] == list(map(str, folders))
@@ -180,7 +167,7 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
     with pytest.warns(UserWarning, match=r"adapters/b is left out: .* 'use_qalora'"):
         assert Pool.open(tmp_path / "adapters").names == ("a",)
     set_config(folders[0], use_qalora=True)
-    with pytest.raises(PoolError, match=r"No adapter in .*adapters can be used\. .*'use_qalora'"):
+    with pytest.raises(PoolError, match=r"adapter in .*adapters can be used\. .*'use_qalora'"):
         Pool.open(tmp_path / "adapters")
 
 

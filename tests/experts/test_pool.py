@@ -42,7 +42,7 @@ def test_experts_that_are_loaded_are_a_pool(llama_pool):
 
 
 def test_unfinished_hidden_and_foreign_folders_are_no_experts(write, tmp_path):
-    with pytest.raises(PoolError, match="missing is no folder of experts"):
+    with pytest.raises(PoolError, match="missing can be used"):
         Pool.open(tmp_path / "missing")
     done = write("done")
     shutil.copytree(done, done.parent / ".done-x1y2")

@@ -112,7 +112,7 @@ def test_a_killed_run_never_looks_finished_and_can_be_resumed(
         train(llama, tmp_path / "cut")
 
     assert forked(train_and_die) == -signal.SIGKILL
-    with pytest.raises(PoolError, match="No expert was found"):
+    with pytest.raises(PoolError, match="No expert and no PEFT adapter in"):
         Pool.open(tmp_path)
     assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..config import IA3, Bottleneck, Dora, Lora, Peft
@@ -47,7 +47,7 @@ class Kind:
     parts: tuple[str | type[Any], ...]
     peft_type: str | None = None
 
-    @property
+    @cached_property
     def site_module(self) -> type[SiteModule]:
         return _class(self.module)
 
@@ -56,7 +56,7 @@ class Kind:
         modules: NewModules = _class(self.training)()
         return modules
 
-    @property
+    @cached_property
     def stacked(self) -> tuple[type[Part], ...]:
         return tuple(map(_class, self.parts))
 

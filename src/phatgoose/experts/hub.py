@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 
 from ..base import REVISION, is_hub_id
-from ..errors import ExpertError
+from ..errors import ExpertError, PhatgooseError
 from ..files import new_directory, one_line, regular_file, require_free, shortened
-from .expert import LAYOUT, Expert, expert_files
+from .expert import LAYOUT, Expert, expert_files, read_info
 
 PREFIX = "hub:"
 REFERENCE = re.compile(
@@ -59,11 +59,6 @@ class HubReference:
         return f"{PREFIX}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
 
 
-def local_folder(place: str | Path) -> Path:
-    """The folder at `place`: itself, or the local copy of a reference to the Hub."""
-    return fetch(HubReference.parse(str(place))) if HubReference.is_one(place) else Path(place)
-
-
 def reference_of(directory: Path) -> HubReference | None:
     """The pinned reference to a folder in huggingface_hub's cache, None for other folders."""
     cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
@@ -76,19 +71,18 @@ def reference_of(directory: Path) -> HubReference | None:
     return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
 
 
-def fetch(reference: HubReference, inner: Sequence[str] | None = None) -> Path:
+def fetch(reference: HubReference, *, inner: bool = True) -> Path:
     """The local copy of what `reference` names, also without a connection if it was fetched before.
 
-    `inner` are the files wanted of folders in it. Raises ExpertError when there is no repository.
+    With the experts in its folders, if `inner`. Raises ExpertError when there is no repository.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
-    patterns = [f"{inside}{file}" for file in expert_files()]
-    patterns += [f"{inside}*/{file}" for file in (expert_files() if inner is None else inner)]
-    with _reported(f"{reference} can't be fetched"):
+    folders = (inside, f"{inside}*/") if inner else (inside,)
+    with reported(f"{reference} can't be fetched"):
         snapshot = snapshot_download(
             reference.repo,
             revision=reference.revision,
-            allow_patterns=patterns,
+            allow_patterns=[f"{folder}{file}" for folder in folders for file in expert_files()],
             ignore_patterns=[f"{inside}*/*/*"],  # the Hub's * matches slashes too
         )
     return Path(snapshot) / reference.folder
@@ -102,18 +96,8 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     """
     target = Path(out)
     require_free(target, ExpertError)
-    reference = HubReference.parse(str(reference))
-    fetched = fetch(reference, inner=[LAYOUT.info])  # which names the experts if it holds several
-    if not (fetched / LAYOUT.info).is_file():
-        inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
-        raise ExpertError(
-            f"{reference} has no {LAYOUT.info}"
-            + (
-                f", but holds several experts ({', '.join(inner)}); name one as {reference}/NAME."
-                if inner
-                else ". Adapters are imported, by 'phatgoose import'."
-            )
-        )
+    fetched = fetch(HubReference.parse(str(reference)), inner=False)
+    read_info(fetched / LAYOUT.info)  # which says of a plain adapter what to do with it
     with new_directory(target, ExpertError) as work:
         for file in expert_files():
             if (fetched / file).is_file():
@@ -146,7 +130,7 @@ def push(
     there = [file for file in expert_files() if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)
-    with _reported(f"{directory} can't be pushed to {reference}"):
+    with reported(f"{directory} can't be pushed to {reference}"):
         api = HfApi()
         api.create_repo(reference.repo, private=private, exist_ok=True)
         commit: Any = api.upload_folder(
@@ -162,11 +146,13 @@ def push(
 
 
 @contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """What huggingface_hub raises becomes an ExpertError of one line."""
+def reported(what: str) -> Iterator[None]:
+    """What a library raises becomes an ExpertError of one line, which begins with `what`."""
     try:
         yield
-    except Exception as error:  # those of its HTTP client derive from Exception alone
+    except PhatgooseError:
+        raise
+    except Exception as error:  # the Hub's client and PEFT may raise anything
         why = error if error.__cause__ is None else f"{error} {error.__cause__}"
         text = " ".join(str(why).split()) or type(error).__name__
         raise ExpertError(f"{what}: {one_line(text)}") from error

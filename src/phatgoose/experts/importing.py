@@ -16,12 +16,11 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import (
@@ -55,18 +54,16 @@ from ..files import (
     LISTS_OF_NAMES,
     ByName,
     check_config,
-    first_line,
     matching,
     one_line,
     require_free,
-    sha256_of,
     shortened,
     value_at,
 )
 from ..sites import find_sites
-from .expert import LAYOUT, Expert, adapter_files, check_name, read_modules
+from .expert import LAYOUT, Expert, check_name, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
-from .hub import HubReference, fetch, reference_of
+from .hub import HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
 from .kind import (
     ACTING,
@@ -77,9 +74,11 @@ from .kind import (
     PEFT_PREFIX,
     SiteModule,
     check_fit,
+    check_parts,
 )
 from .lora import DoraFactors, LoraFactors
 
+Source = TypeVar("Source", bound="str | Path")
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
@@ -130,41 +129,37 @@ def read_adapter(
     """
     check_name(name)
     reference = _reference(source)
-    folder = fetch(reference, inner=()) if reference else Path(source)
+    folder = fetch(reference, inner=False) if reference else Path(source)
     reference = (reference_of(folder) or reference) if reference else None
     if (folder / LAYOUT.info).exists():
         raise ExpertError(
             f"{reference or folder} is an expert already ({LAYOUT.info}), whose gates an import "
             f"would drop; use it as it is, or fetch it with 'phatgoose pull'."
         )
-    files, is_lossy = adapter_files(folder), False
-    if files is PEFT_FILES:
-        config: dict[str, Any] = PEFT_FILES.read_any_config(folder)
-        is_lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
-        plain = {**config, "use_dora": False} if config.get("peft_type") == "LORA" else config
-        if not is_lossy:
-            PEFT_FILES.checked(plain, folder)
-    else:
-        config = files.read_config(folder)
-    place = str(base or config.get(files.base_key) or "")
+    config = PEFT_FILES.read_any_config(folder)
+    is_lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
+    if not is_lossy:
+        PEFT_FILES.checked({**config, "use_dora": False}, folder)
+    place = str(base or config.get(PEFT_FILES.base_key) or "")
     revision = None if base else config.get("revision") or None
     if not place or (base is None and reference and published(place) is None):
         raise ExpertError(
             f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
             f"the base with --base."
         )
-    with _reported(f"{reference or folder} can't be imported"):
-        BaseReference(place, revision)  # which refuses what is no revision
-    known = BaseReference(base_id) if base_id else published(place, revision)
-    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
     modules: Mapping[str, SiteModule]
-    if is_lossy:
-        modules, kept = _converted(folder, config, place, revision, float(allow_loss or 0))
-        record |= {"converted_from": str(config["peft_type"]), **kept}
-        is_untouched = False
-    else:
-        modules, is_untouched = _resolved(folder, config, place, revision)
-    if not is_untouched:
+    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
+    with warnings.catch_warnings(), reported(f"{reference or folder} can't be imported"):
+        # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are compared.
+        warnings.simplefilter("ignore")
+        named = BaseReference(place, revision)  # which refuses what is no revision
+        known = BaseReference(base_id) if base_id else published(place, revision)
+        if is_lossy:
+            modules, kept = _converted(folder, config, named, float(allow_loss or 0))
+            record |= {"converted_from": str(config["peft_type"]), **kept}
+        else:
+            modules = _resolved(folder, config, named)
+    if not _is_read_as(modules, folder):
         kind = type(next(iter(modules.values())))
         folder = Path(tempfile.mkdtemp(dir=_scratch().name))
         about = {key: config[key] for key in KEPT if config.get(key) is not None}
@@ -197,41 +192,30 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     `options` are those of `import_adapter` but `name`. One that is refused doesn't keep the others
     back.
     """
-    return _all_of(sources, lambda place, name: import_adapter(place, Path(out) / name, **options))
+
+    def imported(source: str | Path) -> Expert:
+        reference = _reference(source)
+        place = reference.folder or reference.repo if reference else Path(source).resolve()
+        return import_adapter(source, Path(out) / Path(place).name, **options)
+
+    return _all_of(sources, imported)
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-
-    def read(source: str | Path, name: str) -> Expert:
-        place, files = Path(source).resolve(), adapter_files(Path(source))
-        paths = [place / file for file in (files.config, files.weights)]
-        # A missing one is `read_adapter`'s to tell.
-        return _read_once(place, name, *(sha256_of(each) for each in paths if each.is_file()))
-
-    return _all_of(folders, read)
+    places = [folder.resolve() for folder in folders]
+    return _all_of(places, lambda place: replace(read_adapter(place, place.name), source=place))
 
 
-@cache
-def _read_once(source: Path, name: str, *_: str) -> Expert:
-    """An adapter in memory; opened again with the same files, the same, since files stay."""
-    return replace(read_adapter(source, name), source=source)
-
-
-def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
-    experts: dict[str, Expert] = {}
+def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:
+    experts: list[Expert] = []
     refused: dict[str, str] = {}
     for source in sources:
         try:
-            reference = _reference(source)
-            place = reference.folder or reference.repo if reference else Path(source).resolve()
-            name = Path(place).name
-            if name in experts:
-                raise ExpertError(f"Another adapter is named {name!r} too; import it alone.")
-            experts[name] = make(source, name)
+            experts.append(make(source))
         except PhatgooseError as error:
             refused[str(source)] = one_line(error)
-    return Imports(tuple(experts.values()), refused)
+    return Imports(tuple(experts), refused)
 
 
 @cache
@@ -249,46 +233,36 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def _resolved(
-    folder: Path, config: Mapping[str, Any], base: str, revision: str | None
-) -> tuple[Mapping[str, SiteModule], bool]:
-    """The modules by site of the adapter in `folder` on the base named `base`.
+    folder: Path, config: Mapping[str, Any], base: BaseReference
+) -> Mapping[str, SiteModule]:
+    """The modules by site of the adapter in `folder` on this base.
 
-    With them True when the adapter's files can stay as they are, since `read_modules` reads the
-    same modules from them without the base. The base's weights are read only for a DoRA. Raises
-    ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
+    The base's weights are read only for a DoRA. Raises ExpertError when a tensor is missing, left
+    over or of another shape than PEFT wants.
     """
-    if adapter_files(folder) is not PEFT_FILES:
-        ours = read_modules(folder)
-        sites = find_sites(load_skeleton(base, revision=revision, offline=False))
-        check_fit(folder.resolve().name, ours, sites)
-        return ours, True
     is_dora, tensors = bool(config.get("use_dora")), PEFT_FILES.read_weights(folder)
     options = {key: config[key] for key in ACTING if config.get(key) is not None}
-    with _reported(f"{folder} can't be imported"):
-        model, layers = _resolve(base, revision, config["peft_type"], json.dumps(options))
-        renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
-            model=model,
-            peft_config=model.peft_config[ADAPTER],
-            adapter_state_dict=dict(tensors),
-            adapter_name=ADAPTER,
-        )
-        norms = {f"{PEFT_PREFIX}{s}{MAGNITUDE}": (each.out_features,) for s, each in layers.items()}
-        _check_shapes(model, renamed, norms if is_dora else {})
-        modules: dict[str, Any] = {
-            site: _module(site, layer, renamed) for site, layer in layers.items()
-        }
+    model, layers = _resolve(base, config["peft_type"], json.dumps(options))
+    renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
+        model=model,
+        peft_config=model.peft_config[ADAPTER],
+        adapter_state_dict=dict(tensors),
+        adapter_name=ADAPTER,
+    )
+    shapes = _shapes(model)
     if is_dora:
-        loaded = load_base(base, revision=revision, dtype="float32", device="cpu").model
-        doras = {
-            site: DoraFactors.of(
-                module, renamed[f"{PEFT_PREFIX}{site}{MAGNITUDE}"], loaded.get_submodule(site)
-            )
-            for site, module in modules.items()
-        }
-        return doras, False
-    with suppress(ExpertError):  # its tensors may have older names, which only PEFT can read
-        return modules, _same(read_modules(folder, tensors), modules)
-    return modules, False
+        shapes |= {f"{PEFT_PREFIX}{s}{MAGNITUDE}": (at.out_features,) for s, at in layers.items()}
+    check_parts(str(folder), shapes, renamed)
+    modules = {site: _module(site, layer, renamed) for site, layer in layers.items()}
+    if not is_dora:
+        return modules
+    loaded = load_base(base.id, revision=base.revision, dtype="float32", device="cpu").model
+    return {
+        site: DoraFactors.of(
+            module, renamed[f"{PEFT_PREFIX}{site}{MAGNITUDE}"], loaded.get_submodule(site)
+        )
+        for site, module in modules.items()
+    }
 
 
 def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -299,44 +273,33 @@ def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
     return LoraFactors(A, B, float(layer.scaling[ADAPTER]), tensors.get(f"{place}.lora_B.bias"))
 
 
-def _check_shapes(
-    model: nn.Module, tensors: Mapping[str, Tensor], others: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise ValueError unless `tensors` are those of PEFT's `model`, and `others` of a shape."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()} | dict(others)
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted({*wanted, *got}):
-        if wanted.get(name) != got.get(name):
-            raise ValueError(
-                f"{shortened(name, 200)}: its config wants {wanted.get(name, 'no such tensor')}, "
-                f"got {got.get(name, 'none')}"
-            )
+def _shapes(adapted: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors, by their names in its file."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> bool:
-    return one.keys() == other.keys() and all(
+def _is_read_as(modules: Mapping[str, SiteModule], folder: Path) -> bool:
+    """Whether the files in `folder` can stay: `read_modules` reads these without the base."""
+    try:
+        read = read_modules(folder)
+    except ExpertError:  # its tensors may have older names, which only PEFT can read
+        return False
+    return read.keys() == modules.keys() and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for site in one
-        for a, b in zip(vars(one[site]).values(), vars(other[site]).values(), strict=True)
+        for site in read
+        for a, b in zip(vars(read[site]).values(), vars(modules[site]).values(), strict=True)
     )
 
 
 @lru_cache(maxsize=8)
-def _resolve(
-    base: str, revision: str | None, kind: str, options: str
-) -> tuple[PeftModel, Mapping[str, Any]]:
+def _resolve(base: BaseReference, kind: str, options: str) -> tuple[PeftModel, Mapping[str, Any]]:
     """A base under a plain config, without weights, and PEFT's layers by site, in its order."""
-    model = load_skeleton(base, revision=revision, offline=False)
+    model = load_skeleton(base.id, revision=base.revision, offline=False)
     sites = find_sites(model)
     plain = _spelled_out(json.loads(options), model)
     # On the meta device: PEFT says where and how, and no number is made.
     adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
-    if fused := getattr(adapted.peft_config[ADAPTER], "target_parameters", None):
-        raise ValueError(
-            f"it acts on layers of {base!r} that transformers 5 has fused into parameters "
-            f"({', '.join(sorted(fused))}), which are no linear layers"
-        )
     layers = {}
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, LoraLayer | IA3Layer):
@@ -344,7 +307,7 @@ def _resolve(
             if name not in sites or not isinstance(original, nn.Linear | Conv1D):
                 raise ValueError(
                     f"it acts on {name} ({type(original).__name__}), but sites are linear layers "
-                    f"inside the blocks of {base!r}; embeddings and output layers are none"
+                    f"inside the blocks of {base.id!r}; embeddings and output layers are none"
                 )
             layers[name] = layer
     return adapted, layers
@@ -380,57 +343,40 @@ def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     return plain
 
 
-@contextmanager
-def _reported(what: str) -> Iterator[None]:
-    """What PEFT raises inside becomes an ExpertError that begins with `what`."""
-    try:
-        with warnings.catch_warnings():
-            # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are
-            # compared.
-            warnings.simplefilter("ignore")
-            yield
-    except PhatgooseError:
-        raise
-    except Exception as error:  # odd values in a config make it raise anything
-        raise ExpertError(f"{what}: {first_line(error)}.") from error
-
-
 # Adapters of other types that update linear layers, approximated by a LoRA.
 
 
 def _converted(
-    folder: Path, config: Mapping[str, Any], base: str, revision: str | None, allow_loss: float
-) -> tuple[dict[str, Any], dict[str, float]]:
+    folder: Path, config: Mapping[str, Any], base: BaseReference, allow_loss: float
+) -> tuple[dict[str, SiteModule], dict[str, float]]:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
     With it what is recorded: the share that is kept of all updates together, and at the worst site.
     Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
-    base's weights are loaded. Raises ExpertError when a tensor is missing or left over or PEFT
-    can't convert the adapter.
+    base's weights are loaded. Raises ExpertError when a tensor is missing or left over, any
+    exception when PEFT can't convert the adapter.
     """
-    kind, tensors = config["peft_type"], PEFT_FILES.read_weights(folder)
+    tensors = PEFT_FILES.read_weights(folder)
     check_config(config, str(folder / ADAPTER_CONFIG))
-    with _reported(f"{folder} can't be converted from {kind} to LoRA"):
-        if config.get("modules_to_save") or config.get("bias", "none") != "none":
-            raise ValueError("it replaces modules or biases of the base")
-        _refuse_sizes(config, tensors)
-        model = load_base(base, dtype="float32", revision=revision).model
-        sites, of_kind = find_sites(model), PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-        known = {each.name for each in dataclasses.fields(of_kind) if each.init}
-        known -= {"peft_type", "auto_mapping"}
-        options = _spelled_out({key: config[key] for key in config if key in known}, model)
-        adapted = get_peft_model(model, of_kind(**options))
-        _check_shapes(adapted, tensors, {})
-        set_peft_model_state_dict(adapted, dict(tensors))
-        updates = _energies(adapted)
-        if strange := updates.keys() - sites.keys():
-            raise ValueError(f"it adapts {min(strange)}, no linear layer inside the blocks")
-        _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
-    factors, energies = {}, {}
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ValueError("it replaces modules or biases of the base")
+    _refuse_sizes(config, tensors)
+    model = load_base(base.id, dtype="float32", revision=base.revision).model
+    sites, of_kind = find_sites(model), PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    known = {each.name for each in dataclasses.fields(of_kind) if each.init}
+    known -= {"peft_type", "auto_mapping"}
+    options = _spelled_out({key: config[key] for key in config if key in known}, model)
+    adapted = get_peft_model(model, of_kind(**options))
+    check_parts(str(folder), _shapes(adapted), tensors)
+    set_peft_model_state_dict(adapted, dict(tensors))
+    updates = _energies(adapted)
+    _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
+    factors, energies = dict[str, SiteModule](), {}
     for site in updates:
         A, B = (converted[f"{PEFT_PREFIX}{site}.lora_{side}.weight"] for side in "AB")
         factors[site] = LoraFactors(A, B, 1.0)
         energies[site] = float((B.double() @ A.double()).square().sum())
+    check_fit("adapter", factors, sites)
     shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
     total, worst = sum(updates.values()), min([*shares, 1.0])
     kept = min(sum(energies.values()) / total, 1.0) if total else 1.0

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from annotated_types import Ge, Le
 from peft import IA3Config, LoraConfig, PeftConfig
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, create_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -214,15 +214,13 @@ PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 Number = Annotated[float, Ge(-1e9), Le(1e9)]
 
 
-class AdapterConfig(TypedDict, total=False):
+class AdapterConfig(BaseModel, extra="allow"):
     """What is read of an adapter_config.json, beside what PEFT itself reads."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    peft_type: str
-    lora_alpha: Number
-    rank_pattern: dict[str, Number] | None
-    alpha_pattern: dict[str, Number] | None
+    peft_type: str | None = None
+    lora_alpha: Number = 8
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, Number] | None = None
 
 
 class PeftFiles(AdapterFiles):
@@ -240,7 +238,8 @@ class PeftFiles(AdapterFiles):
     def read_any_config(self, directory: Path) -> dict[str, Any]:
         """The config of an adapter of any of PEFT's types, unchecked."""
         hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
-        return cast(dict[str, Any], read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint))
+        config = read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint)
+        return config.model_dump(exclude_unset=True)
 
     def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
         return {

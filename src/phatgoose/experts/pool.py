@@ -17,7 +17,7 @@ from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
 from .expert import FORM, LAYOUT, Expert, adapters_in
-from .hub import local_folder, reference_of
+from .hub import PREFIX, HubReference, fetch, reference_of
 from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
@@ -49,35 +49,29 @@ class Pool(Mapping[str, Expert]):
                 it; an adapter that can't be routed is a warning, and an error only where none can.
 
         Raises:
-            PoolError: There is no expert, two share a name, or bases differ.
+            PoolError: A place has no expert, two share a name, or bases differ.
             ExpertError: An expert is damaged or unsupported.
         """
         if isinstance(source, Pool):
             return source
         places = [source] if isinstance(source, Expert | str | Path) else source
         experts = [each for place in places for each in _experts_at(place)]
-        if not experts:
-            raise PoolError(
-                f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
-                f"expert directories, each with a {LAYOUT.info}, or PEFT adapters."
-            )
         read = prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), experts)
         pool = cls(tuple(read))
-        first = pool._anchor
-        places_by_name: dict[str, Path] = {}
+        first, others = pool._anchor, dict[str, Expert]()
         for expert in pool.experts:
-            if expert.name in places_by_name:
-                raise PoolError(
-                    f"Two experts are named {expert.name!r}: {places_by_name[expert.name]} and "
-                    f"{expert.place}; rename one, or leave it out."
-                )
-            places_by_name[expert.name] = expert.place
+            problem = None
             if not same_base(expert.info.base, first.info.base):
-                raise PoolError(
-                    f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
-                    f"{first.name!r} on {first.info.base.id!r}; a pool has one base. If both are "
-                    f"one, import both adapters again with --fingerprint."
+                problem = (
+                    f"was trained on base {expert.info.base.id!r}, but {first.name!r} on "
+                    f"{first.info.base.id!r}; a pool has one base. If both are one, import both "
+                    f"adapters again with --fingerprint"
                 )
+            if other := others.get(expert.name):
+                problem = f"in {expert.place} has the name of the one in {other.place}; rename it"
+            if problem:
+                raise PoolError(f"Expert {expert.name!r} {problem}.")
+            others[expert.name] = expert
         return pool
 
     @property
@@ -159,7 +153,8 @@ class Pool(Mapping[str, Expert]):
         """
         records = []
         for expert in self.experts:
-            info, place = expert.info, reference_of(expert.place) or expert.place.resolve()
+            info, place = expert.info, expert.place.resolve()
+            pinned = reference_of(place) if "snapshots" in place.parts else None
             told = {key: getattr(info, key) for key in RECORDED}
             form = {
                 name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters
@@ -167,7 +162,12 @@ class Pool(Mapping[str, Expert]):
             form |= {"inputs_cut": info.metrics.get("inputs_cut")} if form else {}
             record = {key: v for key, v in told.items() if v is not None or key.endswith("sha256")}
             records.append(
-                {"name": expert.name, "path": str(place), "formatting": form or None, **record}
+                {
+                    "name": expert.name,
+                    "path": str(pinned or place),
+                    "formatting": form or None,
+                    **record,
+                }
             )
         return records
 
@@ -176,29 +176,26 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    folder = local_folder(place)
-    if not folder.is_dir():
-        hint = "" if folder.exists() else closest_beside(folder)
-        raise PoolError(f"{folder} is no folder of experts or of PEFT adapters.{hint}")
-    inside = adapters_in(folder)
-    if linked := [e for e in inside if not e.resolve().is_relative_to(folder.resolve())]:
-        raise PoolError(
-            f"{linked[0]} is a symbolic link that leads out of {folder}; name the folder that it "
-            f"leads to beside {folder} instead."
-        )
-    experts = [each for each in inside if (each / LAYOUT.info).is_file()]
+    is_hub = str(place).startswith(PREFIX)
+    folder = fetch(HubReference.parse(str(place))) if is_hub else Path(place)
+    inside, root = adapters_in(folder), folder.resolve()
+    leading_out = [each for each in inside if not each.resolve().is_relative_to(root)]
+    experts: list[Expert | Path] = [each for each in inside if (each / LAYOUT.info).is_file()]
     others = [each for each in inside if each not in experts]
-    if experts:
-        refused = {str(each): "it is an adapter among experts; import it" for each in others}
-    else:
-        read = read_adapters(others)
-        refused = dict(read.refused)
-        if others and not read.experts:
-            first = next(iter(refused.values()))
-            raise PoolError(f"No adapter in {folder} can be used. {first}")
+    refused = dict.fromkeys(map(str, others), "it is an adapter among experts; import it")
+    if not experts:
+        read = read_adapters(each for each in others if each not in leading_out)
+        experts, refused = [*read.experts], dict(read.refused)
+    linked = f"it is a symbolic link that leads out of {folder}; name what it leads to"
+    refused |= dict.fromkeys(map(str, leading_out), linked)
+    experts = [each for each in experts if each not in leading_out]
+    if not experts:
+        why = "".join(f" {reason}" for reason in [*refused.values()][:1])
+        why = why or ("" if folder.exists() else closest_beside(folder))
+        raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():
         warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)
-    return experts or read.experts
+    return experts
 
 
 def check_alike(experts: Iterable[Expert], sizes: Mapping[str, Mapping[str, int]]) -> None:
@@ -206,15 +203,11 @@ def check_alike(experts: Iterable[Expert], sizes: Mapping[str, Mapping[str, int]
     known = {(site, letter): n for site, by in sizes.items() for letter, n in by.items()}
     for expert in experts:
         for site, module in expert.modules.items():
-            lengths = [len(each[site]) for each in (expert.gates, expert.means) if site in each]
-            for letter, sized in (
-                ("n", [*lengths, module.in_features]),
-                ("d", [module.out_features]),
-            ):
-                for size in sized:
-                    if size and known.setdefault((site, letter), size) != size:
-                        raise ExpertError(
-                            f"Expert {expert.name!r}, site {site}: it and the experts that are "
-                            f"there are of layers of {known[site, letter]} and {size} features; "
-                            f"they can't be of one base."
-                        )
+            vectors = [each[site] for each in (expert.gates, expert.means) if site in each]
+            for letter, size in (*module.sizes.items(), *(("n", len(v)) for v in vectors)):
+                if letter in "nd" and known.setdefault((site, letter), size) != size:
+                    raise ExpertError(
+                        f"Expert {expert.name!r}, site {site}: it and the experts that are there "
+                        f"are of layers of {known[site, letter]} and {size} features; they can't "
+                        f"be of one base."
+                    )

@@ -292,8 +292,8 @@ def _expression(pattern: str) -> Any:
 
 # Tensors, as views of a mapped file: what is used is what was checked.
 
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-TYPES = {**FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor

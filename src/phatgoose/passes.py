@@ -233,9 +233,6 @@ def token_positions(given: Mapping[str, Any]) -> Tensor | None:
     position_ids = given.get("position_ids")
     if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
         return position_ids.expand(rows, -1)
-    if mask is not None and mask.dim() == 4 and mask.shape[2] == columns:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        return (seen.sum(dim=-1) - 1).clamp(min=0).expand(rows, -1)
     ids = next(given[name] for name in _OWN.tokens if given.get(name) is not None)
     return torch.arange(past, past + columns, device=ids.device).expand(rows, -1)
 

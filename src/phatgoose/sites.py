@@ -151,12 +151,11 @@ def headless(model: PreTrainedModel) -> nn.Module:
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that prompts pass: a causal model's, or an encoder's. RoutingError without any."""
+    """The blocks that prompts pass: a causal model's, or an encoder's."""
     lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
     # A stack may have other lists too, of norms or of a mixture's experts.
-    if largest := max(lists, key=lambda each: len(list(each.modules())), default=None):
-        return list(largest)
-    raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
+    largest = max(lists, key=lambda each: len(list(each.modules())))
+    return list(largest)
 
 
 # How many tokens a base model can distinguish by position.

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from .errors import BaseModelError, EngineError
-from .files import one_line
+from .files import one_line, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,14 +103,12 @@ class UntrustedText:
             run = [sys.executable, "-Iu", "-c", START, *sys.path]
             kept = {name: os.environ[name] for name in KEPT & os.environ.keys()}
             paths = {p: [*sys.modules[p].__path__] for p in ("transformers", "transformers.utils")}
-            try:
+            with reading("The tokenizer's new process", EngineError):
                 child = Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
                 self._children.append(child)
                 if not _reply(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
                     _end(self._children)
                     raise OSError("it ended at once")
-            except OSError as error:  # no memory or processes left
-                raise EngineError(f"The tokenizer's process didn't start: {error}.") from error
         return self._children[0]
 
 

@@ -203,7 +203,7 @@ def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, mon
         else:
             patch.setattr(untrusted_text, "START", "raise SystemExit")
         error = error_of(client, 503, **GREEDY)
-    assert error["message"].startswith("The tokenizer's process didn't start: ")
+    assert error["message"].startswith("The tokenizer's new process can't be read: ")
     assert error["type"] == "server_error"
     assert client.post(PATH, json=GREEDY).status_code == 200
 

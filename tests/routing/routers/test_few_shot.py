@@ -64,7 +64,7 @@ def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path):
     ("content", "settings", "bare", "error", "message"),
     [
         (None, "", False, ConfigError, "needs few-shot:examples=FILE of"),
-        ('{"input": "apples"}', "", True, PoolError, "lack: run 'phatgoose stats'"),
+        ('{"input": "apples"}', "", True, PoolError, "have no readings: run 'phatgoose stats'"),
         ('{"input": "apples"}', ",by=retrieval", False, PoolError, "have no embeddings"),
         ('{"input": "x", "split": "test"}', "", False, ConfigError, "with rows to train on"),
         ("apples", "", False, TaskError, r"few.jsonl, line 1 is not valid"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...config import NOT_NEGATIVE, RATIO
-from ...errors import PoolError, RoutingError
+from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, READ, prompt_states
 from ...files import is_finite
@@ -81,15 +81,6 @@ class Discriminant(ReadsBase):
         RATIO,
     ] = 0.0
     temperature: Temperature = 0.1
-
-    def check(self, pool: Pool) -> None:
-        super().check(pool)
-        shapes = {tuple(each.readings[f"{READ}.factor"].shape) for each in pool.experts}
-        if len(shapes) > 1:
-            raise PoolError(
-                f"The experts' readings have different shapes {sorted(shapes)}: they can't be of "
-                f"one base; measure them again (phatgoose stats)."
-            )
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         parts = [f"{READ}.{part}" for part in PARTS]

@@ -11,14 +11,14 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Formatting
-from ...errors import ConfigError, PoolError
+from ...errors import ConfigError
 from ...experts.expert import recorded_formatting
 from ...experts.pool import Pool
 from ...tasks.encoding import Encoder
@@ -74,14 +74,9 @@ class FewShot(Router):
 
     def scoring(self, pool: Pool) -> ByPrompt:
         """The router that scores prompts. Raises PoolError if the pool allows none."""
-        usual = (Discriminant.name, Centroid.name)
-        fit: Any = (name for name in usual if not any(map(pool.lacking, BY[name].needs)))
-        if (name := self.by or next(fit, None)) is None:
-            raise PoolError(
-                "Router few-shot chooses by statistics of prompts, which these experts lack: run "
-                "'phatgoose stats' on each expert."
-            )
-        by = BY[name](embedder=self.embedder)
+        embedded = any(map(pool.lacking, Discriminant.needs)) and not pool.lacking("embeddings")
+        usual = Centroid.name if embedded else Discriminant.name
+        by = BY[self.by or usual](embedder=self.embedder)
         by.check(pool)
         return by
 

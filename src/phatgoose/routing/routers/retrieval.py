@@ -56,17 +56,8 @@ class Searched(NamedTuple):
     experts: int
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """The unit vectors of texts; RoutingError for too long ones."""
-        longest = max(map(len, texts), default=0)
-        if longest > MOST_CHARACTERS:
-            raise RoutingError(
-                f"The base's tokenizer makes {longest} characters of a prompt's tokens, more than "
-                f"the {MOST_CHARACTERS} that are embedded; use a router without an embedder."
-            )
-        vectors = embed_texts(texts, self.embedder)
-        if vectors.shape[1] != self.rows.shape[1]:
-            raise RoutingError(f"The experts' embeddings aren't {self.embedder}'s: sizes differ.")
-        return vectors
+        """The unit vectors of texts, of which MOST_CHARACTERS count."""
+        return embed_texts([text[:MOST_CHARACTERS] for text in texts], self.embedder)
 
 
 @dataclass(frozen=True)

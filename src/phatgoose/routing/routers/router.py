@@ -327,20 +327,14 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
 
     `records` are of all experts, those of `pool` among them.
     """
-    if not {"means", "readings"} & set(router.used(pool)):
-        return
-    named: dict[str, list[str]] = {}
-    for record in records:
-        if measured := record.get("measured_in"):
-            # bfloat16, float16 and float32 differ by rounding only.
-            kind = one_line(str(measured).partition(", ")[2], 80) or "not quantised"
-            named.setdefault(kind, []).append(shortened(record["name"]))
-    if len(named) > 1:
-        kinds = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in named.items())
+    # bfloat16, float16 and float32 differ by rounding only.
+    measured = [str(record["measured_in"]) for record in records if record.get("measured_in")]
+    kinds = {one_line(each.partition(", ")[2], 80) or "not quantised" for each in measured}
+    if len(kinds) > 1 and {"means", "readings"} & set(router.used(pool)):
         raise PoolError(
             f"Router {router.name} compares the experts' statistics, but they were measured on a "
-            f"base in different precisions ({kinds}). Measure those of one kind again, on a base "
-            f"of the other: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
+            f"base in different precisions ({', '.join(sorted(kinds))}). Measure them again on one "
+            f"base: phatgoose stats EXPERT --task ITS-DATA --no-embeddings."
         )
 
 

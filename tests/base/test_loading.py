@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
-from phatgoose.apps.generation import generate
 from phatgoose.base import (
     fingerprint,
     fingerprint_of_files,
@@ -74,13 +73,6 @@ def test_a_folder_that_is_no_base_is_refused_by_name(base_folders, tmp_path, fil
     message = complaint_about(folder)
     assert str(folder) in message
     assert complaint in message
-
-
-def test_a_base_whose_outputs_are_tuples_generates(base_folders, tmp_path):
-    folder = shutil.copytree(base_folders["llama"], tmp_path / "tuples")
-    rewrite(folder / "config.json", return_dict=False)
-    base = load_base(folder, dtype="float32")
-    assert generate(base.model, base.tokenizer, "Hello")
 
 
 @pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])

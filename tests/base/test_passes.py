@@ -2,11 +2,9 @@
 
 import threading
 from contextlib import contextmanager
-from inspect import signature
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from architectures import make_other
 from phatgoose.errors import RoutingError
@@ -48,30 +46,6 @@ def test_masks_are_those_of_the_present_call(base):
         assert second is None
         if site.stream == stream:
             assert torch.equal(first, mask.bool())
-
-
-def test_with_a_cache_the_mask_is_cut_to_the_present_tokens(llama):
-    ids, mask = padded()
-    with seeing(llama.model, LAYER) as seen:
-        llama.model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3)
-    reals = [real for _, real in seen[LAYER]]
-    assert torch.equal(reals[0], mask.bool())
-    assert reals[1:] == [None, None]  # all that is passed then is real
-
-
-def test_a_mask_as_long_as_a_static_cache_begins_at_the_tokens_it_is_about(llama):
-    ids, mask = padded()
-    cache = StaticCache(config=llama.model.config, max_cache_len=12)
-    long = torch.zeros(2, 12, dtype=torch.long)
-    long[:, :7], long[:, 7:9] = mask, torch.tensor([[1, 1], [0, 1]])
-    taken = signature(llama.model.forward).parameters
-    name = "cache" if "cache" in taken else "past_key_values"  # as transformers has it
-    with seeing(llama.model, LAYER) as seen, torch.no_grad():
-        for part in (ids, make_ids(rows=2, tokens=2)):
-            llama.model(part, attention_mask=long, **{name: cache})
-    (_, first), (_, second) = seen[LAYER]
-    assert torch.equal(first, mask.bool())
-    assert second.tolist() == [[True, True], [False, True]]
 
 
 def test_a_mask_of_four_dimensions_tells_who_sees_itself(llama):

@@ -25,19 +25,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 
 if __name__ == "__main__":
     import atheris
 
     with atheris.instrument_imports(include=["phatgoose"]):
-        import phatgoose.apps.server.requests
         import phatgoose.routing.saved  # noqa: F401
 
-from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
-from phatgoose.apps.server.requests import check_body, invalid
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -186,41 +181,8 @@ def patterns(data: bytes) -> None:
     return None
 
 
-def completion(data: bytes) -> None:
-    """A body of /v1/completions."""
-    read_request(CompletionRequest, data)
-
-
-def chat(data: bytes) -> None:
-    """A body of /v1/chat/completions."""
-    read_request(ChatRequest, data)
-
-
-def read_request(kind: Any, data: bytes) -> None:
-    try:
-        check_body(data)
-        request = kind.model_validate(json.loads(data))
-    except ValidationError as error:
-        faults = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        return answer(invalid(RequestValidationError(faults)))
-    except ApiError as error:
-        return answer(error)
-    except (ValueError, RecursionError):  # which FastAPI answers
-        return None
-    _ = request.override, [m.text for m in getattr(request, "messages", ())]
-    again = kind.model_validate_json(request.model_dump_json(exclude_unset=True))
-    return require(again == request, "written and read again it differs")
-
-
-def answer(error: ApiError) -> None:
-    require(error.status_code == 400, f"status {error.status_code}")
-    require(len(json.dumps(error.body).encode()) < MOST_CHARACTERS, "a long message")
-    json.dumps(error.body, ensure_ascii=False).encode()  # no half of a surrogate pair
-
-
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (strict_json, tensor_file, expert, saved, patterns, completion, chat)
+    target.__name__: target for target in (strict_json, tensor_file, expert, saved, patterns)
 }
 
 

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from fake_hub import contents
 from odd_files import one_line_of
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import given_tasks, load_task
-from phatgoose.tasks.task import Chat, Example, Task
+from phatgoose.tasks.loading import PARQUET_REVISION, given_tasks, load_task, read_rows
+from phatgoose.tasks.task import Chat, Example, Sources, Task
+from suite_data import save_copy
+
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},
@@ -44,22 +49,17 @@ def test_jsonl_rows_become_examples(tmp_path):
     assert load_task(path).train == (example,)
 
 
-@pytest.mark.parametrize("choices", ['"yes ||| no"', '"[""yes"", ""no""]"'])
-def test_csv_rows_become_examples(tmp_path, choices):
-    lines = (f"Is it good?,yes,{choices}", f"Is it bad?,no,{choices}")
-    path = write_lines(tmp_path / "reviews.csv", "input,target,choices", *lines)
-    assert load_task(path).train == EXAMPLES
-
-
 @pytest.mark.parametrize(
     ("lines", "wanted"),
     [
+        (["input,target,choices", 'a,yes,"yes ||| no"'], ("a", "yes", ("yes", "no"))),
+        (["input,target,choices", 'a,yes,"[""yes"", ""no""]"'], ("a", "yes", ("yes", "no"))),
         (["input,target", f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
         (["\ufeffinput,target,,", '"a, ""b""', 'c",d,,'], ('a, "b"\nc', "d")),  # a spreadsheet's
     ],
-    ids=["long", "quoted"],
+    ids=["choices", "list", "long", "quoted"],
 )
-def test_csv_files_may_be_odd(tmp_path, lines, wanted):
+def test_csv_rows_become_examples(tmp_path, lines, wanted):
     assert load_task(write_lines(tmp_path / "a.csv", *lines)).train == (Example(*wanted),)
 
 
@@ -152,7 +152,7 @@ def test_a_bad_field_is_refused_with_its_row(change, complaint):
 
 
 def test_rows_may_be_of_the_library_datasets_and_in_a_json_file_by_split(tmp_path):
-    wanted, dataset = load_task(iter(ROWS)), pytest.importorskip("datasets").Dataset.from_list(ROWS)
+    wanted, dataset = load_task(iter(ROWS)), datasets.Dataset.from_list(ROWS)
     assert load_task(dataset) == wanted
     split = load_task({"train": dataset, "test": dataset})
     assert (split.train, split.test) == (wanted.train, wanted.train)
@@ -207,3 +207,97 @@ def test_a_chat_is_a_text_that_keeps_its_turns():
     one, other = Example(chat, "x"), Example(Chat([("user", str(chat))]), "x")
     assert other == one
     assert Task("t", (other,)).digest != Task("t", (one,)).digest
+
+
+TRAIN = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
+TEST = [{"text": "fine", "label": 1}]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Rows as the parquet or JSON Lines file that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        write_rows(path, rows)
+
+
+def read(data: Path | None, dataset: str, config: str | None, split: str) -> list[dict]:
+    return list(read_rows(Sources(data), dataset, config, split))
+
+
+def complaint(data: Path | None, dataset: str, config: str | None, split: str) -> str:
+    return one_line_of(lambda: read_rows(Sources(data), dataset, config, split), TaskError)
+
+
+@pytest.mark.parametrize(
+    ("files", "dataset", "config", "split"),
+    [  # files with TRAIN and with TEST, and what asks for TRAIN
+        (["d/mrpc/train.jsonl", "d/qqp/train.jsonl"], "d", "mrpc", "train"),
+        (["d/d/val/0000.parquet", "d/d/train/0000.parquet"], "d", "d", "val"),  # an export
+        (["d/d/challenge/0000.parquet", "d/d/train/0000.parquet"], "d", None, "challenge"),
+        (["d/2016/test.jsonl", "d/2016/validation.jsonl"], "d", "2016", "test"),
+    ],
+)
+def test_a_split_is_found_by_the_names_of_files_and_folders(
+    tmp_path, files, dataset, config, split
+):
+    for file, rows in zip(files, (TRAIN, TEST), strict=True):
+        write(tmp_path / file, rows)
+    assert read(tmp_path, dataset, config, split) == TRAIN
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "config", "split", "words"),
+    [
+        (None, b"", "c", "train", "--local-dir "),
+        ("train.jsonl", b'{"a": 1}', None, "test", "Should be one of ['train']"),
+        ("d.py", b"raise SystemExit", None, "train", PARQUET_REVISION),  # what to copy
+        ("train.jsonl", b"this is nothing {", None, "train", "me/d: JSON parse error"),
+    ],
+)
+def test_what_is_missing_or_broken_is_told(tmp_path, file, content, config, split, words):
+    if file:
+        (tmp_path / "me/d" / file).parent.mkdir(parents=True)
+        (tmp_path / "me/d" / file).write_bytes(content)
+    assert words in complaint(tmp_path, "me/d", config, split)
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """The hub on this machine, for datasets too."""
+    pages = f"{hub.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}"
+    values = {"HF_ENDPOINT": hub.url, "HUB_DATASETS_URL": pages, "HF_HUB_OFFLINE": False}
+    for name, value in values.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    return hub
+
+
+def test_without_copies_rows_come_from_the_hub(online, tmp_path):
+    write(tmp_path / "plain/train.jsonl", TRAIN)
+    online.add("me/plain", contents(tmp_path / "plain") | {"README.md": b"# Rows"})
+    assert read(None, "me/plain", None, "train") == TRAIN
+    task = load_task("hub:me/plain@main", template="{{ text }}? ||| {{ label }}")
+    assert (task.name, task.source) == ("me--plain", "hub:me/plain@main")
+    assert [example.input for example in task.train] == ["good?", "bad?"]
+    save_copy(tmp_path, "saved", "A/B", train=TEST)
+    online.add("me/many", contents(tmp_path / "saved") | {"C/state.json": b"{}"})
+    assert read(None, "me/many", "A/B", "train") == TEST  # a folder inside a repository
+    assert not any("/C/" in request for request in online.requests)
+
+
+def test_a_dataset_that_needs_a_script_comes_from_the_hubs_export(online, tmp_path):
+    write(tmp_path / "quail/one/val/0000.parquet", TRAIN)
+    write(tmp_path / "quail/one/train/0000.parquet", TEST)
+    online.add("me/quail", {"README.md": b"# Rows", "quail.py": b"raise SystemExit"})
+    online.add("me/quail", contents(tmp_path / "quail"), PARQUET_REVISION)
+    for config in ("one", None):
+        assert read(None, "me/quail", config, "val") == TRAIN
+        assert read(None, "me/quail", config, "train") == TEST
+
+
+def test_what_is_not_on_the_hub_is_told(online):
+    message = complaint(None, "me/nothing", None, "x")
+    assert "can't be loaded from the Hub: Dataset 'me/nothing' doesn't exist" in message
+    with pytest.raises(TaskError, match="hub:me/nothing does not exist"):
+        load_task("hub:me/nothing")

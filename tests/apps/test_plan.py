@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from command_line import open_row, refused, review, snapshot, write_rows
 from phatgoose.apps.plan import plan_of
 from phatgoose.base import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
@@ -17,15 +18,23 @@ from phatgoose.training.train_expert import placed_sites
 from phatgoose.training.trainer import Hyperparameters
 from training_runs import SHAPES, each_shape
 
-T5_XL = "google/t5-xl-lm-adapt"
 TRAINING = Training(steps=5, batch_size=4, micro_batch_size=2, eval_every=2)
 GATES = GateTraining(gate_steps=3, statistics_examples=6)
 SETTINGS = Hyperparameters(Lora(rank=2), TRAINING, GATES)
 
-pytestmark = pytest.mark.usefixtures("_offline")
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, base_folders, monkeypatch):
+    """The current folder: a tiny base, and files to plan a training on; no network."""
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(20)])
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(30)])
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda _, place: pytest.fail(f"asks {place}"))
+    return tmp_path
 
 
-def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
+def test_a_plan_counts_what_training_will_do(kind, base_folders):
     folder = str(base_folders[kind])
     plan = plan_of(folder, SETTINGS, open_tasks(["counting.jsonl"]))
     base, data = load_base(folder, dtype="float32"), load_task("counting.jsonl")
@@ -35,17 +44,14 @@ def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     trained, forward, length = 4 * (5 + 3), 3 * 2 + 2 * 6, sum(lengths) / len(lengths)
     assert (task.examples, task.is_bound, task.steps, task.gate_steps) == (18, False, 5, 3)
     assert task.tokens == round((trained + forward) * length)
-    short = replace(
-        SETTINGS,
-        gate_training=GateTraining(joint=True),
-        formatting=Formatting(4, max_target_tokens=1),
-    )
+    joint, cut = GateTraining(joint=True), Formatting(4, max_target_tokens=1)
+    short = replace(SETTINGS, gate_training=joint, formatting=cut)
     (task,) = plan_of(folder, short, open_tasks(["counting.jsonl"])).tasks
     assert (task.gate_steps, task.tokens) == (0, (4 * 5 + 3 * 2 + 2 * 18) * 5)
 
 
 @each_shape
-def test_a_plan_counts_the_parameters_of_each_kind(planned_here, base_folders, shape):
+def test_a_plan_counts_the_parameters_of_each_kind(base_folders, shape):
     place, settings = str(base_folders["llama"]), Hyperparameters(SHAPES[shape])
     plan = plan_of(place, settings, open_tasks(["reviews.jsonl"]))
     sites = placed_sites(load_base(place, dtype="float32").model, SHAPES[shape])
@@ -58,9 +64,39 @@ def test_a_plan_counts_the_parameters_of_each_kind(planned_here, base_folders, s
     assert (plan.sites, plan.expert_parameters) == (len(sites), counts[shape])
 
 
-def test_without_the_bases_tokenizer_the_plan_is_an_upper_bound(planned_here):
-    folder = planned_here / "bare"
+def test_without_the_bases_tokenizer_the_plan_is_an_upper_bound(here):
+    folder = here / "bare"
     folder.mkdir()
-    shutil.copy(planned_here / "tiny-base" / "config.json", folder)  # weights aren't needed either
+    shutil.copy(here / "tiny-base" / "config.json", folder)  # weights aren't needed either
     (task,) = plan_of(str(folder), SETTINGS, open_tasks(["counting.jsonl"])).tasks
     assert (task.is_bound, task.examples) == (True, 18)
+
+
+def test_the_command_prints_a_plan_and_writes_nothing_else(here, phat):
+    before = snapshot(here)
+    flags = ["--steps", 10, "--batch-size", 4, "--dtype", "float32"]
+    tasks = ["counting.jsonl", "reviews.jsonl", "t0hi/trec", "hub:a/b"]
+    outcome = phat("train", *tasks, "--base", "tiny-base", *flags, "--plan")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert snapshot(here) == before
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in outcome.out.splitlines()
+        if line.startswith("│")
+    }
+    assert list(rows) == ["counting", "reviews", "trec", "a--b", "total"]
+    assert rows["counting"][:3] == ["counting.jsonl", "18", "10 + 100"]
+    assert rows["trec"][:2] == ["CogComp/trec, prompts of P3", "5,452"]
+    assert rows["a--b"][:2] == ["hub:a/b", ""]
+    assert rows["a--b"][3].startswith("≤")
+    assert rows["total"][0] == "4 tasks"
+    assert "≤: data or tokenizer aren't here" in outcome.out
+
+
+def test_finished_experts_are_left_out_when_resumed(here, phat):
+    (here / "experts" / "counting").mkdir(parents=True)
+    arguments = ["train", "counting.jsonl", "reviews.jsonl", "--base", "tiny-base", "--plan"]
+    refused(phat(*arguments), "experts/counting exists already")
+    outcome = phat(*arguments, "--resume")
+    assert "1 experts to train" in outcome.out
+    assert "1 experts are finished" in outcome.out

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-import socket
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -15,7 +14,7 @@ import typer
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from command_line import open_row, review, run, write_rows
+from command_line import run
 from copies import Original
 from fake_hub import serving_hub, use_hub
 from growth_cases import uneven_pool
@@ -229,27 +228,6 @@ def hub_copies(tmp_path_factory):
     places = write_hub(tmp_path_factory.mktemp("hub"))
     datasets.enable_progress_bars()
     return places
-
-
-@pytest.fixture
-def planned_here(tmp_path, base_folders, monkeypatch):
-    """The current folder: a tiny base, and files to plan a training on."""
-    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(20)])
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(30)])
-    write_rows(tmp_path / "single.jsonl", [open_row(0)])
-    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def _offline(monkeypatch):
-    """Any connection is a failure."""
-
-    def connect(self, address):
-        pytest.fail(f"a plan connects to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """Fixtures of the command line's tests; a module may have another `here`."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 
 from command_line import FLAGS, open_row, review, write_rows
 from phatgoose.apps.cli import main
-from phatgoose.experts.pool import Pool
-from routed_models import SCORES
 from tiny import make_model, make_tokenizer
 
 
@@ -38,14 +35,3 @@ def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = shutil.copytree(workshop, tmp_path / "here")
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture
-def analysed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_pool: Pool) -> Path:
-    """The pool's folder; the current one has two task files, and scores of the experts."""
-    for name in ("first", "second"):
-        rows = [review(i, input=f"{name} {i} is") for i in range(4)]
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    (tmp_path / "scores.json").write_text(json.dumps({"experts": SCORES}))
-    monkeypatch.chdir(tmp_path)
-    return llama_pool.experts[0].directory.parent

@@ -1,18 +1,13 @@
 """`phatgoose train`, `gate`, `stats` and `check`: several tasks, every kind of expert."""
 
 import json
-import shutil
-from pathlib import Path
 
-import pytest
 import torch
 
 from command_line import (
     BASE,
     GATE_FLAGS,
     TRAIN,
-    open_row,
-    review,
     write_rows,
 )
 from phatgoose.base import load_base
@@ -21,17 +16,7 @@ from phatgoose.training import train_expert as statistics_module
 from toy_embedders import embed
 
 
-@pytest.fixture
-def untrained(base_folders, tmp_path, monkeypatch) -> Path:
-    """The current folder: two tasks and a tiny base."""
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
-    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
-    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, phat):
+def test_chats_are_read_through_the_base_s_template_by_every_command(here, phat):
     base = load_base("tiny-base")
     base.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -39,63 +24,62 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(untrained, 
     base.tokenizer.save_pretrained("tiny-base")
     rows = [
         [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": "good"}]
-        for i in range(12)
+        for i in range(8)
     ]
-    write_rows(untrained / "chats.jsonl", [{"messages": row} for row in rows])
+    write_rows(here / "chats.jsonl", [{"messages": row} for row in rows])
     outcome = phat("train", "chats.jsonl", *TRAIN)
     assert (outcome.code, outcome.err) == (0, "")
-    expert = Expert.load(untrained / "new" / "chats")
+    expert = Expert.load(here / "new" / "chats")
     assert expert.info.hyperparameters["chat"] is True
     assert phat("train", "chats.jsonl", *TRAIN, "--resume").err == ""
     measured = ["--task", "chats.jsonl", "--statistics-examples", 4, *BASE]
     assert phat("stats", "new/chats", *measured).code == 0
-    again = Expert.load(untrained / "new" / "chats")
+    again = Expert.load(here / "new" / "chats")
     assert all(torch.equal(again.means[site], mean) for site, mean in expert.means.items())
     gated = ["--out", "gated", *BASE, *GATE_FLAGS]
     assert phat("gate", "new/chats", "--task", "chats.jsonl", *gated).code == 0
     assert phat("compose", "new", "--out", "routed", *BASE).code == 0
-    for command in (["evaluate", "routed", "--task"], ["compare", "new", "--suite"]):
-        scored = phat(*command, "chats.jsonl", "--dtype", "float32", "--max-new-tokens", 2)
-        assert (scored.code, "trained with" in scored.err) == (0, False), scored.err
+    scored = phat("compare", "new", "--suite", "chats.jsonl", *BASE[2:], "--max-new-tokens", 2)
+    assert (scored.code, "trained with" in scored.err) == (0, False), scored.err
     assert "read with chat False" in phat("evaluate", "routed", "--task", "counting.jsonl").err
 
 
-def test_multitask_trains_one_expert_on_all_tasks_and_names_them(untrained, phat):
+def test_multitask_trains_one_expert_on_all_tasks_and_names_them(here, phat):
     arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
     outcome = phat(*arguments)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
-    assert {path.name for path in (untrained / "new").iterdir()} == {"all"}
-    record = Expert.load(untrained / "new" / "all").info.task
-    assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
+    assert {path.name for path in (here / "new").iterdir()} == {"all"}
+    record = Expert.load(here / "new" / "all").info.task
+    assert record["source"] == "mixture of reviews.jsonl (7), counting.jsonl (7)"
 
 
-def test_the_end_of_a_training_is_reported_as_json(untrained, phat):
+def test_the_end_of_a_training_is_reported_as_json(here, phat):
     flags = [*TRAIN, "--peft", "dora", "--max-input-tokens", 3, "--json"]
     outcome = phat("train", "reviews.jsonl", *flags, "-")
     record = json.loads(outcome.out)
     (expert,) = record["experts"]
     assert (record["base"], expert["name"]) == ("tiny-base", "reviews")
     assert (expert["folder"], expert["trained_now"]) == ("new/reviews", True)
-    made = Expert.load(untrained / "new" / "reviews")
+    made = Expert.load(here / "new" / "reviews")
     kept = made.info.metrics
     assert (made.kind, expert["metrics"]) == ("dora", kept)
     names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
     assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
-    assert "warning: reviews: 11 of 11 inputs cut to 3 tokens, by" in outcome.err
+    assert "warning: reviews: 7 of 7 inputs cut to 3 tokens, by" in outcome.err
     assert "[1/1] reviews: validation loss" in outcome.err
-    assert "; inputs cut: 11 ->" in outcome.err
+    assert "; inputs cut: 7 ->" in outcome.err
     again = phat("train", "reviews.jsonl", *flags, "again.json", "--resume")
     assert "report -> again.json" in again.out
-    assert json.loads((untrained / "again.json").read_text())["experts"] == [
+    assert json.loads((here / "again.json").read_text())["experts"] == [
         {**expert, "trained_now": False}
     ]
 
 
-def test_stats_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
+def test_stats_adds_statistics_to_an_expert(here, phat, monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
     assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
-    trained = untrained / "new" / "reviews"
+    trained = here / "new" / "reviews"
     before = Expert.load(trained)
     assert not before.means
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]

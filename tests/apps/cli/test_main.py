@@ -26,9 +26,8 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     alone = phat("compose", "experts", "--out", "whole", "--router", "arrow:form=peft", *BASE)
     assert alone.out == "2 experts at 14 sites, router arrow:form=peft, k = 2 -> whole\n"
 
-    for command, count in ((["remove", "routed", "counting"], 1), (["add", "routed"], 2)):
-        more = ["experts/counting"] if command[0] == "add" else []
-        changed = phat(*command, *more)
+    for command, who, count in (("remove", "counting", 1), ("add", "experts/counting", 2)):
+        changed = phat(command, "routed", who)
         assert (changed.code, changed.out) == (0, f"{count} experts at 14 sites -> routed\n")
 
     shutil.rmtree(here / "experts")  # a routed model needs them no longer
@@ -45,15 +44,6 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert f"{row['score']:.3f}" in scored.out
     for outcome in (checked, pooled, answered, scored):
         assert outcome.err == ""
-
-
-def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", interrupt)
-    told = "interrupted; train and gate go on with --resume, compare by itself\n"
-    assert phat("pool", "anywhere") == Outcome(130, "", told)
 
 
 def process(*arguments: str) -> Outcome:

@@ -37,7 +37,6 @@ def test_what_is_there_is_relative_to_the_recipe_and_other_names_stay(recipe, tm
     ("text", "complaint"),
     [
         ("bass = 'x'", "bass is 'x'; known are tasks"),
-        ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
         ("lora = 3", r"lora is 3; known are .*lora \(dict\)"),
         ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from command_line import BASE, TRAIN, Outcome, refused
+from command_line import BASE, TRAIN, refused
 from command_line import snapshot as snapshot_of
 from phatgoose.apps.cli import main
 from phatgoose.experts.expert import LAYOUT, Expert
@@ -123,12 +123,3 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(case, damaged, phat, m
     after = snapshot_of(damaged)
     shutil.rmtree(damaged / "new", ignore_errors=True)  # the next case starts afresh
     assert after.keys() == before.keys()
-
-
-def test_what_the_system_refuses_is_told_in_one_line(phat, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "x\ny")
-
-    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", refuse)
-    line = "error: 'x\\ny' can't be used: Permission denied.\n"
-    assert phat("pool", "anywhere") == Outcome(2, "", line)

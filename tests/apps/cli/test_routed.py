@@ -1,12 +1,12 @@
 """`phatgoose compose`, `generate`, `evaluate`, `analyse` and `audit`."""
 
 import json
-import re
 
 import pytest
 
 from attackers import attacked, honest
-from command_line import BASE, write_rows
+from command_line import BASE, review, write_rows
+from routed_models import SCORES
 
 
 def test_generate_shows_the_experts_behind_the_tokens(here, phat):
@@ -30,16 +30,21 @@ def test_generate_shows_the_experts_behind_the_tokens(here, phat):
 
 
 def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_own(
-    analysed, phat, tmp_path
+    llama_pool, phat, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        write_rows(tmp_path / f"{name}.jsonl", [review(i, input=f"{name} {i}") for i in range(4)])
+    (tmp_path / "scores.json").write_text(json.dumps({"experts": SCORES}))
+    analysed = llama_pool.experts[0].directory.parent
     tasks = ["--task", "first.jsonl", "--task", "second.jsonl", "--dtype", "float32", "--limit", 3]
-    more = ["--against", "arrow,merged", "--scores", "scores.json"]
+    more = ["--against", "arrow", "--scores", "scores.json"]
     done = phat("analyse", analysed, *tasks, "--router", "phatgoose", *more, "--out", "seen")
     assert done.code == 0, done.err
     assert "report -> seen/report.html" in done.out
     assert all(text in done.out for text in ("PHATGOOSE", "Arrow", "first", "second", "e1"))
     numbers = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert list(numbers["routers"]) == ["phatgoose", "arrow", "merged"]
+    assert list(numbers["routers"]) == ["phatgoose", "arrow"]
     assert numbers["oracle"] == {"first": "e1", "second": "e2"}
     assert numbers["routers"]["arrow"]["scores"]["first"]["n"] == 3
     assert (tmp_path / "seen" / "figures" / "layers-phatgoose.png").is_file()
@@ -48,12 +53,6 @@ def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_o
     assert done.code == 0, done.err
     assert "Arrow" in done.out
     assert (tmp_path / "analysis" / "report.html").is_file()
-
-
-def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
-    outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
-    assert outcome.code == 0
-    assert re.fullmatch(r"warning: k is 9, but the pool has 2 experts[^\n]*\n", outcome.err)
 
 
 def test_templates_serve_rows_of_any_fields(here, phat):
@@ -92,16 +91,21 @@ def test_audit_and_compose_name_who_looks_unlike_the_others(crowd, phat):
     assert "phatgoose audit" in line
 
 
+IGNORED = "Router merged doesn't use --k."
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "warning"),
     [
-        ["export", "experts", "--out", "merged", "--router", "merged", "--k", 1, *BASE],
-        ["analyse", "experts", "--task", "unseen.jsonl", "--router", "merged", "--k", 2, *BASE],
-        ["serve", "goose=experts?router=merged&k=4", "--dtype", "float33"],
+        ("compose experts --k 9", "k is 9, but the pool has 2 experts"),
+        ("export experts --router merged --k 1", IGNORED),
+        ("analyse experts --task unseen.jsonl --router merged --k 2", IGNORED),
+        ("serve goose=experts?router=merged&k=4 --dtype float33", IGNORED),
     ],
 )
-def test_settings_that_a_router_ignores_are_told(here, phat, command):
-    if command[0] == "serve":
+def test_settings_that_a_router_ignores_are_told(here, phat, command, warning):
+    name, *words = command.split()
+    if name == "serve":
         pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
-    outcome = phat(*command)
-    assert outcome.err.splitlines()[0] == "warning: Router merged doesn't use --k."
+    outcome = phat(name, *words, *([] if name == "serve" else ["--out", "new", *BASE]))
+    assert outcome.err.splitlines()[0].startswith(f"warning: {warning}")

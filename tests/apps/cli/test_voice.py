@@ -12,26 +12,23 @@ from phatgoose.errors import EngineError, ExpertError, TaskError, TrainingError
 
 
 @pytest.mark.parametrize(
-    ("flags", "level"),
+    ("words", "level", "bars"),
     [
-        (["--quiet"], logging.WARNING),
-        (["--verbose"], logging.DEBUG),
+        (["--quiet", "routers"], logging.WARNING, False),
+        (["routers", "--quiet"], logging.WARNING, False),
+        (["routers", "--verbose"], logging.DEBUG, True),
     ],
 )
-@pytest.mark.parametrize("before", [True, False])
-def test_every_command_says_as_much_as_it_is_told_to(phat, monkeypatch, flags, level, before):
-    seen = []
+def test_every_command_says_as_much_as_it_is_told_to(phat, monkeypatch, words, level, bars):
     monkeypatch.setattr(tqdm, "__init__", tqdm.__init__)  # which --quiet replaces
 
     def look():
         with tqdm(total=1, disable=False) as bar:
-            seen.append((logging.getLogger("phatgoose").level, bool(bar.disable)))
+            assert (logging.getLogger("phatgoose").level, not bar.disable) == (level, bars)
         return {}
 
     monkeypatch.setattr("phatgoose.apps.cli.evaluation.listing", look)
-    words = [*flags, "routers"] if before else ["routers", *flags]
     assert phat(*words).code == 0
-    assert seen.pop() == (level, "--quiet" in flags)
 
 
 def test_results_are_json_on_request(here, phat):
@@ -48,22 +45,28 @@ def test_results_are_json_on_request(here, phat):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "said"),
     [
-        (TaskError("no task"), 2),
-        (ExpertError("no expert"), 2),
-        (TrainingError("diverged"), 1),
-        (EngineError("lost"), 1),
-        (OSError(errno.ENOSPC, "No space left on device"), 1),
-        (FileNotFoundError(errno.ENOENT, "No such file"), 2),
+        (TaskError("no task"), 2, "error: no task"),
+        (TrainingError("diverged"), 1, "error: diverged"),
+        (EngineError("lost"), 1, "error: lost"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "error: [Errno 28] No space left"),
+        (PermissionError(13, "Denied", "x\ny"), 2, "error: 'x\\ny' can't be used: Denied."),
+        (KeyboardInterrupt(), 130, "interrupted; train and gate go on with --resume, compare by i"),
     ],
 )
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_wrong_use_ends_with_2_and_failure_with_1(phat, monkeypatch, error, code, wrapped):
+def test_wrong_use_ends_with_2_and_failure_with_1_in_one_line(phat, monkeypatch, error, code, said):
     def fail(*_):
-        if not wrapped:
-            raise error
+        raise error
+
+    def fail_because(*_):
         raise ExpertError("It can't be done.") from error
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail)
-    assert phat("pool", "experts").code == code
+    outcome = phat("pool", "experts")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith(said)
+    assert outcome.err.count("\n") == 1
+    if isinstance(error, Exception):
+        monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail_because)
+        assert phat("pool", "experts").code == code

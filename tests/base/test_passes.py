@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from architectures import make_other
+from architectures import make_tiny
 from phatgoose.errors import RoutingError
 from phatgoose.passes import real_tokens, watching
 from phatgoose.sites import find_sites, prompt_stack
@@ -90,7 +90,7 @@ def test_inputs_of_sites_and_outputs_of_blocks_are_seen_in_this_thread_only(base
 
 @pytest.mark.parametrize("architecture", ["led", "prophetnet"])
 def test_a_model_that_pads_inside_is_refused_by_name(architecture):
-    model, ids = make_other(architecture), make_ids(rows=2)
+    model, ids = make_tiny(architecture), make_ids(rows=2)
     told = r"(LED|ProphetNet)\w+ pads or transposes .* 2 x 7 tokens has 2 x (8|21) activations"
     with pytest.raises(RoutingError, match=told), seeing(model):
         logits_of(model, ids, attention_mask=torch.ones_like(ids))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
-from architectures import make_other, random_expert
+from architectures import make_tiny, random_expert
 from phatgoose.apps.generation import generate
 from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import ConfigError
@@ -74,7 +74,7 @@ ENCODERS = {
 def test_keys_and_values_of_cross_attention_see_the_encoders_tokens(architecture, loaded_bases):
     assert {site.stream for site in find_sites(loaded_bases["llama"].model).values()} == {"decoder"}
     t5 = loaded_bases["t5"].model
-    sites = find_sites(t5 if architecture == "t5" else make_other(architecture))
+    sites = find_sites(t5 if architecture == "t5" else make_tiny(architecture))
     for name, site in sites.items():
         wanted = "encoder" if re.search(ENCODERS[architecture], name) else "decoder"
         assert site.stream == wanted, name

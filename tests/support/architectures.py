@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+import tiny
 from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.lora import LoraFactors
@@ -19,42 +20,17 @@ from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import read_prompts
 
-VOCABULARY = 300
 READ = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])  # prompts
-IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-LLAMA = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}
+IDS = tiny.IDS | {"bos_token_id": 1}
+LLAMA = tiny.LLAMA | {"intermediate_size": 48, "max_position_embeddings": 128}
 GROUPED = {**LLAMA, "num_key_value_heads": 2}  # queries share keys and values
 GEMMA = {**GROUPED, "head_dim": 8}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-BART = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 128,
-    "dropout": 0.0,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-}
+LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+BART = {f"{stack}_{name}": n for stack in ("encoder", "decoder") for name, n in LAYERS.items()}
+BART |= {"d_model": 32, "max_position_embeddings": 128, "dropout": 0.0}
+BART |= {"decoder_start_token_id": 2, "forced_eos_token_id": None}
 OPT = {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
-T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-}
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {  # by transformers' model_type
     "llama": LLAMA,
     "mistral": {**GROUPED, "sliding_window": 4},
@@ -74,9 +50,29 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {  # by transformers' model_typ
     "stablelm": GROUPED,
     "olmo2": GROUPED,
     "starcoder2": {**GROUPED, "residual_dropout": 0.0},
-    "t5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "t5": tiny.T5 | {"dropout_rate": 0.0},
     "bart": BART,
     "pegasus": {**BART, "decoder_start_token_id": 0},
+}
+
+
+PROPHETNET = {"hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
+PROPHETNET |= {"num_encoder_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 2}
+PROPHETNET |= {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+POSITIONS = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128}
+SWITCH = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
+SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+SWITCH |= {"num_heads": 4, "num_experts": 2, "decoder_start_token_id": 0}
+OTHERS = {  # encoder-decoder models that are built unlike T5 and BART
+    "prophetnet": PROPHETNET,  # its decoder has several rows of activations for each of tokens
+    "led": {**BART, **POSITIONS, "attention_window": [8, 8]},  # pads inside, to whole windows
+    "nllb-moe": {**BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "switch_transformers": {
+        **SWITCH,
+        "num_heads": 4,
+        "num_experts": 2,
+        "decoder_start_token_id": 0,
+    },
 }
 
 
@@ -105,12 +101,9 @@ def tiny_of(architecture: str) -> Tiny:
 
 
 def make_tiny(architecture: str, **options: object) -> PreTrainedModel:
-    """A random model without dropout, with weights large enough for routing to matter.
-
-    `options` take the places of ARCHITECTURES' settings.
-    """
+    """A random model without dropout, with weights large enough for routing to matter."""
     torch.manual_seed(0)
-    settings = {**IDS, **ARCHITECTURES[architecture], **options}
+    settings = {**IDS, **{**ARCHITECTURES, **OTHERS}[architecture], **options}
     config = AutoConfig.for_model(architecture, **settings)
     made = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model: PreTrainedModel = made.from_config(config)
@@ -148,48 +141,10 @@ def random_expert(base: PreTrainedModel, seed: int) -> Expert:
 def reading_pool(base: PreTrainedModel, experts: Iterable[Expert]) -> Pool:
     """The experts with prompt statistics of `base`, as if each had one of READ for its prompts."""
     states = read_prompts(base, READ, prompt_states(base))  # [prompts, blocks, d]
-    generator, found = torch.Generator().manual_seed(0), []
-    for expert, own in zip(experts, states, strict=False):
-        near = own + 0.1 * states.std(dim=0) * torch.randn(8, *own.shape, generator=generator)
-        found.append(replace(expert, readings=readings_of(near)))
-    return Pool(tuple(found))
-
-
-# Tiny encoder-decoder models that are built unlike T5 and BART.
-
-PROPHETNET = {  # its decoder has several rows of activations for each of tokens
-    "hidden_size": 32,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "num_encoder_attention_heads": 4,
-    "num_decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 128,
-    "dropout": 0.0,
-    "decoder_start_token_id": 2,
-}
-LED = {  # pads inside, to whole windows
-    **BART,
-    "attention_window": [8, 8],
-    "max_encoder_position_embeddings": 128,
-    "max_decoder_position_embeddings": 128,
-}
-NLLB_MOE = {**BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
-SWITCH = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
-SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-SWITCH |= {"num_heads": 4, "num_experts": 2}
-OTHER_ENCODERS = {  # by transformers' model_type
-    "bart": BART,
-    "led": LED,
-    "nllb-moe": NLLB_MOE,
-    "prophetnet": PROPHETNET,
-    "switch_transformers": {**SWITCH, "decoder_start_token_id": 0},
-}
-
-
-def make_other(architecture: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**IDS, **OTHER_ENCODERS[architecture]})
-    model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)
-    return model.eval()
+    near = states[:, None] + 0.1 * states.std(dim=0) * tiny.random(4, 8, *states.shape[1:])
+    return Pool(
+        tuple(
+            replace(expert, readings=readings_of(each))
+            for expert, each in zip(experts, near, strict=False)
+        )
+    )

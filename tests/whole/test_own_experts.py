@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from architectures import make_other, random_expert, reading_pool
+from architectures import make_tiny, random_expert, reading_pool
 from phatgoose.analysis.traces import trace
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
@@ -20,8 +20,7 @@ from tiny import make_tokenizer
 
 @pytest.fixture(params=["switch_transformers", "nllb-moe"])
 def base(request):
-    model = make_other(request.param)
-    model.generation_config.eos_token_id = None
+    model = make_tiny(request.param)
     return Base(model, make_tokenizer(final_eos=True), "tiny", None, fingerprint(model))
 
 

@@ -107,7 +107,7 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         register(known)
         pool = pool_with_shifts(llama_mixed, llama, tmp_path)
         save(composed("phatgoose", pool, llama), tmp_path / "routed")
-    with pytest.raises(RoutingError, match=r"shift\w* is .* wanted no such one"):
+    with pytest.raises(ExpertError, match=r"shift\w* is .* wanted no such tensor"):
         load(tmp_path / "routed", llama)
     with pytest.raises(ExpertError):
         Expert.load(pool["shift8"].directory)

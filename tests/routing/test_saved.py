@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,12 @@ from phatgoose.routing.saved import (
     read_saved,
     remove_from_saved,
     shareable,
-    write_card,
 )
 from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
 
 READ = {"routed.json", "routed.safetensors"}
-FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -150,9 +148,8 @@ def test_save_pretrained_writes_what_save_does(base, pool, tmp_path):
     (tmp_path / "new" / "README.md").write_text("mine")
     model.save_pretrained(tmp_path / "new")
     model.save_pretrained(str(tmp_path / "new"), max_shard_size="1GB", state_dict={})
-    mine = {"README.md": b"mine"}
-    assert contents(tmp_path / "new") == contents(tmp_path / "saved") | mine
-    assert contents(tmp_path / "new").keys() == FILES
+    assert contents(tmp_path / "saved").keys() == FILES
+    assert contents(tmp_path / "new") == contents(tmp_path / "saved") | {"README.md": b"mine"}
     detach(model)
     assert torch.equal(logits_of(load(tmp_path / "new", base), ids), wanted)
 
@@ -161,9 +158,6 @@ def test_where_no_model_can_be_written_nothing_is(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RoutingError, match=r"file can't be written: .*exists"):
         model.save_pretrained(tmp_path / "file")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RoutingError, match="holds another model"):
-        model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
 
@@ -181,22 +175,9 @@ def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
         lambda _, folder, *__, **___: pushed.update(contents(Path(folder))),
     )
     model.push_to_hub("me/x")
-    assert pushed == FILES
+    assert pushed == FILES | {"README.md"}
     with pytest.raises(RoutingError, match=r"model\.push_to_hub"):
         model.save_pretrained("x", push_to_hub=True)
-
-
-def test_the_card_of_a_stranger_s_model_holds_no_markdown(model, tmp_path):
-    save(model, tmp_path / "routed")
-    card = (tmp_path / "routed" / "README.md").read_text()
-    for text in (model.phatgoose.base.id, "routed.json", "`phatgoose`", "phatgoose.load"):
-        assert text in card
-    hostile = "`\n\n# Title\n<img src=x> `"
-    routing = {"router": f"single:expert={hostile}"}
-    write_card(tmp_path, {"base": {"id": hostile}, "routing": routing})
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("Title") == 2
-    assert "Title" not in re.sub(r"`[^`\n]*`", "", card)  # all of it is quoted, as code
 
 
 @pytest.mark.parametrize("moment", ["before composing", "afterwards"])

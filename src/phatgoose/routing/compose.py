@@ -36,7 +36,7 @@ from ..experts.expert import tail_of, trained_in_chats
 from ..experts.hub import HubReference
 from ..experts.kind import check_fit
 from ..experts.pool import Pool
-from ..files import new_directory, prefetch, read_json, write_text, writing
+from ..files import new_directory, prefetch, write_text, writing
 from ..sites import ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
@@ -393,7 +393,6 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
         RoutingError: `model` is not routed, its base's weights have changed, or `directory` exists
             or can't be written.
     """
-    _check_unchanged(model)
     with new_directory(Path(directory), RoutingError, overwrite=overwrite) as work:
         _write_model(model, work)
 
@@ -411,32 +410,24 @@ def save_pretrained(
     As transformers' own it writes into a folder that may be there already, replaces what it wrote
     there before, and leaves the rest alone. `phatgoose.load` reads the folder. `state_dict` and
     `how` (shards, say) are about the base's weights, of which none are written. Raises as `save`
-    does, and RoutingError for a folder that holds another model's config.json.
+    does.
     """
     if push_to_hub:
         raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
-    _check_unchanged(model)
     target = Path(save_directory)
-    config = target / CONFIG
-    if config.exists() and read_json(config, dict, RoutingError).get("model_type") != MODEL_TYPE:
-        raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
     if is_main_process:
         with writing(target, RoutingError):
-            target.mkdir(parents=True, exist_ok=True)
             _write_model(model, target)
-
-
-def _check_unchanged(model: PreTrainedModel) -> None:
-    base = composition_of(model).base
-    if surely_differs(model, base):
-        raise RoutingError(
-            f"The weights of the base {base.id!r} have changed since it was loaded: trained or "
-            f"resized? A routed model is saved without them; detach it and save the base."
-        )
 
 
 def _write_model(model: PreTrainedModel, folder: Path) -> None:
     parts = composition_of(model)
+    if surely_differs(model, parts.base):
+        raise RoutingError(
+            f"The weights of the base {parts.base.id!r} have changed since it was loaded: trained "
+            f"or resized? A routed model is saved without them; detach it and save the base."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     recorded = parts.router.recorded
     info = {
         "format_version": FORMAT_VERSION,

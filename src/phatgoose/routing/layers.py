@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +31,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoutingError
-from ..experts import Kind, kinds
-from ..experts.kind import Part, SiteModule, Stacked, widened
+from ..experts import kinds
+from ..experts.kind import Part, widened
 from ..experts.lora import LoraStack
 from ..experts.pool import Pool
 from ..sites import Site
@@ -45,25 +44,9 @@ from .routers.router import RoutingDecision, SiteRouter
 Member = tuple[type[Part], Mapping[str, Tensor | None]]  # an expert's part, its tensors by field
 
 
-class Declared(NamedTuple):
-    """What the kinds declare: every part, and every part's tensors, by name."""
-
-    parts: Mapping[str, type[Any]]
-    tensors: Mapping[str, Stacked]
-
-
-def declared() -> Declared:
-    """The parts and tensors of all kinds."""
-    return _declared(tuple(kinds().values()))
-
-
-@lru_cache(maxsize=8)
-def _declared(kinds: tuple[Kind, ...]) -> Declared:
-    parts = {part.name: part for kind in kinds for part in kind.stacked}
-    tensors = {
-        part.names()[field]: form for part in parts.values() for field, form in part.forms().items()
-    }
-    return Declared(parts, tensors)
+def parts_of_kinds() -> dict[str, type[Any]]:
+    """The parts of stacks that all kinds declare, by name."""
+    return {part.name: part for kind in kinds().values() for part in kind.stacked}
 
 
 def renumbered(left: Tensor, count: int) -> Tensor:
@@ -91,7 +74,7 @@ class SiteStack:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], experts: Tensor) -> SiteStack:
         parts = {}
-        for name, part in declared().parts.items():
+        for name, part in parts_of_kinds().items():
             names = part.names().items()
             fields: dict[str, Any] = {f: tensors[key] for f, key in names if key in tensors}
             if fields:
@@ -100,9 +83,9 @@ class SiteStack:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SiteStack:
         """The same on `device`; in `dtype`, but for indices and what is kept in float32."""
-        forms = declared().tensors
+        models = self._in_models_type()
         moved = {
-            name: tensor.to(device, dtype if forms[name].dtype == "model" else None)
+            name: tensor.to(device, dtype if name in models else None)
             for name, tensor in self.tensors().items()
         }
         return SiteStack.of(moved, self.experts.to(device))
@@ -110,9 +93,16 @@ class SiteStack:
     @property
     def dtype(self) -> torch.dtype:
         """The model's type, which most of the tensors have; float32 with scalings only."""
-        forms = declared().tensors
-        in_it = (t for name, t in self.tensors().items() if forms[name].dtype == "model")
-        return next(in_it, torch.empty(0)).dtype
+        tensors = self.tensors()
+        return next((tensors[n] for n in self._in_models_type()), torch.empty(0)).dtype
+
+    def _in_models_type(self) -> list[str]:
+        return [
+            part.names()[field]
+            for part in self.parts.values()
+            for field, form in part.forms().items()
+            if form.dtype == "model" and getattr(part, field) is not None
+        ]
 
     def rows(self) -> dict[str, Tensor]:
         every = torch.arange(len(self.experts), device=self.experts.device)
@@ -159,28 +149,20 @@ def stacked(members: Sequence[Member], experts: Tensor, dtype: torch.dtype) -> S
         by_part.setdefault(part.name, {})[row] = tensors
     parts = {
         name: part.of(by_part[name], dtype, experts.device, len(members))
-        for name, part in declared().parts.items()
+        for name, part in parts_of_kinds().items()
         if name in by_part
     }
     return SiteStack(experts, parts)
 
 
-def stack_modules(
-    experts: Sequence[int], modules: Sequence[SiteModule], dtype: torch.dtype, device: torch.device
-) -> SiteStack:
-    """The stack of one site's `modules`, of these `experts`."""
-    members, by_kind = list[Member](), {kind.name: kind.stacked for kind in kinds().values()}
-    for module in modules:
-        part = next(part for part in by_kind[module.kind] if part.stacks(module))
-        members.append((part, part.row(module)))
-    return stacked(members, torch.tensor(experts, device=device), dtype)
-
-
 def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
     """The stack of the pool's experts that have a module at `site`."""
     present = [z for z, expert in enumerate(pool.experts) if site in expert.modules]
-    modules = [pool.experts[z].modules[site] for z in present]
-    return stack_modules(present, modules, dtype, device)
+    members, by_kind = list[Member](), {kind.name: kind.stacked for kind in kinds().values()}
+    for module in (pool.experts[z].modules[site] for z in present):
+        part = next(part for part in by_kind[module.kind] if part.stacks(module))
+        members.append((part, part.row(module)))
+    return stacked(members, torch.tensor(present, device=device), dtype)
 
 
 SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import BaseReference, check_base, is_hub_id
+from ..base import BaseReference, Text, check_base
 from ..config import Routing, closest
-from ..errors import ConfigError, ExpertError, PoolError, RoutingError
-from ..experts.expert import ActsOn, check_name, code
+from ..errors import PoolError, RoutingError
+from ..experts.expert import ActsOn, Name
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
@@ -43,9 +43,9 @@ from .layers import (
     SitePart,
     SiteStack,
     check_numbers,
-    declared,
     joined_parts,
     kept_part,
+    parts_of_kinds,
     renumbered,
     stack_of,
 )
@@ -54,7 +54,6 @@ from .routers.registry import router_of
 from .routers.router import Router, check_measured, warn_of_lowered_k
 
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
-CARD = "README.md"
 FORMAT_VERSION = 1
 FOLDED = "Merged experts are folded into the base's weights for good; compose the pool again."
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
@@ -65,7 +64,7 @@ LONGEST = 1.01  # of unit vectors that are rounded
 def write_saved(
     folder: Path, info: Mapping[str, Any], sites: Mapping[str, SitePart], tables: Tables
 ) -> None:
-    """Write a saved model's own files to `folder`: the description `info`, tensors, a card."""
+    """Write a saved model's own files to `folder`: the description `info` and tensors."""
     tensors = tables.saved()
     for site, (stack, state) in sites.items():
         at_site = {"experts": stack.experts, **stack.tensors(), **state}
@@ -75,7 +74,6 @@ def write_saved(
         save_file(tensors, unfinished)
         (folder / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
     info = {**info, "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS)}
-    write_card(folder, info)
     write_text(folder / ROUTED_INFO, json.dumps(info, indent=2) + "\n", RoutingError)
 
 
@@ -87,33 +85,6 @@ def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-MODEL_CARD = """\
----
-{front}library_name: phatgoose
-tags:
-- phatgoose
----
-
-# Routed model
-
-Router `{router}` chooses among the experts in {info} for the base `{base}`. The base's weights are
-not in this folder: `phatgoose.load("path/to/this/folder")` loads them by its name and checks them.
-"""
-
-
-def write_card(folder: Path, info: Mapping[str, Any]) -> None:
-    """Write the card of the model that `info` describes; a README that is there stays."""
-    base = info["base"]["id"]
-    content = MODEL_CARD.format(
-        front=f"base_model: {json.dumps(base)}\n" if is_hub_id(base) and "/" in base else "",
-        router=code(info["routing"]["router"]),
-        info=ROUTED_INFO,
-        base=code(base),
-    )
-    if not (folder / CARD).exists():
-        write_text(folder / CARD, content, RoutingError)
-
-
 # Reading: the description, then every tensor against it and the others.
 
 
@@ -121,7 +92,7 @@ def write_card(folder: Path, info: Mapping[str, Any]) -> None:
 class ExpertRecord:
     """What is read of an expert's record, besides what later versions may add."""
 
-    name: str
+    name: Name
     path: str | None = None
     adapter_sha256: str | None = None
     vectors_sha256: str | None = None
@@ -129,16 +100,13 @@ class ExpertRecord:
     measured_in: str | None = None
     acts_on: ActsOn | None = None
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-
 
 @dataclass(frozen=True)
 class Lookup:
     """What is read of a prompt router's own description."""
 
-    embedder: str | None = None
-    embedding_form: str | None = None
+    embedder: Text | None = None
+    embedding_form: Text | None = None
     experts_by_task: dict[str, int] = field(default_factory=dict)
 
 
@@ -154,28 +122,19 @@ class Description:
     lookup: Lookup = field(default_factory=Lookup)
 
     def __post_init__(self) -> None:
-        names, lookup = [each.name for each in self.experts], self.lookup
-        texts = (self.base.id, self.base.fingerprint, lookup.embedder, lookup.embedding_form)
-        for told, holds in {
-            "experts must be some, each name once": 0 < len(names) == len(set(names)),
-            "base and lookup must be printable": all((each or "").isprintable() for each in texts),
-            "experts_by_task must number experts": set(lookup.experts_by_task.values())
-            <= {*range(len(names))},
-        }.items():
-            if not holds:
-                raise ValueError(told)
+        count = len({each.name for each in self.experts})
+        numbers = {0, *self.lookup.experts_by_task.values()}
+        if count < len(self.experts) or not numbers <= {*range(count)}:
+            raise ValueError(
+                "experts must be some, each name once, and experts_by_task number them"
+            )
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], Description]:
     """The description in the file `path`, as it is and as what it says; else RoutingError."""
     info = read_json(path, dict, RoutingError, f" Pools are routed: compose({str(path.parent)!r}).")
-    try:
-        with reading(path, RoutingError):
-            about = parse_json(json.dumps(info), Description)
-            router_of(about.routing)
-    except (ConfigError, ExpertError) as error:
-        raise RoutingError(f"{path} is not valid: {error}") from error
-    return info, about
+    with reading(path, RoutingError):
+        return info, parse_json(json.dumps(info), Description)
 
 
 @dataclass(frozen=True)
@@ -201,9 +160,8 @@ class SavedModel:
 
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
-        names = ("experts", "folded", *declared().tensors, *self.router.sizes)
-        full = {name: f"{name}.{site}" for name in names}
-        tensors = {name: self.tensors[key] for name, key in full.items() if key in self.tensors}
+        keys = (key.partition(".") for key in self.tensors)
+        tensors = {name: self.tensors[f"{name}.{site}"] for name, _, at in keys if at == site}
         state = {name: tensors[name] for name in ("folded", *self.router.sizes) if name in tensors}
         return SitePart(SiteStack.of(tensors, tensors["experts"]), state)
 
@@ -263,7 +221,7 @@ def _check_site(
     is_folded, types = "folded" in tensors, {"experts": INDICES}
     forms: dict[str, Sequence[str]] = {"experts": "E"}
     forms |= {"folded": "dn"} if is_folded else router.sizes
-    for part in declared().parts.values():
+    for part in parts_of_kinds().values():
         names = part.names()
         if any(name in tensors for name in names.values()):
             for each, form in part.forms().items():

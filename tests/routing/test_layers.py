@@ -21,7 +21,7 @@ from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
-from phatgoose.routing.layers import RoutedLinear, stack_modules
+from phatgoose.routing.layers import RoutedLinear, stack_of
 from phatgoose.routing.routers.fixed import Merged
 from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.sites import Site
@@ -107,13 +107,13 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
 
     modules = [any_module() for _ in range(whole(6))]
     base, u = nn.Linear(n, d), normal(tokens, n)
-    stack = stack_modules(range(len(modules)), modules, torch.float32, CPU)
+    experts = [SimpleNamespace(modules={"site": module}) for module in modules]
+    stack = stack_of(SimpleNamespace(experts=experts), "site", torch.float32, CPU)
     rows = [row for rows in stack.rows().values() for row in rows.tolist()]
     assert sorted(rows) == list(range(len(modules)))
     router = SiteRouter(Merged(), "site", stack.experts, len(modules) + 1, {})
     layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router)
     weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
-    experts = [SimpleNamespace(modules={"site": module}) for module in modules]
     wanted = torch.stack([mixed_output(base, t, experts, weights, "site") for t in u])
     torch.testing.assert_close(layer(u), wanted.float(), rtol=1e-4, atol=1e-4)
 
@@ -123,7 +123,9 @@ def test_bottlenecks_of_several_sizes_are_filled_up_with_zeros():
         return BottleneckLayers(random(m, 6), random(m), random(6, m), random(6), "silu", 2.0)
 
     small, large = layers(2), layers(9)
-    stack = stack_modules([0, 1], [small, large], torch.float32, CPU).parts["bottleneck"]
+    experts = [SimpleNamespace(modules={"site": each}) for each in (small, large)]
+    pool = SimpleNamespace(experts=experts)
+    stack = stack_of(pool, "site", torch.float32, CPU).parts["bottleneck"]
     assert stack.down.shape == stack.up.shape == (2, 9, 6)
     assert not stack.down[0, 2:].any()
     assert torch.equal(stack.up[0, :2], (2.0 * small.up).T)

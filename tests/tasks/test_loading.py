@@ -182,10 +182,7 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
             {"messages": PARTS, "choices": ["green", "red"]},
             Example(Chat(TURNS), "green", ("green", "red")),
         ),
-        ({"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}, Example(Chat(TURNS), "green")),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
-        ({"instruction": "Add.", "input": "1 + 2", "output": 3}, Example("Add.\n\n1 + 2", "3")),
-        ({"instruction": "Greet.", "output": "Hi"}, Example("Greet.", "Hi")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
     ],
 )

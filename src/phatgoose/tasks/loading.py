@@ -1,8 +1,8 @@
 """Loading tasks: files, the Hub, rows in memory, and prompt templates.
 
 Rows come from anywhere. They are checked here, and nowhere else. Templates that users write have
-promptsource's notation, `input ||| target` in jinja2. Chats (`messages`), prompt and completion,
-and instruction, input and output are what TRL, OpenAI's fine-tuning and Alpaca call them.
+promptsource's notation, `input ||| target` in jinja2. Chats (`messages`), and prompt and completion
+are what TRL and OpenAI's fine-tuning call them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds 
 HUB = "hub:"
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"
-FORMS = (
-    "input and target; messages; prompt and completion; or instruction, input (optional) and output"
-)
+FORMS = "input and target, messages, or prompt and completion"
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
 
 
@@ -52,8 +50,7 @@ def load_task(
 
     Rows have the fields `input`, `target`, and optionally `choices`, `references` and `split`
     (train, validation or test; train when absent). Instead of the first two they may have
-    `messages` (the last is the target, the others become a `Chat`), `prompt` and `completion`, or
-    `instruction`, `input` and `output`.
+    `messages` (the last is the target, the others become a `Chat`), or `prompt` and `completion`.
 
     Args:
         source: A `.jsonl`, `.json` (a list of rows, or an object of lists by split), `.csv` or
@@ -317,15 +314,20 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
     filled = _rendered(content, templates) if templates else content
     filled = {name: value for name, value in filled.items() if value is not None}
-    filled = {**filled, "messages": []} if "input" in templates else _in_our_form(filled)
+    asked = filled.pop("messages", ())
+    if "target" not in filled and "completion" in filled:
+        # What follows a prompt is set off by a space of ours.
+        filled |= {"input": filled.get("prompt"), "target": str(filled["completion"]).strip()}
+    elif "target" not in filled and asked:
+        *before, answer = asked
+        filled |= {"messages": before, "target": _Answer.model_validate(answer).text}
     read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
     turns = [(turn.role, turn.text) for turn in read.messages]
     text, target = Chat(turns) if turns else read.input, read.target
     if not text.strip() or (targets and not target.strip()):
         raise ValueError(
             f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "
-            f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template that reads "
-            f"others"
+            f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template"
         )
     if read.choices and target not in read.choices and (targets or target):
         raise ValueError(f"target {target!r} is not among the choices {list(read.choices)}")
@@ -353,22 +355,3 @@ def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict
 
 def _printed(value: Any) -> Any:
     return StrictUndefined(name="an empty field that it prints") if value is None else value
-
-
-def _in_our_form(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with input and target, if it has another program's form."""
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if "target" in row:
-        return {**row, "messages": []}
-    if isinstance(prompt, list) and isinstance(completion, list):
-        row = {**row, "messages": [*prompt, *completion]}
-    if "messages" in row:
-        *before, answer = row["messages"]
-        return {**row, "messages": before, "target": _Answer.model_validate(answer).text}
-    if prompt is not None and completion is not None:
-        # What follows a prompt is set off by a space of ours.
-        return {**row, "input": prompt, "target": str(completion).strip()}
-    if "instruction" in row and "output" in row:
-        asked = (str(row[name]).strip() for name in ("instruction", "input") if name in row)
-        return {**row, "input": "\n\n".join(filter(None, asked)), "target": row["output"]}
-    return row

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import random
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
@@ -248,29 +247,24 @@ def picked(
     These have no input or no target, no target among the choices, or no template that can be
     filled. Raises TaskError if none is left.
     """
-    examples, left_out, failure = list[Example](), Counter[str](), ""
+    examples, lost, failure = list[Example](), 0, ""
     for row, template, number in pairs:
-        reason = "without an input or a target"
         try:
             example = template.render(row)
-            if example is not None:
-                reason = "whose target is not among the answer choices"
-                example = grade(row, example)
+            example = example and grade(row, example)
         except TEMPLATE_FAILURES as error:
-            example, reason = None, "whose template can't be filled"
+            example = None
             failure = failure or f" First failure: template {template.name!r}, {first_line(error)}."
         if example is None:
-            left_out[reason] += 1
+            lost += 1
         else:
             examples.append(replace(example, row=number))
-    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+    told = (
+        f"{what}: {lost} of {lost + len(examples)} pairs of a row and a prompt template are left "
+        f"out, without an input or a target, or a target among the choices.{failure}"
+    )
     if not examples:
-        reasons = reasons or "there are no pairs of a row and a template"
-        raise TaskError(f"{what}: there are no examples: {reasons}.{failure}")
-    if lost := left_out.total():
-        warnings.warn(
-            f"{what}: {lost} of {lost + len(examples)} pairs of a row and a prompt template are "
-            f"left out: {reasons}.{failure}",
-            stacklevel=3,
-        )
+        raise TaskError(told)
+    if lost:
+        warnings.warn(told, stacklevel=3)
     return tuple(examples)

@@ -56,8 +56,7 @@ def quantised(request, base_folders) -> Callable[[], Base]:
 
 def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
     base, ids = quantised(), make_ids(rows=2)
-    kinds = quantisation(base.model)
-    assert number_format(base.model) == f"torch.float32, {kinds}"
+    assert number_format(base.model) == f"torch.float32, {quantisation(base.model)}"
     assert fingerprint(base.model) == fingerprint(quantised().model) != base.fingerprint
     alone = logits_of(base.model, ids)
     with naively_routed(base.model, llama_pool.experts, k=2):

@@ -28,9 +28,7 @@ WORDS = {  # what words in capitals stand for
 }
 REFUSALS = """
 train nowhere.jsonl TRAIN => nowhere.jsonl does not exist
-train empty.jsonl TRAIN => empty.jsonl has no examples
 train t0hii TRAIN => Did you mean 't0hi'?
-train reviews.jsonl reviews.jsonl TRAIN => Two tasks are named 'reviews'
 train reviews.jsonl --recipe bad.toml TRAIN => unknown setting 'lerning_rate'
 train reviews.jsonl TRAIN --sites nothing => matches 'nothing'
 train reviews.jsonl TRAIN --out file/new => can't be written
@@ -42,7 +40,6 @@ gate bare --task reviews.jsonl --out new BASE --steps 3 => --steps
 stats exprts --task reviews.jsonl => does not exist. Did you mean 'experts'?
 check damaged/cut => damaged/cut/adapter_model.safetensors is not valid
 check damaged/gate => is (7,)
-check damaged/changed => SHA-256
 import none --out new => none/adapter_config.json does not exist
 pool damaged/gate => wanted (32) torch.float32
 pool none => No expert and no PEFT adapter in none
@@ -57,17 +54,14 @@ export experts --out new --router phatgoose BASE => route by merged, single or f
 generate tiny-base hi --dtype int3 => 'int3'
 generate routed Film --router arrow BASE => routed is not a pool
 generate experts hi --json file/x.json BASE => can't be written
-generate experts '' BASE => prompt is empty
 generate experts BYTES BASE => The prompt holds '\\udce9', which is no character
 generate experts hi --answer yes BASE => --answer is for --show-experts
 generate experts hi BASE --router oracle --scores scores.json => goes by the task's name
-evaluate experts --task unseen.jsonl --limit 0 BASE => limit is 0
 analyse routed --task unseen.jsonl --k 2 BASE => routed is not a pool
 analyse tiny-base --task unseen.jsonl => is not routed
 COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
-COMPARE unseen.jsonl --methods base --reference merged=bare => Two rows would be called 'merged'
 serve experts --upstream localhost:8001 => must be the address of an engine
 trian => trian
 """
@@ -75,14 +69,13 @@ trian => trian
 
 def damage(folder: Path) -> None:
     """Everything that is wrong with the inputs above, beside the good ones."""
-    (folder / "empty.jsonl").touch()
     scores = {"reviews": {"unseen": 0.5}, "counting": {"unseen": 0.4}}
     (folder / "scores.json").write_text(json.dumps({"experts": scores}))
     (folder / "bad.toml").write_text("[training]\nlerning_rate = 1.0\n")
     (folder / "file").write_text("in the way")
     (folder / "none").mkdir()
     reviews = folder / "experts" / "reviews"
-    for name in ("cut", "gate", "changed"):
+    for name in ("cut", "gate"):
         shutil.copytree(reviews, folder / "damaged" / name)
     weights = folder / "damaged" / "cut" / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-50])
@@ -92,7 +85,6 @@ def damage(folder: Path) -> None:
     info = json.loads((gate / LAYOUT.info).read_text())
     info["vectors_sha256"] = sha256_of(gate / LAYOUT.vectors)
     (gate / LAYOUT.info).write_text(json.dumps(info))
-    shutil.copy(folder / "experts" / "counting" / ADAPTER_WEIGHTS, folder / "damaged" / "changed")
     bare = Expert.from_peft(reviews, {}, name="bare", base=Expert.load(reviews).info.base)
     bare.save(folder / "bare")
 

@@ -3,10 +3,10 @@
 import re
 
 import numpy as np
-from matplotlib.colors import to_hex
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from phatgoose.analysis.figures import dataset_matrix, heat_maps, svg_of, usage_bars, write_png
-from phatgoose.apps.console import COLOURS
+from phatgoose.analysis.figures import STYLE, dataset_matrix, heat_maps, svg_of, write_png
 from routing_samples import make_profile, names_of
 
 
@@ -54,15 +54,6 @@ def test_the_matrix_rings_oracles_expert_and_tells_numbers():
     assert rings == {(1, 0)}
 
 
-def test_an_expert_has_the_colour_of_its_place_in_the_pool_in_every_figure():
-    shares = {"one": np.array([0.2, 0.1, 0.7]), "other": np.array([0.3, 0.4, 0.3])}
-    panels = usage_bars(shares, ["a", "b", "c"]).axes
-    assert labels_of(panels[0]) == ["c", "a", "b"]
-    wanted = [COLOURS[2].lower(), COLOURS[0].lower(), COLOURS[1].lower()]
-    for panel in panels:
-        assert [to_hex(bar.get_facecolor()) for bar in panel.patches] == wanted
-
-
 def test_names_with_dollars_are_no_formulas(tmp_path):
     """Two dollars made matplotlib read what lies between them, and refuse it."""
     name = r"a $\nothing$ b"
@@ -76,7 +67,9 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
 
 
 def test_an_svg_takes_the_pages_colour_and_keeps_its_ids_apart():
-    figure = usage_bars({"one": np.array([0.2, 0.8])}, ["a", "b"])
+    with rc_context(STYLE):
+        figure = Figure()
+        figure.subplots().barh([0, 1], [0.2, 0.8])
     first, second = (svg_of(figure, name, 'who & "what" <it>') for name in ("f1", "f2"))
     assert 'aria-label="who &amp; &quot;what&quot; &lt;it>"' in first
     assert "currentColor" in first

@@ -20,7 +20,7 @@ def few(tmp_path_factory):
     """The report of eight experts in a model of one stack, in the place of an earlier one."""
     folder = tmp_path_factory.mktemp("few")
     (folder / "figures").mkdir()
-    for name in ("layers-old.png", "usage-old.png", "mine.png"):
+    for name in ("layers-old.png", "datasets-old.png", "mine.png"):
         (folder / "figures" / name).touch()
     return write_report(make_analysis(8, layers=6), folder)
 
@@ -50,10 +50,10 @@ def test_the_page_tells_scores_findings_and_figures(few):
     for text in (*texts, *DATASETS):
         assert text in page
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 1 + 2 * 2 + 2  # usage, layers, datasets
+    assert len(labels) == 2 * 2 + 2  # layers, datasets
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    wanted = {f"{k}-{r}.png" for k in ("layers", "datasets", "usage") for r in ROUTERS}
+    wanted = {f"{k}-{r}.png" for k in ("layers", "datasets") for r in ROUTERS}
     assert {path.name for path in (few.parent / "figures").iterdir()} == {"mine.png", *wanted}
 
 
@@ -80,7 +80,15 @@ def test_the_weights_are_those_of_the_trace(chromium, few):
             page.locator(".tx-layer input").fill(str(layer))
             page.locator(".tx-token").nth(5).hover()
             shown = page.locator(".tx-name").all_inner_texts()
-            row = trace.streams[0].shares(8, name)[5]
+            stream = trace.streams[0]
+            sites = [i for i, s in enumerate(stream.sites) if name in (None, s.layer_name)]
+            part = replace(
+                stream,
+                sites=tuple(stream.sites[i] for i in sites),
+                experts=stream.experts[:, sites],
+                weights=stream.weights[:, sites],
+            )
+            row = part.shares(8)[5]
             got = dict(zip(shown, weights(page), strict=True))
             wanted = {trace.experts[z]: row[z] for z in range(8) if row[z] > 0}
             assert got == pytest.approx(wanted, abs=1e-3)

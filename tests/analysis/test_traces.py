@@ -10,7 +10,6 @@ import torch
 from analysed import pass_alone
 from phatgoose.analysis.distribution import PARTS, site_label
 from phatgoose.analysis.traces import trace
-from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
@@ -41,17 +40,6 @@ def test_the_tokens_of_a_trace_are_the_text(llama, llama_pool):
     assert "".join(stream.tokens).replace("\ufffd", "") == f"{PROMPT} {ANSWER}"
     answer = "".join(t for t, part in zip(stream.tokens, stream.parts, strict=True) if part)
     assert answer == f" {ANSWER}"
-
-
-def test_one_layer_and_kind_of_a_trace(llama, llama_pool):
-    (stream,) = traced(llama, llama_pool, k=2)[2].streams
-    one = stream.shares(4, "1", "q_proj")
-    np.testing.assert_array_equal(one, stream.shares(4, "1", "self_attn.q_proj"))
-    assert ((one > 0).sum(axis=1) == 2).all()
-    layers = [stream.shares(4, layer) for layer in ("0", "1")]
-    np.testing.assert_allclose(np.mean(layers, axis=0), stream.shares(4))
-    with pytest.raises(RoutingError, match="layers are 0, 1, kinds self_attn"):
-        stream.shares(4, "2")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Figures of an analysis: which experts served which tokens.
 
-Colours are safe for colour-blind readers: cividis for amounts, those of the token explorer for
-experts, which have them by their places in the pool.
+Colours are safe for colour-blind readers: cividis.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..files import new_file
 from .distribution import RoutingDistribution
-from .page import EXPLORER_CSS, asset
 
 try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
 
-COLOURS = re.findall(r"--tx-c\d: (#\w+);", asset(EXPLORER_CSS))
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
     "axes.edgecolor": INK,
@@ -95,30 +92,6 @@ def heat_maps(
         row[0].set_title(name, loc="left", fontsize=10)
         row[0].set_ylabel(shown.said(distributions[name].whole()), fontsize=8)
     figure.colorbar(image, ax=panels, label="mean weight", pad=0.01, aspect=30, shrink=0.9)
-    return figure
-
-
-@styled
-def usage_bars(
-    shares: Mapping[str, Array], experts: Sequence[str], most: int = MOST_EXPERTS
-) -> Figure:
-    """Each expert's share of the weight, a panel per router; the dashed line is an even share."""
-    first = next(iter(shares.values()))
-    shown = _shown(experts, first, most, set(), ordered=True)
-    count = len(shown.labels)
-    figure = Figure(figsize=(1.6 + 2.3 * len(shares), 0.9 + 0.16 * count), layout="constrained")
-    panels = figure.subplots(1, len(shares), squeeze=False, sharex=True, sharey=True)[0]
-    colours = [COLOURS[z % len(COLOURS)] for z in shown.rows]
-    for panel, (name, values) in zip(panels, shares.items(), strict=True):
-        panel.barh(range(count), shown.of(values), color=colours, height=0.75)
-        panel.axvline(1 / len(experts), color=INK, linewidth=0.8, linestyle="--")
-        panel.set_title(name, fontsize=10)
-        panel.xaxis.set_major_formatter(PercentFormatter(1))
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.set_xlabel(shown.said(values).replace(" with", "\nwith"), fontsize=8)
-    panels[0].set_yticks(range(count), shown.labels, fontsize=shown.font_size)
-    panels[0].set_ylim(count - 0.5, -0.5)
-    figure.supxlabel("share of the weight", fontsize=9)
     return figure
 
 
@@ -201,13 +174,11 @@ class _Shown:
         return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
 
 
-def _shown(
-    experts: Sequence[str], peaks: Array, most: int, wanted: set[str], *, ordered: bool = False
-) -> _Shown:
+def _shown(experts: Sequence[str], peaks: Array, most: int, wanted: set[str]) -> _Shown:
     """The `wanted` experts, and up to `most` in all those of the highest `peaks`."""
     most = max(most, sum(name in wanted for name in experts))
     ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
-    rows = sorted(ranked[:most], key=lambda z: -peaks[z] if ordered else z)
+    rows = sorted(ranked[:most])
     return _Shown([experts[z] for z in rows], rows)
 
 

@@ -112,12 +112,6 @@ def _varied(analysis: Analysis) -> dict[str, RouterAnalysis]:
 
 
 def _usage(analysis: Analysis) -> Section:
-    shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
-    figure = PageFigure.of(
-        draw.usage_bars(shares, analysis.experts),
-        "usage",
-        "Each expert's share of the weight, mean over datasets and sites; dashed: an even share.",
-    )
     rows = []
     highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
     for name, router in analysis.routers.items():
@@ -129,14 +123,15 @@ def _usage(analysis: Analysis) -> Section:
                 f"{effective_experts(weight):.1f}",
                 f"{effective_experts(router.mean('probability')):.1f}",
                 f"{concentration(weight):.3f}",
+                _most(analysis, weight, 5),
                 _most(analysis, router.mean("first"), 1),
                 f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
             ]
         )
     header = ["router", "effective experts (weights)", "effective experts (before top-k)"]
-    header += ["concentration", "most often first", "decidedness of a token"]
+    header += ["concentration", "most weight", "most often first", "decidedness of a token"]
     sizes = f"{len(analysis.datasets)} datasets, {len(analysis.experts)} experts"
-    return Section("usage", "Who is used", tables=[Table(sizes, header, rows)], figures=[figure])
+    return Section("usage", "Who is used", tables=[Table(sizes, header, rows)])
 
 
 def _layers(analysis: Analysis) -> Section:
@@ -199,7 +194,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
     figures, every, varied = folder / FIGURES, len(analysis.experts), _varied(analysis)
     with writing(folder, EvaluationError):
         figures.mkdir(exist_ok=True)
-        for kind in ("layers", "datasets", "usage"):
+        for kind in ("layers", "datasets"):
             for old in figures.glob(f"{kind}-*.png"):
                 old.unlink()
         for number, (name, router) in enumerate(analysis.routers.items()):
@@ -207,10 +202,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
             plain = re.sub(r"[^\w.=,-]+", "-", name)
             file = plain if plain == name else f"{plain}-{number}"
             shares, oracle = router.by_dataset(), analysis.oracle
-            drawn = {
-                "datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every),
-                "usage": draw.usage_bars(shares, analysis.experts, every),
-            }
+            drawn = {"datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every)}
             if name in varied:
                 drawn["layers"] = draw.heat_maps(router.distributions, oracle, every)
             for kind, figure in drawn.items():

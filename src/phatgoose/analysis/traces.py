@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base import texts_of
-from ..errors import RoutingError
 from ..routing.compose import Composition, composition_of
 from ..routing.context import Choice
 from ..routing.recording import SitePass
@@ -55,32 +54,12 @@ class TraceStream:
     weights: NDArray[np.uint8]
     is_cut: bool = False
 
-    def shares(self, pool_size: int, layer: str | None = None, kind: str | None = None) -> Array:
-        """Mean weight of each expert over the sites of a layer and a kind, [T, E]; None means all.
-
-        A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
-        site.
-        """
-        sites = self.places(layer, kind)
-        if not sites:
-            layers, kinds = layers_and_kinds(self.sites)
-            raise RoutingError(
-                f"No site has layer {layer or '(any)'} and kind {kind or '(any)'}; layers are "
-                f"{', '.join(layers)}, kinds {', '.join(kinds)}."
-            )
+    def shares(self, pool_size: int) -> Array:
+        """Mean weight of each expert over the sites, [T, E]."""
         dense = np.zeros((len(self.tokens), pool_size))
         rows = np.arange(len(self.tokens))[:, None, None]
-        np.add.at(dense, (rows, self.experts[:, sites]), self.weights[:, sites] / FULL)
-        return dense / len(sites)
-
-    def places(self, layer: str | None = None, kind: str | None = None) -> list[int]:
-        """The indices of the sites of a layer and a kind."""
-        return [
-            index
-            for index, site in enumerate(self.sites)
-            if layer in (None, site.layer_name)
-            and (kind is None or f".{site.kind}".endswith(f".{kind}"))
-        ]
+        np.add.at(dense, (rows, self.experts), self.weights / FULL)
+        return dense / len(self.sites)
 
     def some(self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]) -> TraceStream:
         return replace(

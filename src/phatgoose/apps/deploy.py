@@ -45,7 +45,7 @@ ALIKE = "phatgoose export POOL --router single:expert={} writes the same as a pl
 class Deployment:
     """A pool for an engine: experts, the greatest rank, and how the base is called there.
 
-    `revision` is the base's on the Hub, if it is pinned. `note` is what its reader has to know.
+    `revision` is the base's on the Hub, if it is pinned.
     """
 
     engine: str
@@ -53,10 +53,6 @@ class Deployment:
     rank: int
     base: str
     revision: str | None
-
-    @property
-    def note(self) -> str:
-        return NOTES[self.engine]
 
 
 def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deployment:
@@ -155,7 +151,7 @@ Experts: {", ".join(deployment.experts)}.
 
 Clients ask `http://localhost:{GATEWAY_PORT}/v1` for the model "auto".
 
-{deployment.note}
+{NOTES[deployment.engine]}
 """
     write_text(work / "README.md", f"{page.rstrip()}\n", ConfigError)
 

@@ -230,10 +230,8 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     own = None  # the own experts' indices, if all tasks have some
     if set(tasks) <= set(marks.experts):
         own = np.array([marks.experts.index(task) for task in tasks])
-    rows, alike = (
-        _rows(marks, asked, choices, own),
-        [tasks == task for task in dict.fromkeys(tasks)],
-    )
+    rows = _rows(marks, asked, choices, own)
+    alike = [tasks == task for task in dict.fromkeys(tasks)]
     means = SharedMeans.of(
         {  # any metric that is a mean
             name: [Sample(("exact-match",), (scores[some, None].astype(float),)) for some in alike]

@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 
 import serving
 from fake_engine import BASE, engine_of
 from gateways import gateway, numbered
-from phatgoose.config import Serving
-from serving import CHAT_TEMPLATE, CHATS, GREEDY, JSON, PATH, ask, error_of, events
+from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.config import Routing, Serving
+from phatgoose.experts.pool import Pool
+from serving import CHAT_TEMPLATE, CHATS, GREEDY, JSON, PATH, ask, error_of, events, text_of, until
 
 BACKENDS = ("here", "vllm", "llama.cpp")
 LIMITS = Serving(max_tokens=200)
@@ -235,3 +238,56 @@ def test_metrics_count_what_happened(client):
     tokens = 'phatgoose_generated_tokens_total{model="goose"}'
     assert float(after[tokens]) == float(before.get(tokens, 0)) + used["completion_tokens"]
     serving.until(lambda: counts()["phatgoose_running"] == "0.0")
+
+
+@pytest.mark.parametrize("kind", ["here", "vllm"])
+def test_a_watched_pool_takes_experts_in_and_gives_them_up(
+    place, tmp_path, caplog, monkeypatch, kind
+):
+    monkeypatch.setattr("phatgoose.apps.server.service.LOOKING", 0.05)
+    monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 0.2)
+    for name in ("e0", "e1"):
+        shutil.copytree(place / name, tmp_path / name)
+
+    def has(*names):
+        until(lambda: client.get("/v1/models/goose").json()["experts"] == list(names))
+
+    with engine_of("vllm", numbered(("e0", "e1"))) as engine:
+        if kind == "here":
+            model = ServedModel("goose", str(tmp_path), Routing("phatgoose"), dtype="float32")
+            opened = serving.client_of(create_app([model], Serving(watch=True)))
+        else:
+            opened = gateway(tmp_path, engine, Serving(watch=True))
+        with opened as client:
+            (tmp_path / "e1" / "phatgoose.json").write_text("{")
+            until(lambda: "goose has changed, and is served as it was" in caplog.text)
+            text_of(client, **{**GREEDY, "model": "goose:e1"})
+            shutil.copyfile(place / "e1" / "phatgoose.json", tmp_path / "e1" / "phatgoose.json")
+            engine.mode = "loading slowly"
+            shutil.copytree(place / "e2", tmp_path / "e2")
+            if kind == "vllm":
+                until(lambda: engine.loaded)
+                text_of(client, **{**GREEDY, "model": "goose:e1"})  # answered meanwhile
+                engine.go_on.set()
+            has("e0", "e1", "e2")
+            text_of(client, **{**GREEDY, "model": "goose:e2"})
+            if kind == "here":
+                body = {**GREEDY, "weights": {"e0": 0.6, "e1": 0.4}, "max_tokens": 8}
+                wanted = text_of(client, **body)
+                with serving.held(2) as go_on:
+                    thread, found = serving.in_a_thread(text_of, client, **body)
+                    until(lambda: client.app.state.service.backend.engine.running == 1)
+                    shutil.rmtree(tmp_path / "e0")
+                    has("e1", "e2")
+                    go_on.set()
+                    thread.join()
+                assert found == [wanted]  # by the experts that it began with
+                error_of(client, **body)
+            else:  # e1 gets the weights of e2, and the engine has the old ones
+                pool, weights = Pool.open(place), "adapter_model.safetensors"
+                shutil.copyfile(place / "e2" / weights, tmp_path / "e1" / weights)
+                before, after = (pool[name].info.adapter_sha256 for name in ("e1", "e2"))
+                config = tmp_path / "e1" / "phatgoose.json"
+                config.write_text(config.read_text().replace(before, after))
+                until(lambda: "Two experts are called 'e1'" in caplog.text)
+                text_of(client, **{**GREEDY, "model": "goose:e1"})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ...config import Formatting, Routing, settings_of
+from ...config import Routing, settings_of
 from ...errors import ConfigError, EvaluationError
 from ...files import half_character, require_writable
 from ...routing.routers.registry import class_of, listing, split_routers
@@ -51,12 +51,10 @@ def compare(
         "is about its gates), a routed model or a base (repeatable).",
     ] = None,
     out: Annotated[Path, "Folder of results and tables."] = Path("comparison"),
-    scoring: options.ScoringOptions,
-    source: options.SourceOptions,
+    tasks: options.SuiteOptions,
     base: options.BaseOptions,
     engine: options.EngineOptions,
     routing: Annotated[Routing, "router"],
-    formatting: Formatting,
 ) -> None:
     """Score many methods on whole suites, side by side; finished runs in --out are kept."""
     references = dict(map(_reference, reference or ()))
@@ -75,10 +73,9 @@ def compare(
             base=base.load(opened.base),
             references=references,
             routing=routing,
-            formatting=formatting,
-            sources=source.sources,
+            sources=tasks.sources,
             engine=chosen,
-            **vars(scoring),
+            **vars(tasks.scoring),
         )
     show(*(drawn(each) for each in (comparison.means(), comparison.differences()) if each.rows))
     say(f"tables -> {out / 'comparison.md'}, .json; runs -> {out / 'results.jsonl'}")
@@ -141,10 +138,7 @@ def analyse(
         list[str] | None, "Another router over the same pool; repeatable, or with commas."
     ] = None,
     opening: options.ModelOptions,
-    scoring: options.ScoringOptions,
-    source: options.SourceOptions,
-    routing: Routing,
-    formatting: Formatting,
+    reading: options.SuiteOptions,
 ) -> None:
     """Report which experts served the tokens of tasks: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
@@ -153,16 +147,16 @@ def analyse(
     from ...tasks.suites.registry import open_suite
     from ..tables import routers_table
 
-    tasks = [task for name in suite for task in open_suite(name).load(source.sources)]
+    tasks = [task for name in suite for task in open_suite(name).load(reading.sources)]
     require_writable(out / REPORT, EvaluationError)
-    others = split_routers(against or [])
+    others, routing = split_routers(against or []), opening.routing
     subject: PreTrainedModel | Pool
     if is_pool(model):
         options.warn_of_unused_k(routing)
         subject = opening.open_pool([Path(model)])
         base, routers = opening.load(subject.base), [routing.router, *others]
     else:
-        subject, base, routers = opening.open(model, routing).model, None, others
+        subject, base, routers = opening.open(model).model, None, others
     analysis = run(
         subject,
         tasks,
@@ -170,8 +164,7 @@ def analyse(
         routing=routing,
         base=base,
         scores=opening.scores,
-        formatting=formatting,
-        **vars(scoring),
+        **vars(reading.scoring),
     )
     show(routers_table(analysis))
     for router, analysed in analysis.routers.items():

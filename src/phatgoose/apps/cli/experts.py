@@ -50,7 +50,7 @@ def train(
     """Train experts: adapter, gates and statistics for each task."""
     if not tasks:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
-    options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
+    options.only_with("with --multitask", multitask is not None, {"mixture_most": mixture_most})
     from ...tasks.suites.registry import mixture, open_tasks
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import Hyperparameters

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -91,29 +91,58 @@ VOICE = {  # what every command takes, and shows in the program's own help alone
 }
 
 
+class Group:
+    """A parameter or a field of a class of `Settings`: its flags' names, and the groups inside.
+
+    `flags` receives the flags: each with the tables of recipes that have it.
+    """
+
+    def __init__(self, annotation: Any, flags: dict[str, tuple[Setting, list[str]]]) -> None:
+        kind, *hidden = _parts(annotation)
+        self.kind: type[Settings] = kind
+        self.names: set[str] = set()
+        configs = SHAPES if self.kind is Peft else {TABLE_OF.get(self.kind, ""): self.kind}
+        for table, config in configs.items():
+            for setting in (each for each in settings_of(config) if each.name not in hidden):
+                flags.setdefault(setting.name, (setting, []))[1].append(table)
+                self.names.add(setting.name)
+        inside = ((each.name, each.default_factory) for each in fields(self.kind))
+        self.inside = {name: Group(kind, flags) for name, kind in inside if is_group(kind)}
+
+    def object_of(self, values: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
+        """The settings by `values` of flags, else the recipe, else their defaults."""
+        is_shape = self.kind is Peft
+        config = SHAPES[PEFT.checked(values.get("peft", "lora"))] if is_shape else self.kind
+        typed = {flag: values[flag] for flag in self.names if flag in values}
+        inside = {name: each.object_of(values, recipe) for name, each in self.inside.items()}
+        table = recipe.get(TABLE_OF.get(config, ""), {})
+        return from_mapping(config, {**table, **typed, **inside}, "command line", tuple(inside))
+
+
+def is_group(annotation: Any) -> bool:
+    kind, *_ = _parts(annotation)
+    return isinstance(kind, type) and issubclass(kind, Settings)
+
+
 def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """`command` as typer takes it: with one flag per field in place of each `Settings`.
 
     `Annotated[Training, "steps"]` has no flag for the steps. A parameter `Peft` has the flags of
     all kinds of expert, and --peft to choose one. A setting that several classes share is one flag.
+    A field may be made by another class of settings, whose flags stand beside those of its own.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
-    groups: dict[str, tuple[type[Settings], set[str]]] = {}  # with the names of their flags
     flags: dict[str, tuple[Setting, list[str]]] = {}
+    groups: dict[str, Group] = {}
     shown: list[inspect.Parameter] = []
-    for name, parameter in parameters.items():
-        kind, *hidden = _parts(parameter.annotation)
-        if not (isinstance(kind, type) and issubclass(kind, Settings)):
-            shown.append(_parameter(name, parameter.annotation, parameter.default))
-            continue
-        groups[name] = kind, set()
-        for table, config in (SHAPES if kind is Peft else {TABLE_OF.get(kind, ""): kind}).items():
-            for setting in (each for each in settings_of(config) if each.name not in hidden):
-                flags.setdefault(setting.name, (setting, []))[1].append(table)
-                groups[name][1].add(setting.name)
-    every = {kind for kind, _ in groups.values()}
-    shown += [_setting_flag(PEFT, "")] * (Peft in every)
-    shown += [_parameter("recipe", RECIPE, None)] * bool(every & {Peft, *TABLE_OF})
+    for name, each in parameters.items():
+        if is_group(each.annotation):
+            groups[name] = Group(each.annotation, flags)
+        else:
+            shown.append(_parameter(name, each.annotation, each.default))
+    tables = {table for _, tables in flags.values() for table in tables}
+    shown += [_setting_flag(PEFT, "")] * bool(tables & SHAPES.keys())
+    shown += [_parameter("recipe", RECIPE, None)] * any(tables)
     shown += [_setting_flag(setting, ", ".join(tables)) for setting, tables in flags.values()]
     for name, text in VOICE.items():
         option = Annotated[bool, typer.Option(flag_of(name), help=text, hidden=True)]
@@ -127,12 +156,7 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
         recipe = read_recipe(path) if path else {}
         typed = {name: value for name, value in arguments.items() if value not in (None, [])}
         values = {name: recipe[name] for name in arguments if name in recipe} | typed
-        objects = {}
-        for name, (group, names) in groups.items():
-            config = SHAPES[PEFT.checked(values.get("peft", "lora"))] if group is Peft else group
-            table = recipe.get(TABLE_OF.get(config, ""), {})
-            own = {flag: values[flag] for flag in names if flag in values}
-            objects[name] = from_mapping(config, {**table, **own}, "command line")
+        objects = {name: group.object_of(values, recipe) for name, group in groups.items()}
         filled = {**arguments, **values, **objects}
         return command(**{name: filled[name] for name in parameters})
 
@@ -207,10 +231,10 @@ class BaseOptions(Settings):
         return load_base(default.id, dtype=self.dtype, revision=default.revision)
 
 
-def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
-    for name, value in given.items():
+def only_with(what: str, there: bool, values: Mapping[str, object]) -> None:
+    for name, value in values.items():
         if value is not None and not there:
-            raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
+            raise ConfigError(f"{flag_of(name)} works only {what}.")
 
 
 def warn_of_unused_k(routing: Routing) -> None:
@@ -225,11 +249,13 @@ class ModelOptions(BaseOptions):
     keep: Annotated[list[str] | None, "Use only this expert (repeatable)."] = None
     leave_out: Annotated[list[str] | None, "Exclude this expert (repeatable)."] = None
     scores: Annotated[Path | None, "comparison.json, for oracle and best-individual."] = None
+    routing: Routing = field(default_factory=Routing)
 
-    def open(self, model: str, routing: Routing, *, keeps_factors: bool = False) -> OpenedModel:
-        """What is at `model`; ConfigError for a `routing` of one that has its own."""
+    def open(self, model: str, *, keeps_factors: bool = False) -> OpenedModel:
+        """What is at `model`; ConfigError for a routing of one that has its own."""
         from ...routing.compose import open_model, require_pool, selected
 
+        routing = self.routing
         if routing != Routing(embedder=routing.embedder):
             require_pool(model)
         warn_of_unused_k(routing)
@@ -262,13 +288,19 @@ class SourceOptions(Settings):
     def sources(self) -> Sources:
         from ...tasks.task import Sources
 
-        return Sources(**vars(self))
+        return Sources(self.data, self.templates)
 
 
 @dataclass(frozen=True)
 class ScoringOptions(Settings):
     limit: Annotated[int | None, "Maximum examples per task.", AT_LEAST_1] = None
     max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", AT_LEAST_1] = 64
+    formatting: Formatting = field(default_factory=Formatting)
+
+
+@dataclass(frozen=True)
+class SuiteOptions(SourceOptions):
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
 
 
 @dataclass(frozen=True)
@@ -282,7 +314,7 @@ class EngineOptions(Settings):
 
     @contextmanager
     def open(self) -> Iterator[Engine]:
-        only_with("--ray", self.ray is not None, {"workers": self.workers})
+        only_with("with --ray", self.ray is not None, {"workers": self.workers})
         if self.ray is None:
             from ...jobs import Engine
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ...config import Formatting, Routing
+from ...config import AT_LEAST_1, Formatting
 from ...errors import RoutingError
 from ...files import require_free
 from ..console import report, say, show
@@ -51,13 +52,12 @@ def compose(
     pool: options.PoolArgument,
     out: Annotated[Path, "Folder of the routed model."],
     opening: options.ModelOptions,
-    routing: Routing,
 ) -> None:
     """Make a routed model of a pool and save it.
 
     Experts that look unlike the others are a warning ('phatgoose audit' says more).
     """
-    options.warn_of_unused_k(routing)
+    options.warn_of_unused_k(opening.routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
     from ...routing.compose import compose, composition_of, save
@@ -70,7 +70,7 @@ def compose(
         unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:
         warnings.warn(unusual, stacklevel=2)
-    model = compose(opened, base, routing=routing, scores=opening.scores)
+    model = compose(opened, base, routing=opening.routing, scores=opening.scores)
     save(model, out)
     parts = composition_of(model)
     count, name = len(parts.experts), parts.router.recorded.router
@@ -79,32 +79,38 @@ def compose(
     say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")
 
 
+NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]
+
+
+@dataclass(frozen=True)
+class AnswerOptions(options.ModelOptions):
+    max_new_tokens: NewTokens = 64
+    formatting: Formatting = field(default_factory=Formatting)
+
+
 def generate(
     *,
     model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
-    opening: options.ModelOptions,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum new tokens.", min=1)] = 64,
+    how: AnswerOptions,
     show_experts: Annotated[
         bool, "Colour each token by its top expert, and print each expert's share of the tokens."
     ] = False,
     answer: Annotated[str | None, "With --show-experts: this answer, not the model's own."] = None,
     json: options.JsonOption = None,
-    routing: Routing,
-    formatting: Formatting,
 ) -> None:
     """Generate text with a routed model, and show which experts served each token."""
-    options.only_with("--show-experts", show_experts, {"answer": answer})
+    options.only_with("with --show-experts", show_experts, {"answer": answer})
     from ..generation import explain
     from ..generation import generate as run
 
-    opened = opening.open(model, routing)
-    routed, content, explanation = (opened.model, opened.tokenizer, prompt), {}, None
+    opened, content, explanation = how.open(model), {}, None
+    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, how.formatting)
     if show_experts:
-        explanation = explain(*routed, answer, max_new_tokens, formatting)
+        explanation = explain(*asked, answer, *read)
         text, content = explanation.answer, explanation.to_dict()
     else:
-        text = run(*routed, max_new_tokens, formatting)
+        text = run(*asked, *read)
     if not text:
         say("the model ended its answer at once", err=True)
     if report(json, {"prompt": prompt, "text": text, **content}, "answer"):
@@ -124,8 +130,6 @@ def evaluate(
     template: options.TemplateOptions,
     scoring: options.ScoringOptions,
     json: options.JsonOption = None,
-    routing: Routing,
-    formatting: Formatting,
 ) -> None:
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
@@ -133,10 +137,8 @@ def evaluate(
     from ..tables import scores_table
 
     tasks = named_apart([template.load(source) for source in task])
-    opened = opening.open(model, routing)
-    result = run(
-        opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
-    )
+    opened = opening.open(model)
+    result = run(opened.model, tasks, tokenizer=opened.tokenizer, **vars(scoring))
     if not report(json, result.to_dict(predictions=True), "scores"):
         show(scores_table(result, model))
 

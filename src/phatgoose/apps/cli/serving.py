@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
-from ...config import Routing, Serving
+from ...config import Serving
 from ..console import say
 from . import options
+
+
+@dataclass(frozen=True)
+class ServedOptions(options.ModelOptions):
+    serving: Serving = field(default_factory=Serving)
 
 
 def serve(
@@ -36,9 +42,7 @@ def serve(
         "experts for each prompt and forwards it. The engine's key: PHATGOOSE_UPSTREAM_KEY in the "
         "environment.",
     ] = None,
-    opening: options.ModelOptions,
-    routing: Routing,
-    serving: Serving,
+    opening: ServedOptions,
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C.
 
@@ -57,7 +61,7 @@ def serve(
 
     models = served_models(
         model,
-        routing=None if routing == Routing() else routing,
+        routing=opening.routing,
         keep=tuple(opening.keep) if opening.keep else None,
         leave_out=tuple(opening.leave_out or ()),
         base=opening.base,
@@ -65,18 +69,17 @@ def serve(
         scores=str(opening.scores) if opening.scores else None,
     )
     for each in models:
-        if each.routing is not None:
-            options.warn_of_unused_k(each.routing)
+        options.warn_of_unused_k(each.routing)
     keys = keys_of(os.environ.get(API_KEYS))
     # Refused now, not after the models were opened.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
     key = os.environ.get(UPSTREAM_KEY) or None
     engine = None if upstream is None else Upstream(upstream, key)
-    app = create_app(models, serving, keys, (host, *(allow_host or ())), engine)
+    app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engine)
     names = ", ".join(each.name for each in models)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
-    run(app, host, port, serving)
+    run(app, host, port, opening.serving)
     leave()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import Routing
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -129,7 +128,6 @@ def export(
         "chooses among them: vllm or llama.cpp.",
     ] = None,
     opening: options.ModelOptions,
-    routing: Routing,
 ) -> None:
     """Write a model with constant routing as a PEFT adapter or a plain model.
 
@@ -138,6 +136,8 @@ def export(
     instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
+    for_one = {"merged": merged or None, "rank": rank}
+    options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
         from ...routing.compose import require_pool
         from ..deploy import deploy
@@ -145,12 +145,10 @@ def export(
         require_pool(model)
         done = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
         say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
-        if done.note:
-            say(f"note: {done.note}")
         return
     from ...routing.export import export as run
 
-    opened = opening.open(model, routing, keeps_factors=True).model
+    opened = opening.open(model, keeps_factors=True).model
     for line in _told(run(opened, out, merged=merged, rank=rank)):
         say(line)
 

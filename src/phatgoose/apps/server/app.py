@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import json
 import os
@@ -12,7 +13,6 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,13 +63,6 @@ ANSWERED = {
 }
 
 
-def responses_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What FastAPI is told of answers with these `statuses`, for the OpenAPI schema."""
-    # Of others FastAPI would say that they are its own 422.
-    other: dict[int | str, Any] = {"default": {"description": "Another error"}}
-    return other | {each: {"description": HTTPStatus(each).phrase} for each in statuses}
-
-
 async def refused(_: Request, error: Exception) -> JSONResponse:
     """Every error as the protocol has it."""
     if isinstance(error, RequestValidationError):
@@ -87,26 +80,20 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-def add_routes(app: FastAPI, service: Service, **keyed: Any) -> None:
-    """Add the routes; `keyed` are options of those that say something of the models."""
+def routes_of(service: Service) -> list[tuple[str, Any, str, dict[str, Any]]]:
+    """(path, endpoint, summary, options) of each route."""
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    statuses = responses_of(400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
-    answering = {"methods": ["POST"], "responses": {**statuses, 200: ANSWERED}}
-    routes: list[tuple[str, Any, str, dict[str, Any]]] = [
+    answering = {"methods": ["POST"], "responses": {200: ANSWERED}}
+    return [
         ("/", page, "A page to try the models on", {"response_class": HTMLResponse}),
-        ("/healthz", service.health, "Does the server work?", {"responses": responses_of(503)}),
+        ("/healthz", service.health, "Does the server work?", {}),
         ("/health", service.health, "The same", {"include_in_schema": False}),
         ("/metrics", service.numbers, "Numbers for Prometheus", {"responses": text}),
         ("/v1/models", service.cards, "What is served", {}),
-        ("/v1/models/{name:path}", service.card, "One model", {"responses": responses_of(404)}),
+        ("/v1/models/{name:path}", service.card, "One model", {}),
         ("/v1/completions", service.completions, "Continue a text", answering),
         ("/v1/chat/completions", service.chats, "Answer in a conversation", answering),
     ]
-    for path, endpoint, summary, options in routes:
-        if path not in OPEN:
-            responses = {**keyed["responses"], **options.get("responses", {})}
-            options = {**keyed, **options, "responses": responses}
-        app.add_api_route(path, endpoint, summary=summary, **options)
 
 
 def create_app(
@@ -133,9 +120,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
+        following = asyncio.ensure_future(service.follow()) if limits.watch else None
         try:
             yield
         finally:
+            if following is not None:
+                following.cancel()
             await service.close()
 
     app = FastAPI(
@@ -145,12 +135,15 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
+        # Of others FastAPI would say that they are its own 422.
+        responses={"default": {"description": "An error in OpenAI's form."}},
     )
     app.state.service = service
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
-    needed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
-    statuses = (401, 403) if api_keys else (403,)
-    add_routes(app, service, dependencies=needed, responses=responses_of(*statuses))
+    keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
+    for path, endpoint, summary, options in routes_of(service):
+        needed = [] if path in OPEN else keyed
+        app.add_api_route(path, endpoint, summary=summary, dependencies=needed, **options)
     paths = {getattr(route, "path", "") for route in app.routes}
     access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)

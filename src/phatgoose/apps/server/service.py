@@ -6,6 +6,9 @@ A `Backend` computes the answers: models here (`local`), or an engine behind a g
 from __future__ import annotations
 
 import asyncio
+import glob
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Routing, Serving, closest
 from ...errors import PhatgooseError
 from ...experts.pool import Pool
-from ...files import shortened
+from ...files import one_line, shortened
 from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO, WEIGHTS, router_of
 from ...routing.routers.router import check_served
@@ -44,6 +47,10 @@ from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader
 
 SHOWN = 80  # characters of a name that an error repeats
+LOOKING = 1.0  # seconds between two looks at whether files have changed
+AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -84,6 +91,10 @@ class Backend(Protocol):
         """The answers, begun, and headers for their client. Raises ApiError."""
         ...
 
+    async def take(self, models: dict[str, Any]) -> None:
+        """Serve these models from now on. Raises PhatgooseError where that can't be."""
+        self.models = models
+
 
 class Service:
     """Public methods that take a request are the routes'."""
@@ -93,13 +104,11 @@ class Service:
         metrics.waiting.set_function(lambda: backend.state.waiting)
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
-        self.routings = RoutingCache(backend.models)
-        # What runs a base's chat template and tokenizer, and turns to use it. One for each base: a
-        # template that takes long keeps nobody else's requests waiting.
-        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {
-            tokenizer: (UntrustedText(tokenizer), Turns(1))
-            for tokenizer in {each.runner.frame.tokenizer for each in self.models.values()}
-        }
+        self.routings = RoutingCache(backend)
+        # One for each base: a template that takes long keeps nobody else's requests waiting.
+        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {}
+        for model in self.models.values():
+            self._texts_of(model)
 
     @property
     def models(self) -> dict[str, Any]:
@@ -207,7 +216,7 @@ class Service:
             except PhatgooseError as error:
                 raise bad_request(for_clients(error), request.changed) from error
             runner = at_end.enter_context(cached)
-            process, turns = self._texts[runner.frame.tokenizer]
+            process, turns = self._texts_of(model)
             reader = RequestReader(runner.frame, self.backend.limits, process)
             read = partial(reader.prompts, request)
             prompts = await turns.run(client, deadline, read)
@@ -226,10 +235,48 @@ class Service:
             content = await unless_gone(http, reply.whole())
         return Response(content, media_type="application/json", headers=headers)
 
+    def _texts_of(self, model: Any) -> tuple[UntrustedText, Turns]:
+        """What runs the chat template and tokenizer of a model's base, and turns to use it."""
+        tokenizer = model.runner.frame.tokenizer
+        if tokenizer not in self._texts:
+            self._texts[tokenizer] = UntrustedText(tokenizer), Turns(1)
+        return self._texts[tokenizer]
+
+    async def follow(self) -> None:
+        """Open a model again when the files at its place have changed, and have stopped to.
+
+        The new one takes the old one's place when it is complete: requests that run finish on the
+        old one. One that can't be opened leaves it where it is, and is tried again.
+        """
+        opened = {name: seen_at(model.settings.place) for name, model in self.models.items()}
+        last = dict(opened)
+        while True:
+            await asyncio.sleep(LOOKING)
+            for name, model in self.models.items():
+                try:
+                    now = await in_thread(partial(seen_at, model.settings.place))
+                    before, last[name] = last[name], now
+                    if before == now != opened[name]:
+                        new = await in_thread(model.reopened)
+                        await self.backend.take({**self.models, name: new})
+                        opened[name] = now
+                        self.routings.cached.clear()
+                        log.warning("%s has changed, and is served as it is now", name)
+                except Exception as error:  # also where there are too many threads
+                    words = "%s has changed, and is served as it was: %s"
+                    log.warning(words, name, one_line(error))
+                    await asyncio.sleep(AGAIN)
+
     def _count(self, reply: Reply) -> None:
         usage, name = reply.builder.usage, reply.builder.request.model
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
+
+
+def seen_at(place: str) -> list[tuple[str, int, float]]:
+    """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
+    paths = sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(place)}/**", recursive=True)))
+    return [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
 
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
@@ -237,8 +284,7 @@ def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
     pool, routing = model.pool.select(override.keep, override.leave_out), model.routing
     router = model.usual(pool) if override.router == AUTO else override.router
     if router not in (None, routing.router):  # whose k needn't suit another router
-        asked = model.settings.routing.k if model.settings.routing else None
-        routing = replace(routing, router=router, k=asked)
+        routing = replace(routing, router=router, k=model.settings.routing.k)
     if override.k is not None:
         routing = replace(routing, k=override.k)
     check_served(router_of(routing))
@@ -253,7 +299,7 @@ def numbered(routing: Routing, experts: int) -> Routing:
 
 MOST_ROUTINGS = 8  # that requests asked for are kept
 
-Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+Key = tuple[Any, Routing, tuple[str, ...]]  # model, routing, experts
 
 
 class CachedRouting:
@@ -271,14 +317,14 @@ class CachedRouting:
 
 
 class RoutingCache:
-    """At most `most` routings of `models`, composed in turns, off the engine's thread.
+    """At most `most` routings of a backend's models, composed in turns, off the engine's thread.
 
     A request waits for its own routing while others are served. The least recently used one that no
     request needs makes room.
     """
 
-    def __init__(self, models: Mapping[str, Any], most: int = MOST_ROUTINGS) -> None:
-        self._models, self.most = models, most
+    def __init__(self, backend: Backend, most: int = MOST_ROUTINGS) -> None:
+        self._backend, self.most = backend, most
         self.cached: dict[Key, CachedRouting] = {}
         self.turns = Turns(1)  # composing takes all cores anyway
 
@@ -295,7 +341,7 @@ class RoutingCache:
         routing, pool = await run_in_threadpool(overridden, model, override)
         if (routing, pool.names) == (model.routing, model.experts):
             return CachedRouting(model.runner)
-        key = (model.settings.name, routing, pool.names)
+        key = (model, routing, pool.names)
         if (cached := self.cached.get(key)) is None:
             compose = partial(self._composed, key, model, pool)
             cached = await self.turns.run(client, deadline, compose)
@@ -312,7 +358,8 @@ class RoutingCache:
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
             self.cached.pop(oldest, None)
-        runners = [each.runner for each in (*self._models.values(), *self.cached.values())]
+        models = self._backend.models.values()
+        runners = [each.runner for each in (*models, *self.cached.values())]
         with without_downloads():  # a client must not start downloads
             cached = CachedRouting(model.composed(pool, key[1], runners))
         self.cached[key] = cached

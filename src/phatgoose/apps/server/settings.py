@@ -23,12 +23,12 @@ KEY = r"[!-~]*"
 class ServedModel:
     """A model to serve as `name`: a routed model's folder, a pool composed by `routing`, a base.
 
-    `keep`, `leave_out` and `scores` are those of `compose`; None means the model's own or default.
+    `keep`, `leave_out` and `scores` are those of `compose`; None means the model's own.
     """
 
     name: str
     place: str
-    routing: Routing | None = None
+    routing: Routing = Routing()  # noqa: RUF009  frozen
     keep: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] = ()
     base: str | None = None
@@ -83,19 +83,12 @@ def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
     name, separator, place = before.partition("=")
     if not (separator and name and place):
         name, place = _name_of(before), before
-    return ServedModel(name, place, **{**options, "routing": _routing(query, options, written)})
-
-
-def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | None:
-    common: Routing | None = options.get("routing")
-    if not query:
-        return common
-    values = dict(parse_qsl(query, keep_blank_values=True))
-    return from_mapping(Routing, {**(asdict(common) if common else {}), **values}, written)
+    common, changes = options.get("routing", Routing()), parse_qsl(query, keep_blank_values=True)
+    routing = from_mapping(Routing, {**asdict(common), **dict(changes)}, written)
+    return ServedModel(name, place, **{**options, "routing": routing})
 
 
 def _name_of(place: str) -> str:
     if place.startswith("hub:"):
         return place.removeprefix("hub:")
-    path = Path(place)
-    return (path.stem if path.suffix == ".json" else path.resolve().name) or place
+    return Path(place).resolve().name or place

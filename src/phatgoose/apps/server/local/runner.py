@@ -258,26 +258,22 @@ class LoadedModel:
 
     def __init__(self, settings: ServedModel, opened: Callable[..., Base]) -> None:
         """`opened` is `load_base`, which remembers what it has loaded."""
-        self.settings = settings
+        self.settings, self._opened = settings, opened
         place, routing = settings.place, settings.routing
-        embedder = routing.embedder if routing else None
-        if embedder and routing == Routing(embedder=embedder):
-            routing = None  # any model may be given an embedder
-        if routing or settings.keep or settings.leave_out or settings.scores:
+        is_bare = routing == Routing(embedder=routing.embedder)  # which any model may be given
+        if not is_bare or settings.keep or settings.leave_out or settings.scores:
             require_pool(place)
-        if settings.routing and settings.routing.router != AUTO:
-            check_served(router_of(settings.routing))
+        if routing.router != AUTO:
+            check_served(router_of(routing))
         base = BaseReference(settings.base or place)
-        if not settings.base and is_routed(place):
-            base = base_of(place)
-        elif not settings.base and is_pool(place):
-            base = self.pool.base
+        if not settings.base and (is_routed(place) or is_pool(place)):
+            base = base_of(place) if is_routed(place) else self.pool.base
         dtype = settled_dtype(settings.dtype)
         self.base = opened(base.id, dtype=dtype, revision=base.revision)
         if is_routed(place):
-            model = load(place, twin(self.base), embedder=embedder)
+            model = load(place, twin(self.base), embedder=routing.embedder)
         elif is_pool(place):
-            model = self.composed(self.pool, settings.routing or Routing()).model
+            model = self.composed(self.pool, routing).model
         else:
             model = twin(self.base).model
         if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
@@ -308,6 +304,10 @@ class LoadedModel:
     @property
     def bases(self) -> tuple[str, ...]:
         return (self.base.id,)
+
+    def reopened(self) -> LoadedModel:
+        """The model as its place has it now, over the same base."""
+        return LoadedModel(self.settings, self._opened)
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ModelRunner] = ()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ....base import Base, check_base, load_base, load_tokenizer
+from ....base import check_base, load_base, load_tokenizer
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
@@ -37,34 +37,31 @@ Weights = dict[str, float]  # of experts by name, best first
 log = logging.getLogger(__name__)
 
 
-class Shared(NamedTuple):
-    """What the pools of a gateway share: the way to the engine, and what was loaded."""
-
-    link: Link
-    tokenizer: Callable[..., PreTrainedTokenizerBase]
-    base: Callable[..., Base]
-
-
 class ChosenPool:
     """A pool whose experts are chosen for prompts, and what it takes to choose otherwise."""
 
-    def __init__(self, settings: ServedModel, shared: Shared) -> None:
+    def __init__(self, settings: ServedModel, backend: EngineBackend) -> None:
         require_pool(settings.place)
-        self.settings, self._shared = settings, shared
+        self.settings, self._backend = settings, backend
         self.pool = pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
         # The base that the operator or else the pool names, and its revision.
         self._base = settings.base or pool.base.id, None if settings.base else pool.base.revision
-        self.tokenizer = shared.tokenizer(self._base[0], revision=self._base[1])
+        self.tokenizer = backend.tokenizer_at(self._base[0], revision=self._base[1])
         self.in_chats = trained_in_chats(pool.records())
-        routing = first_allowed(settings.routing or Routing(), pool, BY_PROMPT)
+        routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
 
+    def reopened(self) -> ChosenPool:
+        """The pool as its place has it now."""
+        return ChosenPool(self.settings, self._backend)
+
     @property
     def frame(self) -> Frame:
+        engine = self._backend.link.engine
         return Frame(
             self.tokenizer,
-            self._shared.link.engine.context if self._shared.link.engine else None,
+            engine.context if engine else None,
             added_tokens(self.tokenizer, is_encoder_decoder=False),
             looks_prompts_up=True,
             in_chats=self.in_chats,
@@ -76,15 +73,15 @@ class ChosenPool:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        bases = (self._shared.link.engine.base,) if self._shared.link.engine else ()
-        return self.pool.base.id, *bases
+        engine = self._backend.link.engine
+        return (self.pool.base.id, engine.base) if engine else (self.pool.base.id,)
 
     def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
         if not router.router.reads_base:
             return PromptChooser(router, None, self)
         name, revision = self._base
-        base = self._shared.base(name, dtype=self.settings.dtype, revision=revision)
+        base = self._backend.base_at(name, dtype=self.settings.dtype, revision=revision)
         check_base(pool.base, base.reference)
         router.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
         return PromptChooser(router, base.model, self)
@@ -121,9 +118,10 @@ class EngineBackend(Backend):
 
     def __init__(self, models: Sequence[ServedModel], upstream: Upstream, limits: Serving) -> None:
         self.link, self._limits = Link(upstream), limits
-        shared = Shared(self.link, cache(load_tokenizer), cache(load_base))
-        self.models = {each.name: ChosenPool(each, shared) for each in models}
-        self.link.folders = folders_of(self.models)
+        self.tokenizer_at, self.base_at = cache(load_tokenizer), cache(load_base)  # for all pools
+        self.models = {each.name: ChosenPool(each, self) for each in models}
+        self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
+        self.link.folders = self._folders_of(self.models)
         self._choosing, self._running = Turns(1), FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
@@ -141,6 +139,26 @@ class EngineBackend(Backend):
         context = self.link.engine and self.link.engine.context
         return replace(self._limits, max_batch_tokens=context) if context else self._limits
 
+    async def take(self, models: dict[str, ChosenPool]) -> None:
+        await self.link.take(self._folders_of(models))
+        self.models = models
+
+    def _folders_of(self, pools: Mapping[str, ChosenPool]) -> dict[str, str]:
+        """The folders of the experts in `pools` by name.
+
+        Raises ConfigError for two of one name, or one that has changed: an engine keeps the first.
+        """
+        experts = [each for pool in pools.values() for each in pool.pool.experts]
+        for each in experts:
+            adapter = str(each.directory.resolve()), each.info.adapter_sha256
+            other, _ = known = self._adapters.setdefault(each.name, adapter)
+            if known != adapter:
+                raise ConfigError(
+                    f"Two experts are called {each.name!r}: {other} and {adapter[0]}, there or as "
+                    f"it was before. An engine knows them by name, so rename one."
+                )
+        return {each.name: self._adapters[each.name][0] for each in experts}
+
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
         """Raise ApiError for what engines don't do."""
         if request.routing == "trace":
@@ -153,7 +171,10 @@ class EngineBackend(Backend):
             engine = await self.link.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         if asked.mixture is None:
-            router, chosen = runner.router.name, await self._chosen_for(asked, runner)
+            router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
+            chosen = await self._choosing.run(
+                asked.client, asked.deadline, lambda _: runner.choose(questions)
+            )
         else:
             router = "" if asked.request.weights is None else WEIGHTS
             weights = {name: weight for name, weight in asked.mixture.items() if weight}
@@ -173,13 +194,6 @@ class EngineBackend(Backend):
             reply.on_close.append(bringing.cancel)
         return reply, {EXPERTS: "; ".join(map(named, sent))[:MOST_OF_A_HEADER]}
 
-    async def _chosen_for(self, asked: Asked, runner: PromptChooser) -> list[Weights]:
-        """Each prompt's experts with their weights."""
-        questions = [prompt.asked for prompt in asked.prompts]
-        return await self._choosing.run(
-            asked.client, asked.deadline, lambda _: runner.choose(questions)
-        )
-
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
@@ -190,20 +204,6 @@ class EngineBackend(Backend):
         except Exception:
             log.exception("An answer could not be brought.")
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
-
-
-def folders_of(pools: Mapping[str, ChosenPool]) -> dict[str, str]:
-    """The folders of all pools' experts by name. Raises ConfigError for two of one name."""
-    folders: dict[str, str] = {}
-    for expert in (each for pool in pools.values() for each in pool.pool.experts):
-        folder = str(expert.directory.resolve())
-        other = folders.setdefault(expert.name, folder)
-        if other != folder:
-            raise ConfigError(
-                f"Two experts are called {expert.name!r}: {other} and {folder}; an engine "
-                f"knows them by name, so rename one."
-            )
-    return folders
 
 
 def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:

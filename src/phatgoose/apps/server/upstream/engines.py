@@ -319,8 +319,17 @@ class Link:
         await asyncio.wait([self._timer])
         await self._client.aclose()
 
+    async def take(self, folders: Mapping[str, str]) -> None:
+        """Have these experts from now on. Raises ConfigError where the engine can't load them."""
+        async with self._lock:
+            if self.engine is not None:
+                await self.engine.prepare(self._client, folders)
+            self.folders = folders
+
     async def ready(self) -> Engine:
         """The engine, which has the experts. Raises ApiError while it is away."""
+        if self.engine is not None:  # also while a new expert is being loaded
+            return self.engine
         try:
             async with self._lock:
                 if self.engine is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Training
-from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.errors import ExpertError
 from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training.train_expert import train_gates
@@ -73,7 +73,7 @@ def test_an_interrupted_gate_training_resumes_to_the_same_bits(llama, tmp_path, 
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ExpertError, match="resume"):
         gated(llama, adapter, tmp_path / "cut")
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ExpertError, match="the same settings"):
         train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True)
     got = gated(llama, adapter, tmp_path / "cut", resume=True)
     assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
 from phatgoose.base import load_base
-from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, WrongBaseError
+from phatgoose.errors import ExpertError, PhatgooseError, PoolError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -134,14 +134,14 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(llama, tmp_path, m
         {"task": replace(TASK, train=words("quite", "other", "data"))},
         {"base": load_base(llama.id, dtype="bfloat16")},
     ):
-        with pytest.raises(ConfigError, match="other settings, data or another base"):
+        with pytest.raises(ExpertError, match="the same settings, data and base"):
             train(**{"base": llama, "out": tmp_path / "cut", "resume": True, **other})
 
 
 def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):
     t5 = originals["t5"].copied()
     for base in (t5, t5.id):
-        with pytest.raises(WrongBaseError, match=r"is an expert of .*, not of .*; choose another"):
+        with pytest.raises(WrongBaseError, match=r"is an expert of .*; choose another"):
             train(base, whole.directory, resume=True)
 
 
@@ -162,7 +162,7 @@ def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
     with FileLock(work / "lock"):
         for resume in (True, False):
             another = open_work(out, {"a": 1}, resume=resume)
-            with pytest.raises(ExpertError, match="Another process is at work"), another:
+            with pytest.raises(ExpertError, match=r"lock.* could not be acquired"), another:
                 pass
     with open_work(out, {"a": 1}, resume=True) as again:
         assert (again / "checkpoint").read_text() == "1"

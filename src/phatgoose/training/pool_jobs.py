@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..base import Base, BaseReference, load_base, recorded_id
+from ..base import BaseReference, recorded_id
 from ..experts.expert import ExpertInfo
 from ..jobs import BaseLocation, Engine
 from ..tasks.suites.registry import TrainingTask
@@ -38,7 +38,7 @@ class ExpertJob:
 
 
 def train_experts(
-    base: Base | str,
+    base: str,
     jobs: Sequence[ExpertJob],
     *,
     out: Path,
@@ -48,8 +48,7 @@ def train_experts(
     """The records of the finished experts of `jobs` in the folder `out`.
 
     Each comes as soon as it is done, those in `out` already first, with a warning where their
-    settings differ. `engine` None trains one after the other here. `dtype` is for a base given by
-    name. Raises as `train_expert`.
+    settings differ. `engine` None trains one after the other here. Raises as `train_expert`.
     """
     engine = engine or Engine()
     if engine.remote:
@@ -58,7 +57,8 @@ def train_experts(
     for job in there:
         yield finished_expert(out / job.name, base, job.settings, resume=True).info
     missing = [job for job in jobs if job not in there]
-    workshop = _ExpertWorkshop(base, dtype, out)
+    name = recorded_id(base)
+    workshop = _ExpertWorkshop(BaseLocation(name, dtype, BaseReference(name)), out.absolute())
     steps = sum(job.size for job in missing)
     hidden = None if engine.remote else True  # in this process each training shows its own
     with (
@@ -71,17 +71,12 @@ def train_experts(
 
 @dataclass(frozen=True)
 class _ExpertWorkshop:
-    base: Base | BaseLocation | str
-    dtype: str
+    base: BaseLocation
     out: Path
 
     @contextmanager
     def open(self) -> Iterator[Callable[[ExpertJob], ExpertInfo]]:
-        base = self.base
-        if isinstance(base, BaseLocation):
-            base = base.load()
-        elif isinstance(base, str):
-            base = load_base(base, dtype=self.dtype)
+        base = self.base.load()
 
         def train(job: ExpertJob) -> ExpertInfo:
             task, settings = job.task.load(), vars(job.settings)
@@ -91,9 +86,4 @@ class _ExpertWorkshop:
         yield train
 
     def portable(self) -> _ExpertWorkshop:
-        base = self.base
-        if isinstance(base, Base):
-            base = BaseLocation.of(base)
-        elif isinstance(base, str):
-            base = BaseLocation(recorded_id(base), self.dtype, BaseReference(base))
-        return replace(self, base=base, out=self.out.absolute())
+        return self

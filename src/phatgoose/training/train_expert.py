@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..base import (
     Base,
-    BaseReference,
     check_base,
     fingerprint_here,
     load_base,
     number_format,
     recorded_id,
-    same_base,
 )
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, WrongBaseError
@@ -176,7 +174,19 @@ def _trained(
     resume = options.get("resume", False)
     if out.exists():
         return finished_expert(out, base, settings, resume=resume)
-    run = _begun(base, task, settings, out, options)
+    name = options.get("name") or out.name
+    check_name(name)
+    task = (task if isinstance(task, Task) else load_task(task)).with_validation(
+        settings.training.seed
+    )
+    if settings.gate_training.embeddings:
+        load_embedder(settings.gate_training.embedder)  # what would fail after hours fails now
+    base = load_base(base) if isinstance(base, str | Path) else base
+    encoder = Encoder.of(base, as_read(settings.formatting, task.train))
+    settings = replace(settings, formatting=encoder.formatting)
+    tail = settings.training.tail if isinstance(adapter, Peft) else None
+    callbacks = tuple(options.get("callbacks", ()))
+    run = Run(base, task, encoder, settings, out, name, tail, callbacks)
     earlier, metrics = dict[str, Any](), dict[str, Any]()
     weights = gates = None
     if isinstance(adapter, Peft):
@@ -206,37 +216,14 @@ def _trained(
         return _finished(run, adapter, earlier, metrics, gates)
 
 
-def _begun(
-    base: Base | str | Path,
-    task: Task | str | Path,
-    settings: Hyperparameters,
-    out: Path,
-    options: Options,
-) -> Run:
-    """The run with these settings; what would fail after hours is refused now."""
-    name = options.get("name") or out.name
-    check_name(name)
-    task = task if isinstance(task, Task) else load_task(task)
-    if settings.gate_training.embeddings:
-        load_embedder(settings.gate_training.embedder)
-    base = load_base(base) if isinstance(base, str | Path) else base
-    task = task.with_validation(settings.training.seed)
-    encoder = Encoder.of(base, as_read(settings.formatting, task.train))
-    settings = replace(settings, formatting=encoder.formatting)
-    tail = None if settings.peft is None else settings.training.tail
-    callbacks = tuple(options.get("callbacks", ()))
-    return Run(base, task, encoder, settings, out, name, tail, callbacks)
-
-
 @contextmanager
 def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
     """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
 
     Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
     the context is open, or until the process is killed. When the context ends and `out` is there,
-    the work is removed. Raises ExpertError when there is unfinished work and `resume` isn't set,
-    another process holds the lock, or the folder can't be written; ConfigError when the work to
-    resume has another identity.
+    the work is removed. Raises ExpertError when there is unfinished work and `resume` isn't set or
+    it has another identity, another process holds the lock, or the folder can't be written.
     """
     work, text = work_of(out), json.dumps(identity, indent=2)
     file = work / IDENTITY
@@ -244,25 +231,17 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
         if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
             raise ExpertError(f"{work} is or holds a symbolic link, as no work of ours; remove it.")
         work.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(work / LOCK).acquire(timeout=0):
-                if not file.is_file():  # written first of all
-                    write_text(file, text, ExpertError)
-                elif not resume:
-                    raise ExpertError(
-                        f"Unfinished work was found in {work}; use resume to continue it, or "
-                        f"remove it."
-                    )
-                elif file.read_text(encoding="utf-8") != text:
-                    raise ConfigError(
-                        f"The unfinished work in {work} had other settings, data or another base; "
-                        f"repeat them, or remove it."
-                    )
-                yield work
-            if out.exists():  # the lock is free: some file systems remove no open file
-                shutil.rmtree(work, ignore_errors=True)
-        except Timeout as problem:
-            raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
+        with FileLock(work / LOCK).acquire(timeout=0):  # else another process is at work
+            if not file.is_file():  # written first of all
+                write_text(file, text, ExpertError)
+            elif not resume or file.read_text(encoding="utf-8") != text:
+                raise ExpertError(
+                    f"Unfinished work was found in {work}; use resume to continue it, with the "
+                    f"same settings, data and base, or remove it."
+                )
+            yield work
+        if out.exists():  # the lock is free: some file systems remove no open file
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]:
@@ -474,17 +453,13 @@ def finished_expert(
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
     info = expert.info
+    known = marks = info.base.fingerprint
     if isinstance(base, Base):
-        reference = base.reference
-    elif recorded_id(base) == info.base.id:
-        reference = info.base
-    else:
-        reference = BaseReference(str(base), fingerprint=fingerprint_here(str(base)))
-    if reference.fingerprint and info.base.fingerprint and not same_base(reference, info.base):
-        raise WrongBaseError(
-            f"{out} is an expert of {info.base.id!r}, not of {reference.id!r}; choose another "
-            f"place."
-        )
+        marks = base.fingerprint
+    elif recorded_id(base) != info.base.id:
+        marks = fingerprint_here(str(base))
+    if marks and known and marks != known:
+        raise WrongBaseError(f"{out} is an expert of {info.base.id!r}; choose another place.")
     recorded = info.hyperparameters
     other = ", ".join(
         name

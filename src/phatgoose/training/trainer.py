@@ -39,7 +39,6 @@ from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
 
 TRAINABLE = "trainable.safetensors"
-LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
 COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 GATE_CHECKPOINT_EVERY = 25
 WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
@@ -108,7 +107,7 @@ def work_of(out: Path) -> Path:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """A bar on a terminal, else a log line every LINE_EVERY seconds; a line for each validation.
+    """A bar on a terminal, else log lines; a line for each validation.
 
     `lengths` are the tokens of each example in the order of training. If it `validates`, the last
     step is a candidate even if it isn't a multiple of the validation interval.
@@ -126,7 +125,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         if state.best_global_step:  # transformers forgets its checkpoint if the folder moved
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
-        self._first, self._told = state.global_step, time.time()
         logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
             total=state.max_steps,
@@ -153,15 +151,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             control.should_evaluate = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        where, now = f"{self.label}: step {state.global_step} of {state.max_steps}", time.time()
+        where = f"{self.label}: step {state.global_step} of {state.max_steps}"
         if logs and "loss" in logs:
             rate, speed = logs.get("learning_rate", 0.0), self.tokens_per_second
             loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
             self._bar.set_postfix_str(loss)
-            if self._bar.disable and now - self._told >= LINE_EVERY:
-                self._told, done = now, state.global_step - self._first
-                left = (state.max_steps - state.global_step) * self.seconds / done
-                logger.info("%s, %s, %s left", where, loss, tqdm.format_interval(left))
+            if self._bar.disable:
+                logger.info("%s, %s", where, loss)
         if logs and "eval_loss" in logs:
             logger.info("%s, validation loss %.4f", where, logs["eval_loss"])
 
@@ -336,18 +332,16 @@ def fit(
     model.eval()
     state = trainer.state
     logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    selected = {"validation_loss": state.best_metric, "best_step": state.best_global_step}
     metrics = {
         "steps": state.global_step,
         "train_loss": float(logged[-1] if logged else result.training_loss),
-        "validation_loss": state.best_metric,
-        "best_step": state.best_global_step,
+        **({} if state.best_metric is None else selected),
         "tokens": sum(lengths[: state.global_step * training.batch_size]),
         "seconds": round(progress.seconds, 1),
         "tokens_per_second": round(progress.tokens_per_second, 1),
     }
-    selected = ("validation_loss", "best_step") if state.best_metric is None else ()
-    kind = "gate" if stage == "gates" else stage
-    return {f"{kind}_{name}": metrics[name] for name in metrics if name not in selected}
+    return {f"{stage.removesuffix('s')}_{name}": value for name, value in metrics.items()}
 
 
 def _arguments(

@@ -38,7 +38,10 @@ MEMORY = 512 << 20  # bytes beyond those it has after its start
 MOST_BYTES = 128 << 20  # of a reply
 KEPT = {"TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}  # no keys, no tokens
 START = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
-NO_TEMPLATE = "{{ raise_exception('the base has no default chat template') }}"
+NO_TEMPLATE = (
+    "{{ raise_exception('the base has no default chat template; choose one that has, or read chats "
+    "with --template') }}"
+)
 
 
 class UntrustedText:

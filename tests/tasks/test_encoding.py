@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phatgoose.config import Formatting
-from phatgoose.errors import TaskError
-from phatgoose.sites import Positions
+from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.tasks.encoding import Cuts, Encoder
 from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
@@ -38,14 +37,13 @@ def make_encoder(
     *,
     template: str | None = CHAT,
     positions: int | None = None,
-    decoder: int | None = None,
     **formatting: object,
 ) -> Encoder:
     return Encoder(
         tokenizer_of(is_encoder_decoder, template),
         is_encoder_decoder=is_encoder_decoder,
         formatting=Formatting(**formatting),
-        positions=Positions(positions, decoder or positions),
+        positions=positions,
     )
 
 
@@ -111,7 +109,7 @@ def test_prompt_and_target_are_tokenised_as_the_text_of_both(make, text, target)
     ("encoder", "target", "wanted", "cut", "target_cut"),
     [  # a causal model's answer takes positions of its input: a space and </s> too
         (make_encoder(positions=12), "yes", "aghijkl yes</s>", 7, None),
-        (make_encoder(T5, positions=9, decoder=6), "yes", "abghijkl</s>yes</s>", 9, None),
+        (make_encoder(T5, positions=9), "yes", "abghijkl</s>yes</s>", 9, None),
         (make_encoder(positions=8), "0123456789", "l 01234</s>", 1, 7),
         # a template is never cut, and isn't counted where no position is short
         (make_encoder(positions=18, chat=True), "y", "<u>ahijkl</u><a>y</s>", 6, None),
@@ -163,7 +161,7 @@ def test_what_was_cut_inside_a_character_still_fits(text, truncation):
 
 def test_bases_that_can_t_read_a_text_are_refused():
     for text, chat in ((SAID, False), ("Hello", True)):
-        with pytest.raises(TaskError, match="no chat template"):
+        with pytest.raises(BaseModelError, match="no default chat template"):
             make_encoder(template=None, chat=chat).pair(text, "yes")
     with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
         make_encoder(positions=8).fitted("abc", followed_by=8)

@@ -22,7 +22,7 @@ from ..base import Base
 from ..config import Formatting
 from ..errors import TaskError
 from ..files import one_line
-from ..sites import Positions, positions_of
+from ..sites import positions_of
 from ..untrusted_text import UntrustedText
 from .task import Chat, Example
 
@@ -82,13 +82,13 @@ class TokenPair:
 class Encoder:
     """Turns texts into tokens for one base model; `positions` limits their number.
 
-    Raises TaskError when a text needs a chat template and there is none.
+    Raises BaseModelError when a text needs a chat template and there is none.
     """
 
     tokenizer: PreTrainedTokenizerBase
     is_encoder_decoder: bool
     formatting: Formatting = field(default_factory=Formatting)
-    positions: Positions = field(default_factory=Positions)
+    positions: int | None = None
 
     @classmethod
     def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:
@@ -164,7 +164,7 @@ class Encoder:
         prompt, space = self._apart(input_text)
         tokens = self._following(prompt, space + text)
         tokens = [*tokens, int(self.tokenizer.eos_token_id)]
-        most, places = self.formatting.max_target_tokens, self.positions.answer
+        most, places = self.formatting.max_target_tokens, self.positions
         if places is not None:
             if not self.is_encoder_decoder:  # beside the prompt and one token of the input
                 is_chat = self._in_template(input_text)
@@ -187,14 +187,14 @@ class Encoder:
 
     def _most(self, followed_by: int, around: int, outside: int = 0) -> int:
         """How many tokens an input may have, of those `around` it some being `outside`."""
-        most, places = self.formatting.max_input_tokens, self.positions.prompt
+        most, places = self.formatting.max_input_tokens, self.positions
         if places is None:
             return most
         if not self.is_encoder_decoder:
             places -= followed_by
         if places <= around:
             raise TaskError(
-                f"The base has {self.positions.prompt} positions, and the answer takes "
+                f"The base has {self.positions} positions, and the answer takes "
                 f"{followed_by} of them, which leaves none for an input; ask for a shorter answer."
             )
         return min(most, places - outside)
@@ -218,12 +218,6 @@ class Encoder:
         return turns, len(prompt) - sum(len(tokens) for _, _, tokens in turns), prompt
 
     def _rendered(self, chat: Chat) -> str:
-        if not self.tokenizer.chat_template:
-            raise TaskError(
-                "Chats (messages, or chat is on) need a chat template, and the base model's "
-                "tokenizer has no chat template; choose a base that has one, or read the rows with "
-                "the template '{{ messages[0].content }} ||| {{ messages[-1].content }}'."
-            )
         messages = [{"role": role, "content": content} for role, content in chat.turns]
         process = text_process(self.tokenizer)
         return str(process.read([messages], add_generation_prompt=True)[0][0])

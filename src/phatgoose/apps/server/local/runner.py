@@ -184,10 +184,9 @@ class ModelRunner:
         self._context = parts.context if parts else None
         self._tails = parts.tails if parts else ()  # read from records once
         self._number = next(_NUMBERS)
-        positions = positions_of(model)
         self.frame = Frame(
             tokenizer,
-            positions.prompt or positions.trained,
+            positions_of(model),
             added_tokens(tokenizer, is_encoder_decoder=False),
             looks_prompts_up=self._context is not None and self._context.router is not None,
             in_chats=parts is not None and parts.in_chats,

@@ -59,8 +59,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
-from phatgoose.routing.compose import compose, detach, open_prompt_router
-from phatgoose.routing.composition import resolve_base
+from phatgoose.routing.compose import compose, detach, open_prompt_router, resolve_base
 from phatgoose.routing.routers.prompt import PromptRouter
 from phatgoose.routing.routers.retrieval import Embeds
 from phatgoose.tasks.encoding import Encoder

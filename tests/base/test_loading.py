@@ -1,4 +1,4 @@
-"""Base models: loaded frozen, refused with a reason, and recognised by their weights and config."""
+"""Bases: loaded frozen, refused with a reason, recognised by their weights; tokens become text."""
 
 import json
 import os
@@ -7,16 +7,25 @@ from contextlib import suppress
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from batched import TOKENIZER
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
 from phatgoose.base import (
+    UNFINISHED,
+    Detokeniser,
     fingerprint,
     fingerprint_of_files,
     load_base,
     load_skeleton,
     load_tokenizer,
+    texts_of,
 )
 from phatgoose.errors import BaseModelError
 from phatgoose.files import TensorFile
@@ -199,3 +208,34 @@ def test_files_that_lack_a_parameter_or_have_another_shape_have_none(base_folder
     assert fingerprint_of_files(skeleton, tensors | {name: tensors[name][1:]}) is None
     whole = tensors[name].to(torch.int8)
     assert fingerprint_of_files(skeleton, tensors | {name: whole}) is None
+
+
+@given(st.text(max_size=30), st.text(max_size=10))
+@settings(max_examples=25)
+def test_pieces_make_the_text_that_all_tokens_make(text, before):
+    detokeniser = Detokeniser(TOKENIZER, TOKENIZER(before)["input_ids"])
+    pieces = [detokeniser.add(token) for token in TOKENIZER(text)["input_ids"]]
+    assert "".join(pieces) + detokeniser.rest() == text
+
+
+def test_bytes_that_are_no_text_are_given_up():
+    detokeniser = Detokeniser(TOKENIZER)
+    (lead,) = TOKENIZER("é")["input_ids"][:1]
+    pieces = [detokeniser.add(lead) for _ in range(40)]
+    assert "\ufffd" in "".join(pieces)
+    assert detokeniser.rest().strip("\ufffd") == ""
+
+
+def test_each_token_keeps_the_space_before_its_word():
+    """With a tokenizer like T5's and Llama-2's, whose tokens say where a word begins."""
+    fast = Tokenizer(WordLevel({"</s>": 0, "▁A": 1, "▁her": 2, "on": 3, "▁is": 4}, "</s>"))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
+    assert texts_of(tokenizer, [1, 2, 3, 4, 0]) == ("A", " her", "on", " is", "</s>")
+
+
+@given(st.text(st.sampled_from("ab .é😀"), max_size=8))
+@settings(max_examples=25)
+def test_the_last_token_of_a_character_shows_it(text):
+    texts = texts_of(TOKENIZER, TOKENIZER(text)["input_ids"])
+    assert "".join(each for each in texts if each != UNFINISHED) == text

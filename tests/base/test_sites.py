@@ -108,19 +108,6 @@ def test_positions_are_those_of_the_config(kind, settings, wanted):
     assert positions_of(model) == wanted
 
 
-def few_places(kind: str) -> Base:
-    """A base that holds 24 tokens, of a kind whose positions are a table."""
-    torch.manual_seed(0)
-    name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
-    config = AutoConfig.for_model(kind, **{**KINDS_HERE[kind], name: 24})
-    auto = AutoModelForSeq2SeqLM if kind == "bart" else AutoModelForCausalLM
-    model = auto.from_config(config).eval()
-    model.generation_config.pad_token_id = 0
-    model.generation_config.forced_eos_token_id = None
-    tokenizer = make_tokenizer(final_eos=kind == "bart")
-    return Base(model, tokenizer, "few", None, fingerprint(model))
-
-
 LONG = "a passage of far more than twenty-four letters. Is it so?"
 CHOOSING = Task("choosing", test=(Example(LONG, "yes", ("yes", "no, never")),) * 2)
 WRITING = Task("writing", test=(Example(LONG, "yes"),))
@@ -128,7 +115,14 @@ WRITING = Task("writing", test=(Example(LONG, "yes"),))
 
 @pytest.mark.parametrize("kind", KINDS_HERE)
 def test_scoring_and_generation_leave_room_for_the_answer(kind):
-    base = few_places(kind)
+    torch.manual_seed(0)
+    name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    config = AutoConfig.for_model(kind, **{**KINDS_HERE[kind], name: 24})
+    auto = AutoModelForSeq2SeqLM if kind == "bart" else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    model.generation_config.update(pad_token_id=0, forced_eos_token_id=None)
+    tokenizer = make_tokenizer(final_eos=kind == "bart")
+    base = Base(model, tokenizer, "few", None, fingerprint(model))
     room = (24, 24, 24) if kind == "bart" else (13, 16, 20)  # its decoder has places of its own
     with pytest.warns(UserWarning, match=f"choosing: 2 of 2 inputs cut to {room[0]} tokens"):
         evaluate(base, CHOOSING)

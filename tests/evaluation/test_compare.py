@@ -244,7 +244,7 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
 SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
 
 
-def without_seconds(folder: Path) -> list[Any]:
+def without_seconds(folder: Path) -> list[str]:
     """All that a comparison stored and wrote, but for how long it took."""
     text = (folder / "comparison.json").read_text() + (folder / "results.jsonl").read_text()
     return [re.sub(r'"seconds": [\d.]+', "", text), (folder / "comparison.md").read_text()[:-200]]
@@ -314,22 +314,15 @@ LARGER = [name for name in TASKS if name != "count"]  # has three examples
 
 
 @pytest.mark.filterwarnings("ignore:.* cut to 7 tokens")
-@pytest.mark.parametrize(
-    ("options", "tasks"),
-    [
+def test_other_examples_forms_precision_or_code_are_scored_again(setting, newly, monkeypatch):
+    for options, tasks in (
         ({"limit": 3}, LARGER),
         ({"limit": 9}, []),
         ({"max_new_tokens": TOKENS + 1}, ["count"]),  # choices and tasks of their own stay
         ({"formatting": Formatting(max_input_tokens=7)}, TASKS),
-    ],
-)
-def test_other_examples_or_forms_are_scored_again(newly, options, tasks):
-    assert newly(["base"], **options) == runs_of("base", tasks=tasks)
-
-
-def test_another_precision_or_code_leaves_nothing(setting, newly, monkeypatch):
-    other = load_base(setting.base, dtype="bfloat16")
-    assert newly(["base"], base=other) == runs_of("base")
+        ({"base": load_base(setting.base, dtype="bfloat16")}, TASKS),
+    ):
+        assert newly(["base"], **options) == runs_of("base", tasks=tasks)
     monkeypatch.setattr(comparing, "code_version", lambda: "0.1.0+edited")
     assert newly(["base"]) == runs_of("base")
 

@@ -11,6 +11,7 @@ from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.tasks.task import Example, Task
 from scored_tasks import CHOICE_TASK, greedy_text, naive_scores
@@ -111,7 +112,7 @@ def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstr
 LONG = Task("long", test=tuple(Example("a" * n, "yes", ("yes", "no")) for n in (9, 5, 4, 12)))
 
 
-def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama, tmp_path):
+def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama):
     told = r"long: 3 of 4 inputs cut to 4 tokens\."
     with pytest.warns(UserWarning, match=told):
         result = evaluate(llama, LONG, formatting=Formatting(max_input_tokens=4))
@@ -122,8 +123,7 @@ def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama, tmp_path):
 def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, tmp_path):
     expert = make_expert(llama, "short")
     info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
-    replace(expert, info=info).save(expert.directory, overwrite=True)
-    model = compose(expert.directory, llama, k=1, router="phatgoose")
+    model = compose(Pool((replace(expert, info=info),)), llama, k=1, router="phatgoose")
     save(model, tmp_path / "routed")
     again = load(tmp_path / "routed", detach(model))
     told = "max_input_tokens 512, but short was trained with max_input_tokens 112"

@@ -1,12 +1,11 @@
-"""Marks of single experts: made by research/marks.py, replayed without a model."""
+"""Marks of single experts, replayed without a model."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-import runpy
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,14 +29,9 @@ RIGHT = {  # of the tasks kinds, kinds, moods, moods, and an unseen one
 }
 
 
-@pytest.fixture(scope="module")
-def program():
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "research" / "marks.py")))
-
-
 @pytest.fixture
-def marks(program, tmp_path):
-    """A file of marks of two experts and five examples."""
+def marks(tmp_path):
+    """A file of marks of two experts and five examples, as research/marks.py writes them."""
     columns = {
         "prompt": [f"{i:016x}" for i in range(5)],
         "task": ["kinds", "kinds", "moods", "moods", "other"],
@@ -45,15 +39,18 @@ def marks(program, tmp_path):
         "choices": [2, 2, 3, 3, 0],
         "label": [0, 1, 2, 0, -1],
         "embedding": [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.6, 0.5]],
-        "choice/centroid": [[0.9, 0.1], [0.2, 0.3], [0.1, 0.8], [0.1, 0.8], [0.5, 0.50001]],
+        "choice/centroid": [[0.9, 0.1], [0.2, 0.3], [0.1, 0.8], [0.1, 0.8], [0.5, 0.5005]],
         "likelihoods/base": [[-1.0, -2.0]] * 2 + [[-1.0, -2.0, -3.0]] * 2 + [[]],
     }
     columns |= {f"score/{model}": right for model, right in RIGHT.items()}
+    for name in ("embedding", "choice/centroid"):
+        flat = np.array(columns[name], np.float16).ravel()
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, 2)
     about = {"format": 1, "base": "tiny", "experts": EXPERTS, "owners": [0, 1, 1]}
-    centres = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float16)
-    coded = program.base64.b64encode(centres.tobytes()).decode()
+    centres = base64.b64encode(np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float16).tobytes())
+    metadata = {"phatgoose": json.dumps(about), "centres": centres}
     path = tmp_path / "tiny.parquet"
-    program.write(path, {"phatgoose": json.dumps(about), "centres": coded}, columns)
+    parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
     return path
 
 
@@ -81,7 +78,6 @@ def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
     assert new["merged, run"].over_random is None  # there is no run with random LoRAs
     assert new["merged, run"].kept.value == 0.5
     assert new["centroid"].own == 0.75
-    # The scores differ by less than float16 tells, and moods is still first.
     assert unseen["centroid"].score.value == 0.0
     assert unseen["oracle*"].score.value == 1.0
     assert "own expert" not in unseen

@@ -22,9 +22,8 @@ def comparison() -> Comparison:
 
 def score(row: str, task: str) -> float:
     """A row's score on a dataset, by hand; of BLEU half the 10 n-grams match, of either order."""
-    marks = {**RIGHT, **EXPERTS}[row][task]
-    bleu = [0.5] if task == "c" else []
-    return float(np.mean([np.mean(marks), *bleu]))
+    mean = float(np.mean({**RIGHT, **EXPERTS}[row][task]))
+    return (mean + 0.5) / 2 if task == "c" else mean
 
 
 def test_means_are_of_datasets_unweighted_and_differences_to_phatgoose(comparison):
@@ -116,7 +115,7 @@ def filled(path) -> Path:
 def test_what_was_added_is_there_now_and_later(path):
     marks = "ü \n \u2028 \x85 \x1e \r \x0b"  # some of these end a line for str.splitlines
     store = ResultStore(path)
-    assert (store.get(KEY), path.exists()) == (None, False)
+    assert not path.exists()
     store.add(KEY, {"score": 0.1, "answers": [marks]})
     for each in (store, ResultStore(path)):
         assert each.get(KEY) == {"score": 0.1, "answers": [marks]}
@@ -145,8 +144,8 @@ def test_of_two_who_want_to_add_results_the_second_is_told(path):
         with another, ResultStore.alone(path):
             pass
         assert ResultStore(path).get({"n": 0}) == {}  # reading is for everyone
-    with ResultStore.alone(path) as second:
-        second.add({"n": 1}, {})
+    with ResultStore.alone(path):
+        pass
 
 
 @pytest.mark.parametrize("line", [b"{not json", b"", b'{"key": {}}', b"\xff\xfe"])

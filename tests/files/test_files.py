@@ -3,8 +3,6 @@
 import json
 import os
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -213,32 +211,6 @@ def test_a_replacement_that_fails_at_the_last_moment_keeps_the_old(tmp_path, mon
         assert "Input/output error" in one_line_of(replace)
     assert (target / "old").read_text() == KEPT
     assert everything(tmp_path) == {"expert", "expert/old"}
-
-
-KILLED = """
-import sys
-from functools import partial
-from pathlib import Path
-from phatgoose.errors import ExpertError
-from phatgoose.files import new_directory
-with new_directory(Path(sys.argv[1]), ExpertError, overwrite=True) as work:
-    (work / "half").write_text("half")
-    print("there", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_run_that_is_killed_leaves_what_was_there(tmp_path):
-    target = tmp_path / "expert"
-    target.mkdir()
-    (target / "old").write_text(KEPT)
-    words = [sys.executable, "-c", KILLED, str(target)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
-        assert running.stdout.readline() == b"there\n"
-        running.kill()
-    assert [path.name for path in target.iterdir()] == ["old"]
-    (left,) = [path.name for path in tmp_path.iterdir() if path != target]
-    assert left.startswith(".expert.unfinished-")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig
 
+from odd_files import rewrite
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
@@ -46,12 +47,8 @@ def test_an_embedder_reads_long_texts_without_their_middle(monkeypatch):
 
 def recorded_by(pool: Pool, embedder: str) -> Pool:
     """`pool`, its embeddings made by `embedder` as far as the experts' records say."""
-    return Pool(
-        tuple(
-            replace(expert, info=replace(expert.info, embedder=embedder))
-            for expert in with_embeddings(pool).experts
-        )
-    )
+    experts = with_embeddings(pool).experts
+    return Pool(tuple(replace(e, info=replace(e.info, embedder=embedder)) for e in experts))
 
 
 @pytest.mark.parametrize(
@@ -77,10 +74,9 @@ def test_no_other_embedder_is_loaded_because_a_record_names_it(
 def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp_path):
     model = compose(recorded_by(llama_pool, "a/b"), llama, router="retrieval", embedder="a/b")
     save(model, tmp_path / "routed")
-    description = json.loads((tmp_path / "routed" / "routed.json").read_text())
-    assert "embedder" not in description["routing"]
-    description["routing"]["embedder"] = "a/b"  # as somebody else may write it
-    (tmp_path / "routed" / "routed.json").write_text(json.dumps(description))
+    routing = json.loads((tmp_path / "routed" / "routed.json").read_text())["routing"]
+    assert "embedder" not in routing
+    rewrite(tmp_path / "routed" / "routed.json", routing=routing | {"embedder": "a/b"})
     del loaded[:]
     with pytest.raises(ConfigError, match="only the default embedder"):
         load(tmp_path / "routed", dtype="float32")
@@ -101,9 +97,8 @@ def test_an_embedder_that_is_named_runs_no_code(tmp_path, monkeypatch, how):
     if how == "modules.json":
         (tmp_path / "modules.json").write_text(json.dumps([module]))
     elif how == "auto_map":
-        settings = json.loads((tmp_path / "config.json").read_text())
-        settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Module"}}
-        (tmp_path / "config.json").write_text(json.dumps(settings))
+        named = {"AutoConfig": "evil.Module"}
+        rewrite(tmp_path / "config.json", model_type="evil", auto_map=named)
     else:
         (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     monkeypatch.setattr("builtins.input", lambda *_: "y")

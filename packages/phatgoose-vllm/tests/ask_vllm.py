@@ -12,29 +12,23 @@ import sys
 from pathlib import Path
 
 
-def main(job_file: str, answers_file: str) -> None:
+def main(job_file, answers_file):
     from vllm import LLM, SamplingParams
 
     job = json.loads(Path(job_file).read_text())
-    settings = {"dtype": "float32", "enforce_eager": True, "seed": 0, **job.get("llm", {})}
-    llm = LLM(job["base"], **settings)
+    llm = LLM(job["base"], dtype="float32", seed=0, skip_tokenizer_init=True, **job["llm"])
     fixed = {"temperature": 0, "logprobs": 1, "ignore_eos": True, "detokenize": False}
-    sampling = SamplingParams(max_tokens=job["tokens"], **fixed)
-    answers = []
+    sampling, rounds = SamplingParams(max_tokens=job["tokens"], **fixed), []
     for prompts in job["rounds"]:
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        answers.append([answer_of(each) for each in llm.generate(asked, sampling, use_tqdm=False)])
-    Path(answers_file).write_text(json.dumps(answers))
+        rounds.append([answer_of(each) for each in llm.generate(asked, sampling, use_tqdm=False)])
+    Path(answers_file).write_text(json.dumps(rounds))
 
 
-def answer_of(found) -> dict:
-    tokens = list(found.outputs[0].token_ids)
-    told = zip(found.outputs[0].logprobs, tokens, strict=True)
-    return {
-        "tokens": tokens,
-        "logprobs": [each[token].logprob for each, token in told],
-        "cached": found.num_cached_tokens,
-    }
+def answer_of(reply):
+    tokens = list(reply.outputs[0].token_ids)
+    scored = zip(reply.outputs[0].logprobs, tokens, strict=True)
+    return tokens, [each[token].logprob for each, token in scored], reply.num_cached_tokens
 
 
 if __name__ == "__main__":

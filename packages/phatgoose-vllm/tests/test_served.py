@@ -18,24 +18,23 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 SITE = "model.layers.0.self_attn.q_proj"
 
 
-def qkv(rank: int, size: int, heads: int = 8, keys: int = 2, head: int = 4) -> Share:
+def qkv(rank, size):
     """As vLLM splits it: by heads; keys' heads are copied where they are fewer than processes."""
-    held = heads // size * head
-    held_keys = max(1, keys // size) * head
-    sections = (Section(heads * head, held), *[Section(keys * head, held_keys)] * 2)
-    return Share(16, 16, sections, rank, size)
+    keys = Section(8, max(1, 2 // size) * 4)
+    return Share(16, 16, (Section(32, 32 // size), keys, keys), rank, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_the_shares_of_a_packed_layer_make_up_the_whole(size):
-    weights = [random(rows, 16, seed=rows) for rows in (32, 8, 9 - 1)]
+    queries, keys = random(32, 16), random(8, 16, seed=1)
     for rank in range(size):
         parts = parts_of("qkv_proj", qkv(rank, size), QKV, 3)
         assert [part.first for part in parts] == [0, 32 // size, 32 // size + parts[1].width]
-        queries, keys, _ = (part.of(w, 0) for part, w in zip(parts, weights, strict=True))
-        assert torch.equal(queries, weights[0].chunk(size)[rank])
+        assert torch.equal(parts[0].of(queries, 0), queries.chunk(size)[rank])
         # Two heads of keys: with four processes two have the first one, with eight four.
-        assert torch.equal(keys, weights[1].chunk(min(size, 2))[rank * min(size, 2) // size])
+        assert torch.equal(
+            parts[1].of(keys, 0), keys.chunk(min(size, 2))[rank * min(size, 2) // size]
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -48,45 +47,34 @@ def test_a_layer_that_the_base_has_packed_is_split_section_by_section(size):
         assert (part.first, part.width) == (0, 48 // size)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_updates_of_all_shares_add_up(size, tokens):
+def test_the_updates_of_all_shares_add_up(size):
     """Megatron's two splits, applied to W u + B A u: outputs are joined, inputs summed."""
-    u, A, B = random(tokens, 16), random(3, 4, 16, seed=1), random(3, 4, 32, seed=2)
-    whole = torch.einsum("tn,ern,erd->td", u, A, B)
+    u, A, B = random(5, 16), random(3, 4, 16, seed=1), random(3, 4, 32, seed=2)
     joined, summed = [], 0
     for rank in range(size):
         outputs = Share(16, 16, (Section(32, 32 // size),), rank, size)
         (part,) = parts_of("up", outputs, {0: "up"}, 1)
         joined.append(torch.einsum("tn,ern,erd->td", u, A, part.of(B)))
-        inputs = Share(16, 16 // size, (Section(32, 32),), rank, size)
-        mine = A[..., inputs.columns]
-        summed = summed + torch.einsum("tn,ern,erd->td", u[:, inputs.columns], mine, B)
-    torch.testing.assert_close(torch.cat(joined, dim=-1), whole)
-    torch.testing.assert_close(summed, whole)
+        columns = Share(16, 16 // size, (Section(32, 32),), rank, size).columns
+        summed = summed + torch.einsum("tn,ern,erd->td", u[:, columns], A[..., columns], B)
+    for got in (torch.cat(joined, dim=-1), summed):
+        torch.testing.assert_close(got, torch.einsum("tn,ern,erd->td", u, A, B))
 
 
 @pytest.mark.parametrize(
-    ("site", "rename", "wanted"),
+    ("site", "renamed", "wanted"),
     [
-        (SITE, lambda n: n, ("model.layers.0.self_attn.qkv_proj", 0, 3)),
+        (SITE, SITE, ("model.layers.0.self_attn.qkv_proj", 0, 3)),
         # vLLM's newer mappers name the packed layer themselves.
-        (
-            SITE,
-            lambda n: n.replace("q_proj", "qkv_proj"),
-            ("model.layers.0.self_attn.qkv_proj", 0, 3),
-        ),
-        (
-            "h.1.mlp.up_proj",
-            lambda n: f"transformer.{n}",
-            ("transformer.h.1.mlp.gate_up_proj", 1, 2),
-        ),
-        ("h.0.attn.c_attn", lambda n: n, ("h.0.attn.c_attn", 0, 1)),
-        ("h.0.attn.c_attn", lambda n: None, ("", 0, 1)),  # vLLM leaves this weight out
+        (SITE, SITE.replace("q_", "qkv_"), ("model.layers.0.self_attn.qkv_proj", 0, 3)),
+        ("h.1.up_proj", "model.h.1.up_proj", ("model.h.1.gate_up_proj", 1, 2)),
+        ("h.0.attn.c_attn", "h.0.attn.c_attn", ("h.0.attn.c_attn", 0, 1)),
+        ("h.0.attn.c_attn", None, ("", 0, 1)),  # vLLM leaves this weight out
     ],
 )
-def test_where_a_site_is_in_vllms_model(site, rename, wanted):
-    assert place_of(site, PACKED, rename) == wanted
+def test_where_a_site_is_in_vllms_model(site, renamed, wanted):
+    assert place_of(site, PACKED, lambda _: renamed and f"{renamed}.weight") == wanted
 
 
 # What the environment names.
@@ -96,12 +84,11 @@ def test_where_a_site_is_in_vllms_model(site, rename, wanted):
 def serve(monkeypatch, tmp_path, llama):
     """A function that saves a pool composed by a router, and opens it as vLLM's processes do."""
 
-    def opened(pool, router: str = "phatgoose", **settings) -> served.Served:
+    def opened(pool, router="phatgoose", **settings):
         model = compose(pool, llama, router=router, **settings)
-        folder = tmp_path / f"routed-{router}"
-        save(model, folder, overwrite=True)
+        save(model, tmp_path / "routed", overwrite=True)
         detach(model)
-        monkeypatch.setenv(served.MODEL, str(folder))
+        monkeypatch.setenv(served.MODEL, str(tmp_path / "routed"))
         return open_served()
 
     return opened
@@ -122,26 +109,21 @@ def test_a_saved_model_gives_the_layers_what_ours_has(serve, llama_pool, llama, 
     for name, tensor in layer.router.state().items():
         assert torch.equal(experts.state[name], tensor)
     u = random(6, 32)
-    table = SimpleNamespace(**experts.numbers, **experts.state)
-    decision = opened.router.decision(u, table)
+    decision = opened.router.decision(u, SimpleNamespace(**experts.numbers, **experts.state))
     assert torch.equal(decision.experts, layer.router(u).experts)
 
 
-def test_the_mean_of_all_experts_is_folded_as_in_our_own_model(serve, llama, tmp_path):
-    for rank in (8, 2):  # ranks at which our own model folds too, and at which it doesn't
-        names = [f"e{i}-{rank}" for i in range(4)]
-        pool = Pool([write_expert(llama, tmp_path, name, rank=rank) for name in names])
-        opened = serve(pool, "merged")
-        weight = llama.model.get_submodule(SITE).weight.detach().clone()
-        model = compose(pool, llama, router="merged")
-        layer = model.get_submodule(SITE)
-        inputs = random(5, 32)
-        wanted = torch.nn.functional.linear(inputs, opened.folded(PART, ALONE, weight))
-        torch.testing.assert_close(layer(inputs), wanted, rtol=1e-4, atol=1e-4)
-        whole, half = opened.folded(PART, ALONE, weight), Share(32, 16, (Section(32, 32),), 1, 2)
-        torch.testing.assert_close(opened.folded(PART, half, weight[:, 16:]), whole[:, 16:])
-        assert not torch.equal(whole, weight)
-        detach(model)
+@pytest.mark.parametrize("rank", [8, 2])  # where our own model folds too, and where it doesn't
+def test_the_mean_of_all_experts_is_folded_as_in_our_own_model(serve, llama, tmp_path, rank):
+    pool = Pool([write_expert(llama, tmp_path, f"e{i}", rank=rank) for i in range(4)])
+    opened, inputs = serve(pool, "merged"), random(5, 32)
+    weight = llama.model.get_submodule(SITE).weight.detach().clone()
+    layer = compose(pool, llama, router="merged").get_submodule(SITE)
+    whole, half = opened.folded(PART, ALONE, weight), Share(32, 16, (Section(32, 32),), 1, 2)
+    wanted = torch.nn.functional.linear(inputs, whole)
+    torch.testing.assert_close(layer(inputs), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(opened.folded(PART, half, weight[:, 16:]), whole[:, 16:])
+    assert not torch.equal(whole, weight)
 
 
 def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
@@ -153,15 +135,14 @@ def test_vllms_default_type_and_device_change_no_number(serve, llama_pool):
             got = open_served().experts(PART, ALONE, torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(got.A, wanted.A)
-    assert torch.equal(got.B, wanted.B)
+    for name in ("A", "B"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name))
     assert torch.equal(got.state["vectors"], wanted.state["vectors"])
 
 
 def test_experts_that_vllm_cant_add_are_refused(serve, llama_pool, llama_mixed):
-    opened = serve(llama_pool)
     with pytest.raises(RoutingError, match=r"q_proj: the experts map"):
-        opened.experts(PART, Share(48, 48, ALONE.sections), torch.float32)
+        serve(llama_pool).experts(PART, Share(48, 48, ALONE.sections), torch.float32)
     half = Share(32, 16, (Section(32, 32),), 0, 2)
     with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
         serve(llama_pool, "spectr").experts(PART, half, torch.float32)
@@ -183,14 +164,11 @@ def test_routers_that_vllm_cant_run_are_refused_with_what_to_do(serve, llama_poo
         serve(llama_pool, router)
 
 
-@pytest.mark.parametrize("place", ["", "nowhere", "hub:someone/expert@main", "base"])
-def test_a_place_without_a_routed_model_ends_vllm_at_once(tmp_path, monkeypatch, place):
+def test_a_place_without_a_routed_model_ends_vllm_at_once(tmp_path, monkeypatch):
     make_model("llama").save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="wanted a routed model's folder"):
-        served.check_place(place)
-
-
-def test_without_the_variable_nothing_is_imported(monkeypatch):
+    for place in ("", "nowhere", "hub:someone/expert@main", "base"):
+        with pytest.raises(ConfigError, match="wanted a routed model's folder"):
+            served.check_place(place)
     monkeypatch.delenv(served.MODEL, raising=False)
-    vllm.register()
+    vllm.register()  # without the variable nothing is imported

@@ -4,42 +4,29 @@ The pool of SmolLM2 is the one that PHATGOOSE_ENGINE_POOL names (`phatgoose demo
 else three experts that are trained here for a few steps. Other architectures are tiny and random.
 """
 
-from __future__ import annotations
-
 import importlib.util
-import os
+import json
+import shutil
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import phatgoose
+from engines import PROMPTS, engine_pool, engine_prompts, vllm_environment
 from phatgoose.base import load_base, smollm2_folder
-from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, save
-from phatgoose.tasks.loading import load_task
-from phatgoose.training.train_expert import train_expert
-from tiny import write_expert
-from vllm_engine import (
-    Answers,
-    EngineError,
-    ask_vllm,
-    assert_same,
-    our_answers,
-    quantised_base,
-    tied,
-    write_base,
-)
+from phatgoose.routing.compose import compose, composition_of, save
+from tiny import make_tokenizer, write_expert
 
-POOL = "PHATGOOSE_ENGINE_POOL"
-TASKS = Path(phatgoose.__file__).parent / "apps" / "demo_tasks"
-UNSEEN = ("hotel_feedback", "evening_classes", "family_papers", "course_places", "village_post")
-ROUTERS = ("phatgoose", "average-activation", "arrow", "merged")
-PROMPTS, TOKENS = 50, 8
+ASKING = Path(__file__).with_name("ask_vllm.py")
+TOKENS = 8
 SHARED = 1000  # tokens that two prompts have in common
+TIED = 2e-6  # between affinities, a few times their roundings
 
 pytestmark = [
     pytest.mark.engines,
@@ -50,184 +37,257 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return smollm2_folder()
-    except BaseModelError as error:
-        pytest.skip(str(error))
+@pytest.fixture
+def ask(tmp_path):
+    """vLLM's answers to each of some rounds, with `model` routed by our plugin if there is one.
+
+    Answers are (tokens, log-probabilities, how many tokens were cached).
+    """
+
+    def asked(base, *rounds, model=None, tokens=TOKENS, environment=(), **llm):
+        job, answers, folder = (tmp_path / name for name in ("job.json", "answers.json", "routed"))
+        if model is not None:
+            save(model, folder, overwrite=True)
+        llm = {"max_model_len": 2048, "enforce_eager": True, **llm}
+        content = {"base": str(base), "rounds": rounds, "tokens": tokens, "llm": llm}
+        job.write_text(json.dumps(content))
+        ended = subprocess.run(
+            [sys.executable, ASKING, job, answers],
+            env=vllm_environment(folder if model is not None else None, **dict(environment)),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return json.loads(answers.read_text())
+
+    return asked
+
+
+@torch.no_grad()
+def ours(model, prompts, tokens=TOKENS):
+    """The same of one of our models, prompt by prompt."""
+    answers = []
+    for ids in prompts:
+        chosen, logprobs, seen, past = [], [], torch.tensor([ids]), None
+        for _ in range(tokens):  # past the end of the text, as vLLM is asked to
+            read = model(input_ids=seen, past_key_values=past, use_cache=True)
+            past, scores = read.past_key_values, read.logits[0, -1].log_softmax(-1)
+            chosen.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+            seen = torch.tensor([chosen[-1:]])
+        answers.append((chosen, logprobs, None))
+    return answers
+
+
+def tokens_of(answers):
+    return [tokens for tokens, _, _ in answers]
+
+
+def distances(answers, others):
+    """How far each answer's log-probabilities are from the other's, at most."""
+    pairs = zip(answers, others, strict=True)
+    return [
+        max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+        for (_, mine, _), (_, theirs, _) in pairs
+    ]
+
+
+def assert_same(answers, wanted):
+    assert tokens_of(answers) == tokens_of(wanted)
+    assert max(distances(answers, wanted)) <= 1e-4
+
+
+@torch.no_grad()
+def is_tied(model, ids):
+    """Whether rounding decides which expert is the k-th for a token.
+
+    There two programs whose sums are rounded otherwise may choose another expert.
+    """
+    gaps = []
+
+    def look(layer, arguments):
+        router, u = layer.router, arguments[0]
+        if router.router.fused and router.k < router.E:
+            scores = router.router.scores(u.reshape(-1, u.shape[-1]), router)
+            ranked = scores.sort(-1, descending=True).values
+            gaps.append(float((ranked[:, router.k - 1] - ranked[:, router.k]).min()))
+
+    layers = composition_of(model).layers.values()
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers if hasattr(layer, "router")]
+    model(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return min(gaps, default=1) < TIED
 
 
 @pytest.fixture(scope="module")
-def experts(smollm2, tmp_path_factory) -> Path:
-    if os.environ.get(POOL):
-        return Path(os.environ[POOL])
-    folder, base = tmp_path_factory.mktemp("pool"), load_base("smollm2", dtype="float32")
-    few = {
-        "peft": Lora(rank=16, alpha=16.0),
-        "training": Training(steps=8, batch_size=4, eval_examples=4),
-        "gate_training": GateTraining(gate_steps=1, statistics_examples=16),
-    }
-    for name in ("sentiment", "archive", "village"):
-        train_expert(base, load_task(TASKS / f"{name}.csv"), out=folder / name, **few)
-    return folder
+def experts(tmp_path_factory):
+    return engine_pool(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def prompts():
     tokenizer = load_base("smollm2", dtype="float32").tokenizer
-    rows = [load_task(TASKS / f"{name}.csv").test[: PROMPTS // len(UNSEEN)] for name in UNSEEN]
-    return [tokenizer(row.input)["input_ids"] for task in rows for row in task]
+    return [tokenizer(prompt)["input_ids"] for prompt in engine_prompts()]
 
 
-def saved(model: PreTrainedModel, folder: Path) -> Path:
-    save(model, folder / "routed")
-    return folder / "routed"
-
-
-@pytest.fixture(scope="module")
-def routed_folder(experts, tmp_path_factory) -> Path:
-    return saved(our_model(experts), tmp_path_factory.mktemp("saved"))
-
-
-def our_model(experts: Path, router: str = "phatgoose") -> PreTrainedModel:
+def our_model(experts, router="phatgoose"):
     return compose(Pool.open(experts), load_base("smollm2", dtype="float32"), router=router)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_fifty_prompts_are_answered_as_by_our_own_model(
-    router, smollm2, experts, prompts, tmp_path
-):
-    model = our_model(experts, router)
-    (got,) = ask_vllm(tmp_path, smollm2, [prompts], model=saved(model, tmp_path), tokens=TOKENS)
-    wanted = our_answers(model, prompts, TOKENS)
-    by_rounding = tied(model, prompts, wanted)
-    assert len(by_rounding) <= PROMPTS // 10
-    assert_same(got, wanted, but=by_rounding)
-    base = our_answers(load_base("smollm2", dtype="float32").model, prompts[::5], TOKENS)
-    some = Answers(got.tokens[::5], got.logprobs[::5], got.cached[::5])
-    with pytest.raises(AssertionError):  # it was routed at all; weak experts may change no token
-        assert_same(some, base, 0.01)
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow", "merged"])
+def test_fifty_prompts_are_answered_as_by_our_own_model(router, experts, prompts, ask):
+    model, base = our_model(experts, router), load_base("smollm2", dtype="float32").model
+    (answers,) = ask(smollm2_folder(), prompts, model=model)
+    wanted = ours(model, prompts)
+    assert tokens_of(answers) == tokens_of(wanted)
+    far = [n for n, distance in enumerate(distances(answers, wanted)) if distance > 1e-4]
+    assert len(far) <= PROMPTS // 10
+    assert all(is_tied(model, prompts[n] + wanted[n][0]) for n in far)
+    some, alone = answers[::5], ours(base, prompts[::5])  # weak experts may change no token
+    assert tokens_of(some) != tokens_of(alone) or max(distances(some, alone)) > 0.01
 
 
-def test_requests_share_the_prefix_cache_and_answers_stay_equal(
-    smollm2, routed_folder, experts, prompts, tmp_path
-):
+def test_requests_share_the_prefix_cache_and_answers_stay_equal(experts, prompts, ask):
     """A prefix in chunks of 256 tokens, then prompts that begin with it, and the same uncached."""
     shared = [token for ids in prompts for token in ids][:SHARED]
-    asked = [shared + prompts[index] for index in (3, 13, 23, 33)]
-    rounds = [[asked[0]], asked[1:]]
+    first, *others = asked = [shared + prompts[index] for index in (3, 13, 23, 33)]
+    model, folder = our_model(experts), smollm2_folder()
     chunked = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True, "max_num_seqs": 8}
-    cached = ask_vllm(
-        tmp_path, smollm2, rounds, model=routed_folder, tokens=TOKENS, settings=chunked
-    )
+    one, more = ask(folder, [first], others, model=model, **chunked)
     whole = {"enable_prefix_caching": False, "max_num_batched_tokens": 4096}
-    plain = ask_vllm(tmp_path, smollm2, [asked], model=routed_folder, settings=whole)
-    assert cached[0].cached == [0]
-    assert min(cached[1].cached) >= SHARED - 200  # in whole blocks
-    first, others = cached
-    got = Answers(
-        first.tokens + others.tokens, first.logprobs + others.logprobs, first.cached + others.cached
-    )
+    (plain,) = ask(folder, asked, model=model, **whole)
+    assert one[0][2] == 0
+    assert min(cached for _, _, cached in more) >= SHARED - 200  # in whole blocks
     # Of so many tokens some hang on rounding, so that numbers may differ by more than usual.
-    assert got.tokens == plain[0].tokens
-    assert got.tokens == our_answers(our_model(experts), asked, TOKENS).tokens
+    assert tokens_of(one + more) == tokens_of(plain) == tokens_of(ours(model, asked))
 
 
 # Tiny bases of other architectures, packed otherwise, split and quantised.
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A function from an architecture to the folder of a tiny base and four experts of it."""
-    made: dict[str, Path] = {}
-
-    def of(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            write_base(made[kind] / "base", kind)
-            base = load_base(made[kind] / "base", dtype="float32")
-            for index in range(4):
-                write_expert(base, made[kind], f"e{index}", seed=index, rank=4)
-        return made[kind]
-
-    return of
-
-
+IDS = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+LLAMA = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 192}
+LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 2048}  # heads of 32, vLLM's smallest
+SIZES = {
+    "llama": LLAMA | {"num_key_value_heads": 1},
+    "qwen2": LLAMA | {"num_key_value_heads": 2},
+    "phi3": LLAMA | {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048},
+}
 SHORT = [
     torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     for n in (5, 17, 40, 64, 33)
 ]
 
 
-def tiny_model(folder: Path, router: str = "phatgoose") -> PreTrainedModel:
-    base = load_base(folder / "base", dtype="float32")
-    return compose(Pool.open(folder / "experts"), base, router=router)
+def write_base(folder, kind, seed=0):
+    """A tiny random base in `folder`, of sizes that vLLM's attention takes, with a tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **IDS, **SIZES[kind]))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    make_tokenizer(final_eos=False).save_pretrained(folder)
+    return folder
 
 
-def ask_tiny(folder: Path, tmp_path: Path, router: str = "phatgoose", **how) -> Answers:
-    model = saved(tiny_model(folder, router), tmp_path)
-    (answers,) = ask_vllm(tmp_path, how.pop("base", folder / "base"), [SHORT], model=model, **how)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A function from an architecture to the folder of a tiny base, and of four experts of it."""
+
+    @cache
+    def made(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        base = load_base(write_base(folder / "base", kind), dtype="float32")
+        for index in range(4):
+            write_expert(base, folder, f"e{index}", seed=index, rank=4)
+        return folder / "base", folder / "experts"
+
+    return made
+
+
+@pytest.fixture
+def compared(tiny, ask):
+    """vLLM's answers with a tiny model, and ours."""
+
+    def answers(kind, router="phatgoose", base=None, tokens=TOKENS, **how):
+        folder, experts = tiny(kind)
+        model = compose(Pool.open(experts), load_base(folder, dtype="float32"), router=router)
+        (got,) = ask(base or folder, SHORT, model=model, tokens=tokens, **how)
+        return got, ours(model, SHORT, tokens)
+
     return answers
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi3"])
-def test_architectures_that_pack_otherwise(kind, tiny, tmp_path):
-    """GPT-2's one layer of queries, keys and values; Qwen2's biases; Phi-3's packed layers."""
-    assert_same(
-        ask_tiny(tiny(kind), tmp_path), our_answers(tiny_model(tiny(kind), "phatgoose"), SHORT)
-    )
+TWO = {"tensor_parallel_size": 2, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
-def test_two_processes_with_tensor_parallelism(router, tiny, tmp_path):
-    """One head of keys, which both hold; a Llama's inputs and outputs are split."""
-    two = {"tensor_parallel_size": 2}
-    got = ask_tiny(tiny("llama"), tmp_path, router, settings=two, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert_same(got, our_answers(tiny_model(tiny("llama"), router), SHORT))
+@pytest.mark.parametrize(
+    ("kind", "router", "how"),
+    [
+        ("gpt2", "phatgoose", {}),  # one layer of queries, keys and values
+        ("qwen2", "phatgoose", {}),  # biases
+        ("phi3", "phatgoose", {}),  # packed layers
+        # Two processes. Both hold the one head of keys; a Llama's inputs and outputs are split.
+        *(("llama", router, TWO) for router in ("phatgoose", "merged")),
+        ("llama", "phatgoose", {"enforce_eager": False}),  # compiled, as vLLM does by default
+    ],
+)
+def test_architectures_that_pack_otherwise_splits_and_compilation(compared, kind, router, how):
+    assert_same(*compared(kind, router, **how))
 
 
-def test_compiled_as_vllm_does_by_default(tiny, tmp_path):
-    got = ask_tiny(tiny("llama"), tmp_path, settings={"enforce_eager": False})
-    assert_same(got, our_answers(tiny_model(tiny("llama"), "phatgoose"), SHORT))
+def quantised_base(folder, into):
+    """The base in `folder` with int8 weights, a scale for each output, as compressed-tensors."""
+    shutil.copytree(folder, into)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in list(tensors.items()):
+        if ".layers." in name and tensor.dim() == 2:
+            scale = tensor.abs().amax(dim=1, keepdim=True) / 127
+            tensors[name] = (tensor / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = {**eight, "strategy": "channel", "dynamic": False}
+    inputs = {**eight, "strategy": "token", "dynamic": True}
+    linear = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = json.loads((into / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": linear},
+    }
+    (into / "config.json").write_text(json.dumps(config))
+    return into
 
 
-def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(tiny, tmp_path):
+def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(compared, tiny, ask, tmp_path):
     """int8 weights and activations: our layer around vLLM's quantised one.
 
     vLLM 0.32's own LoRA, to which it might be compared, ends with an error on such a base on CPUs.
     """
-    folder = tiny("llama")
-    quantised = quantised_base(folder / "base", tmp_path / "int8")
-    model = tiny_model(folder, "single:expert=e1")
-    wanted = our_answers(model, SHORT, 1)
-    (got,) = ask_vllm(tmp_path, quantised, [SHORT], model=saved(model, tmp_path), tokens=1)
-    (alone,) = ask_vllm(tmp_path, quantised, [SHORT], tokens=1)
-    assert far(got, wanted) < far(alone, wanted) / 3
-
-
-def far(one: Answers, other: Answers) -> float:
-    pairs = zip(one.logprobs, other.logprobs, strict=True)
-    return sum(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
-
-
-# What is refused, before anything is served.
-
-
-def test_another_base_is_refused_by_its_fingerprint(tiny, tmp_path):
-    other = tmp_path / "other"
-    write_base(other, "llama", seed=1)
-    with pytest.raises(EngineError, match="WrongBaseError: The base of the experts is"):
-        ask_tiny(tiny("llama"), tmp_path, base=other)
+    base = quantised_base(tiny("llama")[0], tmp_path / "int8")
+    (alone,) = ask(base, SHORT, tokens=1)
+    routed, wanted = compared("llama", "single:expert=e1", base=base, tokens=1)
+    assert sum(distances(routed, wanted)) < sum(distances(alone, wanted)) / 3
 
 
 @pytest.mark.parametrize(
-    ("router", "settings", "message"),
+    ("router", "how", "message"),
     [
+        ("phatgoose", {"base": "other"}, "WrongBaseError: The base of the experts is"),
         ("discriminant", {}, "reads the whole prompt"),
+        ("arrow", TWO, "Router arrow reads all inputs of a layer"),
         ("phatgoose", {"enable_lora": True}, "--enable-lora adds one adapter"),
     ],
 )
-def test_what_cant_be_is_refused_at_the_start(router, settings, message, tiny, tmp_path):
-    with pytest.raises(EngineError, match=message):
-        ask_tiny(tiny("llama"), tmp_path, router, settings=settings)
+def test_what_cant_be_is_refused_at_the_start(compared, router, how, message, tmp_path):
+    if "base" in how:
+        how = {"base": write_base(tmp_path / "other", "llama", seed=1)}
+    with pytest.raises(AssertionError, match=message):
+        compared("llama", router, **how)

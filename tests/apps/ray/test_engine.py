@@ -8,12 +8,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -49,21 +48,20 @@ NOTICED_SOON = {  # that a machine is gone
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 4,
 }
+FRUIT = ["apples", "pears", "plums"]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster():
     """Two machines, with two cores and one; their three GPUs exist on paper only."""
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "num_gpus": 2, **SMALL, "_system_config": NOTICED_SOON},
-    )
-    made.second = made.add_node(num_cpus=1, num_gpus=1, **SMALL)
-    ray.init(address=made.address, logging_level=logging.ERROR, log_to_driver=False)
+    head = {"num_cpus": 2, "num_gpus": 2, **SMALL, "_system_config": NOTICED_SOON}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.second = cluster.add_node(num_cpus=1, num_gpus=1, **SMALL)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import tests
-    yield made
+    yield cluster
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,10 @@ class Nap:
     """A job that sleeps, and at its first try may kill its worker or fail."""
 
     name: str
-    size: int = 2
     deadly: bool = False
     wrong: bool = False
     tries: int = 1
+    size: int = 2
 
     def again(self) -> Nap:
         return replace(self, tries=self.tries + 1, deadly=self.deadly and self.tries > 3)
@@ -84,8 +82,8 @@ class Naps:
     """What naps are taken with."""
 
     @contextmanager
-    def open(self) -> Iterator[Any]:
-        def nap(job: Nap) -> tuple[int, int]:
+    def open(self):
+        def nap(job):
             if job.deadly:
                 time.sleep(1.5)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -96,65 +94,50 @@ class Naps:
 
         yield nap
 
-    def portable(self) -> Naps:
+    def portable(self):
         return self
 
 
-class Bar:
-    """A bar that says where it stands."""
-
-    n = 0
-
-    def update(self, units: int) -> None:
-        self.n += units
+def naps(engine, *jobs):
+    """What comes of these naps, and the units of a bar."""
+    units = []
+    done = dict(engine.run(Naps(), jobs, SimpleNamespace(update=units.append)))
+    return done, sum(units)
 
 
 def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
     jobs = [Nap("deadly", deadly=True), *(Nap(f"nap {i}") for i in range(6))]
-    bar = Bar()
-    done = dict(RayEngine(2).run(Naps(), jobs, bar))
+    done, units = naps(RayEngine(2), *jobs)
     assert sorted(job.name for job in done) == sorted(job.name for job in jobs)
     assert {job.name: tries for job, (_, tries) in done.items() if tries > 1} == {"deadly": 2}
     assert len({process for process, _ in done.values()}) <= 3  # a process does many
-    assert bar.n == sum(job.size for job in jobs)
+    assert units == sum(job.size for job in jobs)
     assert "A worker was lost at deadly; another continues." in caplog.text
 
 
 def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(cluster):
     with pytest.raises(ConfigError, match=r"^this nap can't be taken$"):
-        list(RayEngine(1).run(Naps(), [Nap("bad", wrong=True)], Bar()))
-    always = Nap("deadly", deadly=True, tries=5)
+        naps(RayEngine(1), Nap("bad", wrong=True))
     with pytest.raises(EngineError, match=r"3 workers were lost at deadly"):
-        list(RayEngine(1).run(Naps(), [always], Bar()))
+        naps(RayEngine(1), Nap("deadly", deadly=True, tries=5))
 
 
-def write_tasks(folder: Path) -> list[str]:
-    for name in ("apples", "pears", "plums"):
+def write_tasks(folder):
+    folder.mkdir()
+    for name in FRUIT:
         rows = [
             {"input": f"{name} {i}:", "target": ("yes", "no")[i % 2], "choices": ["yes", "no"]}
             for i in range(16)
         ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text)
-    return [str(folder / f"{name}.jsonl") for name in ("apples", "pears", "plums")]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
-def tensors_of(expert: Path) -> dict[str, Any]:
+def tensors_of(expert):
     return load_file(expert / ADAPTER_WEIGHTS) | load_file(expert / LAYOUT.vectors)
 
 
-def begun(out: Path) -> int:
-    """Experts with a checkpoint, finished ones not counted."""
-    return len({path.parts[-4] for path in out.glob(f".*.work/*/checkpoint-*/{COMPLETE}")})
-
-
-def processes_of(machine: Any) -> list[psutil.Process]:
-    """What runs on one machine of the cluster, its raylet aside."""
-    (raylet,) = machine.all_processes["raylet"]
-    return psutil.Process(raylet.process.pid).children(recursive=True)
-
-
-def scores_of(comparison: Any) -> Any:
+def scores_of(comparison):
     return {
         row: {task: (r.low, r.high, r.sample.score) for task, r in results.items()}
         for row, results in comparison.results.items()
@@ -164,12 +147,17 @@ def scores_of(comparison: Any) -> Any:
 def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     cluster, base_folders, llama, tmp_path, caplog
 ):
+    from serving import beside, until
+
     training = Training(steps=60, batch_size=4, micro_batch_size=4, eval_every=5, eval_examples=4)
     gates = GateTraining(gate_steps=30, statistics_examples=4)
-    settings = Hyperparameters(Lora(rank=2), training, gates)
-    jobs = [ExpertJob(task, settings) for task in open_tasks(write_tasks(tmp_path))]
-    far, here = tmp_path / "far", tmp_path / "here"
-    gate = tmp_path / "gate"
+    settings, tests = (
+        Hyperparameters(Lora(rank=2), training, gates),
+        write_tasks(tmp_path / "tests"),
+    )
+    places = [str(path) for path in sorted(tests.iterdir())]
+    jobs = [ExpertJob(task, settings) for task in open_tasks(places)]
+    far, here, gate = tmp_path / "far", tmp_path / "here", tmp_path / "gate"
     engine = HeldHalfway(RayEngine(3), gate)
     place = str(base_folders["llama"])
     running = train_experts(place, jobs, out=far, dtype="float32", engine=engine)
@@ -177,10 +165,11 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     # The second machine holds one of three workers. It goes when all three are in the middle,
     # where they wait for it, and everything on it at once: a worker may not finish its job before
     # it misses its machine.
-    def pull_the_plug() -> None:
-        while begun(far) < 3:
-            time.sleep(0.02)
-        workers = processes_of(cluster.second)
+    def pull_the_plug():
+        begun = f".*.work/*/checkpoint-*/{COMPLETE}"
+        until(lambda: len({path.parts[-4] for path in far.glob(begun)}) == 3, seconds=300)
+        (raylet,) = cluster.second.all_processes["raylet"]
+        workers = psutil.Process(raylet.process.pid).children(recursive=True)
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)
         cluster.remove_node(cluster.second, allow_graceful=False)
@@ -188,36 +177,33 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
             worker.send_signal(signal.SIGKILL)
         gate.touch()
 
-    plug = threading.Thread(target=pull_the_plug)
-    plug.start()
-    trained = list(running)
-    plug.join()
-    assert sorted(expert.name for expert in trained) == ["apples", "pears", "plums"]
+    plug = beside(pull_the_plug)
+    assert sorted(expert.name for expert in running) == FRUIT
+    plug.result()
     assert caplog.text.count("A worker was lost at") == 1
-    assert sorted(p.name for p in far.iterdir()) == ["apples", "pears", "plums"]
-
-    list(train_experts(llama.id, jobs, out=here, dtype="float32"))
-    for name in ("apples", "pears", "plums"):
+    assert sorted(p.name for p in far.iterdir()) == FRUIT
+    list(train_experts(llama, jobs, out=here))
+    for name in FRUIT:
         wanted, got = tensors_of(here / name), tensors_of(far / name)
         assert wanted.keys() == got.keys()
         assert all(got[key].equal(tensor) for key, tensor in wanted.items())
 
     # The one who gives the jobs goes after three cells; who comes next computes only the others.
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    write_tasks(tests)
-    pool, methods = Pool.open(far), ["base", "phatgoose", "oracle"]
-    options = {"base": llama, "limit": 6}
-    wanted = compare(pool, tests, methods, out=tmp_path / "alone", **options)
-    first = CutShort(RayEngine(2), 3)
+    def compared(out, **options):
+        rows = ["base", "phatgoose", "oracle"]
+        return compare(
+            Pool.open(far), tests, rows, out=tmp_path / out, base=llama, limit=6, **options
+        )
+
+    wanted, both = compared("alone"), tmp_path / "both" / "results.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        compare(pool, tests, methods, out=tmp_path / "both", engine=first, **options)
-    kept = (tmp_path / "both" / "results.jsonl").read_text().splitlines()
+        compared("both", engine=CutShort(RayEngine(2), 3))
+    kept = both.read_text().splitlines()
     assert len(kept) == 3
     second = CutShort(RayEngine(2), 99)
-    got = compare(pool, tests, methods, out=tmp_path / "both", engine=second, **options)
-    assert second.given == 15 - 3
-    assert (tmp_path / "both" / "results.jsonl").read_text().splitlines()[:3] == kept
+    got = compared("both", engine=second)
+    assert second.jobs == 15 - 3
+    assert both.read_text().splitlines()[:3] == kept
     assert scores_of(got) == scores_of(wanted)
     assert got.choices == wanted.choices
 
@@ -230,7 +216,7 @@ class HeldHalfway:
     gate: Path
     remote: bool = True
 
-    def run(self, workshop: Any, jobs: Any, bar: Any) -> Iterator[Any]:
+    def run(self, workshop, jobs, bar):
         return self.engine.run(HeldWorkshop(workshop, self.gate), jobs, bar)
 
 
@@ -241,10 +227,10 @@ class HeldWorkshop:
     workshop: Any
     gate: Path
 
-    def open(self) -> Any:
+    def open(self):
         steps, step = itertools.count(), Progress.on_step_end
 
-        def held(*arguments: Any, **options: Any) -> None:
+        def held(*arguments, **options):
             step(*arguments, **options)
             while next(steps) >= 10 and not self.gate.exists():
                 time.sleep(0.02)
@@ -252,7 +238,7 @@ class HeldWorkshop:
         Progress.on_step_end = held  # in the worker's process alone
         return self.workshop.open()
 
-    def portable(self) -> HeldWorkshop:
+    def portable(self):
         return replace(self, workshop=self.workshop.portable())
 
 
@@ -262,11 +248,11 @@ class CutShort:
 
     engine: RayEngine
     after: int
-    given: int = 0
+    jobs: int = 0
     remote: bool = True
 
-    def run(self, workshop: Any, jobs: Any, bar: Any) -> Iterator[Any]:
-        self.given += len(jobs)
+    def run(self, workshop, jobs, bar):
+        self.jobs += len(jobs)
         results = self.engine.run(workshop, jobs, bar)
         for number, result in enumerate(results):
             if number == self.after:
@@ -275,7 +261,7 @@ class CutShort:
             yield result
 
 
-def test_a_connection_that_exists_is_used_and_a_wrong_address_is_told(cluster):
+def test_a_connection_that_exists_is_used(cluster):
     with connected("nowhere:1"):
         assert ray.is_initialized()
     assert ray.is_initialized()

@@ -1,5 +1,8 @@
 """Fixtures of the server's tests; a module may have others of these names."""
 
+from contextlib import ExitStack
+from functools import cache
+
 import pytest
 import torch
 
@@ -20,38 +23,31 @@ def tokenizer(pool):
 
 
 @pytest.fixture(scope="module")
-def app(pool):
+def client_with(pool):
+    """A function from options of `serving.app_of` to a client."""
     import serving
 
-    app = serving.app_of(pool, Serving(max_queue=80), patience=1)
-    app.state.service.routings.most = 2
-    return app
+    with ExitStack() as stack:
+
+        def opened(limits=None, **options):
+            app = serving.app_of(pool, limits, **options)
+            client = serving.client_of(app, raise_server_exceptions=False)
+            return stack.enter_context(client)
+
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def client(app):
-    import serving
-
-    with serving.client_of(app, raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def chat(pool):
-    """A client of a server whose base has a chat template."""
-    import serving
-
-    with serving.client_of(serving.app_of(pool, template=serving.CHAT_TEMPLATE)) as client:
-        yield client
+def client(client_with):
+    client = client_with(Serving(max_queue=80), patience=1)
+    client.app.state.service.routings.most = 2
+    return client
 
 
 @pytest.fixture(scope="module")
-def guarded(pool):
+def guarded(client_with):
     """A client of a server with two API keys."""
-    import serving
-
-    with serving.client_of(serving.app_of(pool, api_keys=["secret", "other"])) as client:
-        yield client
+    return client_with(api_keys=["secret", "other"])
 
 
 @pytest.fixture
@@ -65,18 +61,14 @@ def runner_of(pool_of):
     """`runner_of(kind, router)`: the pool of that kind of base, composed, without end tokens."""
     from phatgoose.apps.server.local.runner import ModelRunner
 
-    made = {}
+    @cache
+    def runner(kind="llama", router="phatgoose"):
+        base = load_base(pool_of(kind).base.id, dtype="float32")
+        runner = ModelRunner(compose_by(router, pool_of(kind), base), base.tokenizer)
+        runner.ends = frozenset()
+        return runner
 
-    def make(kind="llama", router="phatgoose"):
-        if (kind, router) not in made:
-            pool = pool_of(kind)
-            base = load_base(pool.base.id, dtype="float32")
-            runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
-            runner.ends = frozenset()
-            made[kind, router] = runner
-        return made[kind, router]
-
-    return make
+    return runner
 
 
 @pytest.fixture(scope="module")

@@ -1,48 +1,67 @@
-"""Answers: completions, chats, streams, log-probabilities and routing, of models of each kind."""
+"""Answers of models here: completions, chats, routing and JSON, of models of each kind."""
 
 import itertools
 import json
-from contextlib import closing
-from http.client import HTTPConnection
 
 import pytest
+import torch
 
 import serving
 from phatgoose.apps.server import create_app, served_models
+from phatgoose.apps.server.local import json_form
 from phatgoose.base import load_base
-from phatgoose.config import Serving
-from phatgoose.errors import BaseModelError
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, save
-from serving import CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
+from serving import CHAT_TEMPLATE, CHATS, GREEDY, PROMPT, ask, chunks_of, error_of, text_of
 
-LONG = {**GREEDY, "max_tokens": 1000}
-
-
-def joined(lists):
-    return list(itertools.chain.from_iterable(lists))
+needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs phatgoose[json]")
 
 
-def test_a_greedy_completion_is_what_generate_gives(client, pool, tokenizer):
-    prompt = tokenizer(PROMPT)["input_ids"]
-    tokens = serving.generated(pool, prompt, 6)
-    reply = ask(client, **GREEDY)
-    (choice,) = reply["choices"]
-    assert choice["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
-    assert (reply["object"], reply["id"][:5]) == ("text_completion", "cmpl-")
+def generated(pool, router="phatgoose", keep=None, leave_out=(), **options):
+    """The tokens of the prompt, and those that `generate` adds in this process."""
+    base = load_base(pool.base.id, dtype="float32")
+    model = compose(pool.select(keep, leave_out), base, router=router, **options)
+    prompt = base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(prompt)
+    tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False)[0]
+    return prompt[0].tolist(), tokens[prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {},
+        {"router": "merged"},
+        {"router": "arrow:temperature=0.01,form=peft", "k": 1},
+        {"k": 1},
+        {"keep": ["e1", "e2"]},
+        {"leave_out": ["e0"]},
+        {"router": "single:expert=e2"},
+    ],
+    ids=str,
+)
+def test_a_completion_is_what_generate_gives_with_a_routing_of_its_own_too(
+    client, pool, tokenizer, wish
+):
+    prompt, tokens = generated(pool, **wish)
+    assert not wish or tokens != generated(pool)[1]
+    reply = ask(client, **GREEDY, **wish)
+    assert reply["choices"][0]["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
     counts = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
     assert reply["usage"] == {**counts, "total_tokens": len(prompt) + len(tokens)}
 
 
 def test_stop_ends_an_answer(client):
-    whole = text_of(client, **{**GREEDY, "max_tokens": 30})
+    long = {**GREEDY, "max_tokens": 30}
+    whole = text_of(client, **long)
     stop = whole[3:5]
     for wish in (stop, ["nothing", stop]):
-        (choice,) = ask(client, **{**GREEDY, "max_tokens": 30, "stop": wish})["choices"]
-        assert choice["text"] == whole[: whole.index(stop)]
-        assert choice["finish_reason"] == "stop"
+        (choice,) = ask(client, **long, stop=wish)["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
 
-def test_a_chat_is_the_completion_of_its_template(chat):
+def test_a_chat_is_the_completion_of_its_template(client_with):
+    chat = client_with(template=CHAT_TEMPLATE)
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     messages = [{"role": "developer", "content": "Brief."}, {"role": "user", "content": parts}]
     wish = {"model": "goose", "messages": messages, "temperature": 0, "max_completion_tokens": 6}
@@ -54,29 +73,9 @@ def test_a_chat_is_the_completion_of_its_template(chat):
     assert message == {"role": "assistant", "content": content, "refusal": None}
 
 
-@pytest.mark.parametrize(
-    "wish",
-    [
-        {"router": "merged"},
-        {"router": "arrow:temperature=0.01,form=peft", "k": 1},
-        {"k": 1},
-        {"keep": ["e1", "e2"]},
-        {"leave_out": ["e0"]},
-        {"router": "single:expert=e2"},
-    ],
-    ids=str,
-)
-def test_a_request_may_have_its_own_routing(client, pool, tokenizer, wish):
-    prompt = tokenizer(PROMPT)["input_ids"]
-    wanted = serving.generated(pool, prompt, 6, **wish)
-    assert wanted != serving.generated(pool, prompt, 6)
-    text = tokenizer.decode(wanted, skip_special_tokens=True)
-    assert text_of(client, **GREEDY, **wish) == text
-
-
-def test_routing_tells_each_tokens_experts(client, tokenizer):
-    count = len(tokenizer(PROMPT)["input_ids"])
-    (choice,) = ask(client, **GREEDY, routing="trace")["choices"]
+def test_routing_tells_each_tokens_experts_in_a_stream_piece_by_piece(client, tokenizer):
+    count, wish = len(tokenizer(PROMPT)["input_ids"]), {**GREEDY, "routing": "trace"}
+    (choice,) = ask(client, **wish)["choices"]
     routing = choice["routing"]
     assert (routing["router"], routing["k"]) == ("phatgoose", 2)
     parts = [token["part"] for token in routing["tokens"]]
@@ -86,83 +85,95 @@ def test_routing_tells_each_tokens_experts(client, tokenizer):
         assert sum(token["experts"].values()) == pytest.approx(1, abs=0.01)
         assert list(token["experts"].values()) == sorted(token["experts"].values(), reverse=True)
     assert routing["tokens"][-1]["experts"] == {}  # it never passed the model
-    assert routing["trace"]["format"] == "phatgoose-trace-1"
-    assert routing["trace"]["whole"] == []
+    trace = routing["trace"]
+    assert (trace["format"], trace["whole"]) == ("phatgoose-trace-1", [])
+    pieces = [chunk["choices"][0]["routing"] for chunk in chunks_of(client, **wish)]
+    pieces = [piece for piece in pieces if piece]
+    streams = [piece["trace"]["streams"][0] for piece in pieces]
+    for whole, lists in (
+        (routing["tokens"], [piece["tokens"] for piece in pieces]),
+        (trace["streams"][0]["tokens"], [stream["tokens"] for stream in streams]),
+    ):
+        assert list(itertools.chain.from_iterable(lists)) == whole
+    assert streams[0]["sites"] == trace["streams"][0]["sites"]
 
 
-def test_a_stream_tells_its_routing_piece_by_piece(client):
-    wish = {**GREEDY, "routing": "trace"}
-    whole = ask(client, **wish)["choices"][0]["routing"]
-    parts = [c["choices"][0]["routing"] for c in events(client, **wish)]
-    parts = [part for part in parts if part]
-    assert joined(part["tokens"] for part in parts) == whole["tokens"]
-    assert parts[0]["trace"]["streams"][0]["sites"] == whole["trace"]["streams"][0]["sites"]
-    tokens = joined(part["trace"]["streams"][0]["tokens"] for part in parts)
-    assert tokens == whole["trace"]["streams"][0]["tokens"]
-
-
-def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
-    save(
-        compose(pool, load_base(pool.base.id, dtype="float32"), k=1, router="phatgoose"),
-        tmp_path / "routed",
-    )
+def test_saved_models_and_bases_are_served_too_and_what_the_first_name_is_opened_for_nobody(
+    pool, tmp_path, tokenizer, monkeypatch
+):
+    """A saved model may come from a stranger, and who asks to reroute it may be one."""
+    base = load_base(pool.base.id, dtype="float32")
+    save(compose(pool, base, k=1, router="phatgoose"), tmp_path / "routed")
+    info = json.loads((tmp_path / "routed" / "routed.json").read_text())
+    info["experts"][0]["path"] = "hub:stranger/expert"
+    (tmp_path / "routed" / "routed.json").write_text(json.dumps(info))
     places = [str(tmp_path / "routed"), f"base={pool.base.id}", f"pool={serving.folder_of(pool)}"]
     app = create_app(served_models(places, dtype="float32"))
-    wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6, k=1)
+    wanted = tokenizer.decode(generated(pool, k=1)[1], skip_special_tokens=True)
     with serving.client_of(app) as client:
-        saved = {**GREEDY, "model": "routed"}
-        text = text_of(client, **saved)
-        assert text == tokenizer.decode(wanted, skip_special_tokens=True)
-        assert "can't be changed" in error_of(client, **saved, k=2)["message"]
-        alone = {**GREEDY, "model": "base"}
-        assert text_of(client, **alone) != text
+        opened = []
+        monkeypatch.setattr(Pool, "open", opened.append)
+        saved, alone = {**GREEDY, "model": "routed"}, {**GREEDY, "model": "base"}
+        assert text_of(client, **saved) == wanted != text_of(client, **alone)
+        for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "auto"}):
+            assert "its routing can't be changed" in error_of(client, **saved, **change)["message"]
         assert "base model alone" in error_of(client, **alone, routing=True)["message"]
         assert "can't be changed" in error_of(client, **alone, k=1)["message"]
         assert client.get("/v1/models/base").json()["router"] is None
+    assert opened == []
 
 
-def test_an_encoder_decoder_model_is_refused(pool_of):
-    with pytest.raises(BaseModelError, match="doesn't serve it"):
-        serving.app_of(pool_of("t5"))
+def test_mixtures_of_several_sizes_share_a_batch(client):
+    mixtures = [{"e0": 1}, {"e0": 0.5, "e1": 0.5}, {"e1": 1, "e2": -0.4, "e3": 0.1}, {"e2": 0}]
+    alone = [text_of(client, **GREEDY, weights=each) for each in mixtures]
+    with serving.held(1) as go_on:
+        running = [serving.beside(text_of, client, **GREEDY, weights=w) for w in mixtures]
+        engine = client.app.state.service.backend.engine
+        serving.until(lambda: engine.running + engine.waiting == 4)
+        go_on.set()
+        assert [each.result() for each in running] == alone
 
 
-def test_a_request_that_takes_too_long_is_ended(pool):
-    app = serving.app_of(pool, Serving(timeout=1, max_tokens=2000), endless=True)
-    engine, wish = app.state.service.backend.engine, {**LONG, "max_tokens": 1990}
-    with serving.client_of(app) as client:
-        with serving.held(2):
-            assert error_of(client, 504, **wish)["code"] == "timeout"
-        serving.until(lambda: engine.running == 0)
-        with serving.held(2):
-            reply = client.post(PATH, json={**wish, "stream": True})
-        *_, last = reply.text.strip().split("data: ")
-        assert json.loads(last)["error"]["code"] == "timeout"
-        serving.until(lambda: engine.running == 0)
+# Answers in JSON (`response_format`): they keep to their schema, or the refusal says why.
+
+BIRD = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["bird", "fish"]}, "note": {"type": "string", "maxLength": 3}},
+    "required": ["kind", "note"],
+    "additionalProperties": False,
+}
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(pool, stream):
-    app = serving.app_of(pool, endless=True)
-    engine, routings = app.state.service.backend.engine, app.state.service.routings
+def by(schema):
+    return {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": schema}}
 
-    def post(client, **body):
-        client.request("POST", PATH, json.dumps(body), JSON)
 
-    with (
-        serving.running(app) as address,
-        closing(HTTPConnection(address.removeprefix("http://"), timeout=60)) as client,
-    ):
-        with serving.held(2):
-            post(client, **LONG, stream=stream, k=1)
-            if stream:
-                with client.getresponse() as reply:
-                    assert reply.readline().startswith(b"data: ")
-            serving.until(lambda: engine.running == 1)
-            (row,) = [row for batch in engine.batches for row in batch.sequences]
-            client.close()
-            serving.until(lambda: row.is_cancelled)
-        serving.until(lambda: engine.running == engine.waiting == 0)
-        serving.until(lambda: serving.needed(routings) == 0)
-        post(client, **GREEDY)
-        with client.getresponse() as reply:
-            assert reply.status == 200
+@needs_library
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_random_models_answers_keep_to_the_schema(client, temperature):
+    plain = text_of(client, **GREEDY)
+    body = {**GREEDY, "max_tokens": 80, "temperature": temperature, "seed": 3}
+    choices = ask(client, **body, n=3, response_format=by(BIRD))["choices"]
+    for choice in choices:
+        assert choice["finish_reason"] == "stop"
+        answer = json.loads(choice["text"])
+        assert list(answer) == ["kind", "note"]
+        assert answer["kind"] in ("bird", "fish")
+        assert len(answer["note"]) <= 3
+    assert (len({choice["text"] for choice in choices}) > 1) == bool(temperature)
+    assert text_of(client, **GREEDY) == plain
+
+
+@needs_library
+@pytest.mark.parametrize("schema", [{"type": "strange"}, {"$ref": "#"}, ENDLESS], ids=str)
+def test_forms_that_cannot_be_are_refused(client, schema):
+    error = error_of(client, **{**GREEDY, "max_tokens": 80}, response_format=by(schema))
+    assert "The JSON can't be written" in error["message"]
+
+
+def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):
+    monkeypatch.setattr(json_form, "LLMatcher", None)
+    error = error_of(client, **GREEDY, response_format={"type": "json_object"})
+    assert "pip install 'phatgoose[json]'" in error["message"]
+    assert error["param"] == "response_format"

@@ -9,42 +9,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
+from batched import GREEDY, TOKENIZER, by_generate, finished, prompt_of, row_of
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local.batches import Batch, Sampler
 from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.requests import Decoding
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of, detach
+from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.encoding import Encoder
 from routed_models import compose_by
 from tiny import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
+each_kind = pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 
-OTHERS = ("average-activation", "arrow", "spectr", "merged", "single")
-OTHERS += ("retrieval", "centroid", "discriminant", "discriminant:per_block=1")
+ROUTED = [(kind, "phatgoose") for kind in ("llama", "gpt2", "qwen2")]
+ROUTED += [("llama", router) for router in ("average-activation", "arrow", "spectr", "merged")]
+ROUTED += [("llama", router) for router in ("single", "retrieval", "centroid", "discriminant")]
+ROUTED += [("llama", "discriminant:per_block=1")]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
-    runner, batch = runner_of(kind), Batch(runner_of(kind))
-    lengths = [9, 2, 14, 5, 7, 1]
+def may_join_and_leave(runner, prompts):
+    """Between any two steps, and each row's answer is the model's own."""
+    runner.ends = frozenset()
+    lengths = [9, 2, 14, 5, 7, 1][: len(prompts)]
+    wanted = [by_generate(runner, *each) for each in zip(prompts, lengths, strict=True)]
+    turns, batch = runner.routings_of(prompts), Batch(runner)
     rows = [
-        row_of(runner, prompt_of(i), replace(GREEDY, max_tokens=n)) for i, n in enumerate(lengths)
+        row_of(runner, prompt, replace(GREEDY, max_tokens=n), turn=turn)
+        for prompt, n, turn in zip(prompts, lengths, turns, strict=True)
     ]
     batch.join(rows[:2])
     batch.step()
     batch.step()  # the second leaves
-    batch.join(rows[2:3])  # longer than what is there
+    batch.join(rows[2:3])  # which may be longer than what is there
     batch.step()
     batch.join(rows[3:])
     batch.step()
-    assert [row.finish for row in rows] == [None, "length", None, None, None, "length"]
-    finish(batch)
-    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        assert row.generated == by_generate(runner, prompt_of(i), n)
+    assert [row.finish for row in rows[:5]] == [None, "length", None, None, None][: len(rows)]
+    while batch.sequences:
+        batch.step()
+    assert [row.generated for row in rows] == wanted
+
+
+@pytest.mark.parametrize(("kind", "router"), ROUTED)
+def test_rows_may_join_and_leave(runner_of, kind, router, toy_embedder):
+    may_join_and_leave(runner_of(kind, router), [prompt_of(seed) for seed in range(6)])
 
 
 def test_sliding_windows_slide_in_batches_too():
@@ -54,110 +65,58 @@ def test_sliding_windows_slide_in_batches_too():
     ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
     config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
     runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
-    runner.ends = frozenset()
-    batch = Batch(runner)
-    rows = [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
-    batch.join(rows[:1])
-    batch.step()
-    batch.join(rows[1:])
-    finish(batch)
-    for seed, row in enumerate(rows):
-        assert row.generated == by_generate(runner, prompt_of(seed, 20 - 7 * seed), 12)
+    may_join_and_leave(runner, [prompt_of(seed, 20 - 5 * seed) for seed in range(4)])
 
 
-@pytest.mark.parametrize("router", OTHERS)
-def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
-    runner = runner_of("llama", router)
-    batch = Batch(runner)
-    turns = runner.routings_of([prompt_of(seed) for seed in range(4)])
-    rows = [row_of(runner, prompt_of(seed), turn=turns[seed]) for seed in range(4)]
-    batch.join(rows[:2])
-    batch.step()
-    batch.join(rows[2:])
-    finish(batch)
-    for seed, row in enumerate(rows):
-        runner.model.phatgoose.context and runner.model.phatgoose.context.use(None)
-        assert row.generated == by_generate(runner, prompt_of(seed), 12)
-
-
-def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
-    runner = runner_of()
-    wishes = [Decoding(10, 0.9, 0.95, seed) for seed in range(4)]
-    single = [alone(runner, prompt_of(2), wish).generated for wish in wishes]
-    assert len({tuple(tokens) for tokens in single}) == 4
-    assert alone(runner, prompt_of(2), wishes[0]).generated == single[0]
-    batch = Batch(runner)
-    rows = [row_of(runner, prompt_of(2), wish) for wish in wishes]
-    batch.join([row_of(runner, prompt_of(7)), *rows])
-    finish(batch)
-    assert [row.generated for row in rows] == single
+def acting(pool, *tails):
+    """The pool's experts, which act on so many last tokens of prompts and on answers."""
+    pairs = zip(pool.experts, tails, strict=True)
+    infos = ((each, replace(each.info, acts_on=tail and {"tail": tail})) for each, tail in pairs)
+    return Pool(tuple(replace(each, info=info) for each, info in infos))
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "centroid"])
 def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder):
-    """Rows join and leave, as in a model that generates."""
-    pool, tails = pool_of("llama"), (3, None, 6, 1)
-    pool = Pool(
-        tuple(
-            replace(each, info=replace(each.info, acts_on=tail and {"tail": tail}))
-            for each, tail in zip(pool.experts, tails, strict=True)
-        )
-    )
+    pool = acting(pool_of("llama"), 3, None, 6, 1)
     base = load_base(pool.base.id, dtype="float32")
     runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
-    runner.ends = frozenset()
     prompts = [prompt_of(0), [*prompt_of(1), 7, 8, 9], prompt_of(2), [7, 8, *prompt_of(1)]]
-    wanted = [by_generate(runner, prompt, 12) for prompt in prompts]  # before it is announced to
-    rows = [
-        row_of(runner, prompt, replace(GREEDY, max_tokens=n), 0, "", turn)
-        for prompt, n, turn in zip(prompts, (9, 2, 6, 4), runner.routings_of(prompts), strict=True)
-    ]
-    batch = Batch(runner)
-    batch.join(rows[:2])
-    batch.step()
-    batch.step()
-    batch.join(rows[2:])
-    finish(batch)
-    for row, answer in zip(rows, wanted, strict=True):
-        assert row.generated == answer[: row.decoding.max_tokens]
+    may_join_and_leave(runner, prompts)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
+    runner = runner_of()
+    wishes = [Decoding(10, 0.9, 0.95, seed) for seed in (0, 0, 1, 2)]
+    rows = [[row_of(runner, prompt_of(2), wish) for wish in wishes] for _ in range(2)]
+    single = [finished(runner, [row])[0].generated for row in rows[0]]
+    assert single[0] == single[1]
+    assert len(set(map(tuple, single))) == 3
+    finished(runner, [row_of(runner, prompt_of(7)), *rows[1]])
+    assert [row.generated for row in rows[1]] == single
+
+
+@each_kind
 def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
-    runner = runner_of(kind)
-    wish = Decoding(5, 0.0, logprobs=3)
-    rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
-    batch = Batch(runner)
-    batch.join(rows)
-    finish(batch)
-    for seed, row in zip((1, 2), rows, strict=True):
-        ids = torch.tensor([[*prompt_of(seed), *row.generated]])
-        logits = runner.model(ids).logits[0, -1 - len(row.generated) : -1]
-        wanted, told = logits.float().log_softmax(-1), row.deliver.tokens
-        for token, target, scores in zip(told, row.generated, wanted, strict=True):
+    runner, wish = runner_of(kind), Decoding(5, 0.0, logprobs=3)
+    for row in finished(runner, [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]):
+        logits = runner.model(torch.tensor([[*row.prompt, *row.generated]])).logits
+        wanted = logits[0, -1 - len(row.generated) : -1].float().log_softmax(-1)
+        for token, target, scores in zip(row.deliver.tokens, row.generated, wanted, strict=True):
             assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
             best = scores.topk(3).values.tolist()
             assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
 
 
-def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
+def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of, monkeypatch):
     runner = runner_of()
-    whole = alone(runner, prompt_of(1)).generated
-    runner.ends = frozenset([whole[3]])
-    try:
-        row = alone(runner, prompt_of(1), replace(GREEDY, logprobs=0))
-        ignoring = alone(runner, prompt_of(1), replace(GREEDY, ignores_end=True))
-    finally:
-        runner.ends = frozenset()
+    whole = by_generate(runner, prompt_of(1))
+    monkeypatch.setattr(runner, "ends", frozenset([whole[3]]))
+    wishes = replace(GREEDY, logprobs=0), replace(GREEDY, ignores_end=True)
+    row, ignoring = finished(runner, [row_of(runner, prompt_of(1), wish) for wish in wishes])
     assert ignoring.generated == whole
     assert row.generated == whole[: whole.index(whole[3]) + 1]
     assert row.finish == "stop"
     assert len(row.deliver.tokens) == len(row.generated)
-
-
-def advance(row, token):
-    """Let `token` be the one that is chosen."""
-    row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
 
 
 TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
@@ -168,11 +127,10 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
     """The tokenizer has a token for each byte, so most characters consist of several."""
     runner = runner_of()
     before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
-    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0)
-    row = row_of(runner, before, wish)
+    row = row_of(runner, before, Decoding(len(after), 0.0, stop=stop, logprobs=0))
     for token in after:
         if row.finish is None:
-            advance(row, token)
+            row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
     places = [place for place, each in enumerate(answer) for _ in each.encode()]
     told = row.deliver.tokens
     assert [token.place for token in told] == places[: len(told)]
@@ -182,25 +140,22 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
     assert row.finish == "stop" or row.deliver.text == answer
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+@each_kind
 def test_routing_is_that_of_one_pass(runner_of, kind):
     """Prompt and answer traced at once, as `explain` does, from rows that shared a batch."""
-    runner = runner_of(kind)
-    texts = ["to be, or not", "who?"]
+    runner, texts = runner_of(kind), ["to be, or not", "who?"]
     encoder = Encoder(runner.tokenizer, is_encoder_decoder=False)
-    prompts = [encoder.prompt(text) for text in texts]
-    rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
-    batch = Batch(runner)
-    batch.join([*rows, row_of(runner, prompt_of(5))])
-    finish(batch)
-    for prompt, text, row in zip(prompts, texts, rows, strict=True):
-        got = row.deliver.routing
+    wish = Decoding(6, 0.0, routing=True)
+    rows = [row_of(runner, encoder.prompt(text), wish) for text in texts]
+    finished(runner, [*rows, row_of(runner, prompt_of(5))])
+    for text, row in zip(texts, rows, strict=True):
+        got = [stream for event in row.deliver.events for stream in event.routing]
         experts = np.concatenate([s.experts for s in got])
         weights = np.concatenate([s.weights for s in got])
         assert weights[-1].max() == 0  # the last token never passed the model
         assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
         assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
-        pair = replace(encoder.pair("a", "b"), prompt=prompt, target=row.generated)
+        pair = replace(encoder.pair("a", "b"), prompt=list(row.prompt), target=row.generated)
         (wanted,) = trace(runner.model, encoder, pair).streams
         count = len(wanted.experts)
         same = experts[:count] == wanted.experts
@@ -226,101 +181,80 @@ def test_sampling_follows_temperature_and_top_p():
 # Prompts that begin as one before: what is kept of it changes no answer.
 
 LONG = prompt_of(5, 40)
-SHARED = (*LONG[:30], 7, 8, 9)  # begins as LONG does
 
 
 def answers(runner, prompts, store, client="", **changes):
-    """Each prompt's answer in a batch of all, and the tokens that passed the model."""
-    passed, decode = [], runner.decode
-    runner.decode = lambda ids, *rest, **more: (
-        passed.append(ids.shape[1]) or decode(ids, *rest, **more)
-    )
-    turns = runner.routings_of(prompts)
-    wish = replace(GREEDY, **changes)
-    pairs = zip(prompts, turns, strict=True)
-    rows = [row_of(runner, prompt, wish, client=client, turn=turn) for prompt, turn in pairs]
-    batch = Batch(runner, store)
-    batch.join(rows)
-    finish(batch)
-    runner.decode = decode
-    return [row.generated for row in rows], passed
+    """The tokens that passed the model first, and each prompt's answer in a batch of all."""
+    passed, decode, wish = [], runner.decode, replace(GREEDY, **changes)
+
+    def noted(ids, *rest, **more):
+        passed.append(ids.shape[1])
+        return decode(ids, *rest, **more)
+
+    pairs = zip(prompts, runner.routings_of(prompts), strict=True)
+    rows = [row_of(runner, prompt, wish, client, turn) for prompt, turn in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "decode", noted)
+        finished(runner, rows, store)
+    return passed[0], *(row.generated for row in rows)
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "discriminant", "merged"])
 def test_a_beginning_is_read_once_and_answers_stay(runner_of, router):
     runner, store = runner_of("llama", router), PrefixStore(1 << 20)
-    (first,), passed = answers(runner, [LONG], store)
-    assert passed[0] == 40
-    (again,), passed = answers(runner, [LONG], store)
-    assert again == first
-    assert passed[0] == 1
+    passed, first = answers(runner, [LONG], store)
+    assert passed == 40
+    assert answers(runner, [LONG], store) == (1, first)
+
+
+def test_conversations_go_on_and_rows_with_and_without_a_known_beginning_share_a_batch(runner_of):
+    runner, store = runner_of(), PrefixStore(1 << 20)
+    _, first = answers(runner, [LONG], store)
+    turn = (*LONG, *first, 3, 4, 5)
+    # The last token of the answer never passed.
+    assert answers(runner, [turn], store) == (4, by_generate(runner, turn))
+    prompts = [(*LONG[:30], 7, 8, 9), prompt_of(6, 12), LONG, prompt_of(7, 25)]
+    passed, *together = answers(runner, prompts, store)
+    assert passed == 25  # of the longest that nothing is known of
+    assert together == [by_generate(runner, prompt) for prompt in prompts]
 
 
 def test_what_one_client_asked_or_one_routing_read_is_no_others(runner_of):
     store = PrefixStore(1 << 20)
     for router, client in (("phatgoose", "one"), ("phatgoose", "other"), ("merged", "one")):
-        _, passed = answers(runner_of("llama", router), [LONG], store, client)
-        assert passed[0] == 40
-    runner = runner_of()
-    assert answers(runner, [LONG], store, "other")[1][0] == 1
-    _, passed = answers(runner, [LONG], store, "other", routing=True)
-    assert passed[0] == 40  # whoever wants to see the prompt's tokens gets them read
-
-
-def test_rows_with_and_without_a_known_beginning_share_a_batch(runner_of):
-    runner, store = runner_of(), PrefixStore(1 << 20)
-    answers(runner, [LONG], store)
-    prompts = [SHARED, prompt_of(6, 12), LONG, prompt_of(7, 25)]
-    found, passed = answers(runner, prompts, store)
-    assert passed[0] == 25  # of the longest that nothing is known of
-    assert found == [by_generate(runner, prompt, 12) for prompt in prompts]
-
-
-def test_a_conversation_goes_on_from_its_answers(runner_of):
-    runner, store = runner_of(), PrefixStore(1 << 20)
-    (answer,), _ = answers(runner, [LONG], store)
-    turn = (*LONG, *answer, 3, 4, 5)
-    (found,), passed = answers(runner, [turn], store)
-    assert passed[0] == 4  # the last token of the answer never passed
-    assert found == by_generate(runner, turn, 12)
+        assert answers(runner_of("llama", router), [LONG], store, client)[0] == 40
+    assert answers(runner_of(), [LONG], store, "other")[0] == 1
+    # Whoever wants to see the prompt's tokens gets them read.
+    assert answers(runner_of(), [LONG], store, "other", routing=True)[0] == 40
 
 
 def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on(llama, llama_pool):
-    ends = [
-        replace(each, info=replace(each.info, acts_on={"tail": 3})) for each in llama_pool.experts
-    ]
-    store = PrefixStore(1 << 20)
+    pool, store = acting(llama_pool, 3, 3, 3, 3), PrefixStore(1 << 20)
     answers(ModelRunner(llama.model, llama.tokenizer), [LONG], store)
-    for name in llama_pool.names:
-        model = compose(Pool(tuple(ends)), llama, router=f"single:expert={name}")
+    for name in pool.names:
+        model = compose(pool, llama, router=f"single:expert={name}")
         runner = ModelRunner(model, llama.tokenizer)
-        (found,), passed = answers(runner, [LONG], store)
-        assert passed[0] == 3
-        composition_of(model).context.use(None)
-        assert found == by_generate(runner, LONG, len(found))
+        passed, answer = answers(runner, [LONG], store)
+        assert (passed, answer) == (3, by_generate(runner, LONG, len(answer)))
         detach(model)
 
 
-def cache_of(tokens: int) -> DynamicCache:
-    cache = DynamicCache()
-    cache.update(torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 4), 0)
-    return cache
-
-
-def kept(store: PrefixStore, reader: str, tokens: list[int]) -> None:
-    store.keep(Reader(reader, 99), tokens, cache_of(len(tokens)), 0, torch.ones(len(tokens)))
-
-
 def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
-    each = 2 * 2 * 4 * 4 * 20  # two sides, heads, columns, bytes and tokens
-    store = PrefixStore(3 * each)
+    def keep(reader, tokens=20):
+        cache = DynamicCache()
+        cache.update(torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 4), 0)
+        store.keep(Reader(reader, 99), list(range(tokens)), cache, 0, torch.ones(tokens))
+
+    def has(reader):
+        return store.find(Reader(reader, 99), list(range(20))) is not None
+
+    most = 3 * 2 * 2 * 4 * 4 * 20  # three of two sides, heads, columns, bytes and tokens
+    store = PrefixStore(most)
     for reader in "abc":
-        kept(store, reader, list(range(20)))
-    assert store.bytes == 3 * each
-    assert store.find(Reader("a", 99), list(range(20))) is not None
-    kept(store, "d", list(range(20)))
-    found = [bool(store.find(Reader(reader, 99), list(range(20)))) for reader in "abcd"]
-    assert found == [True, False, True, True]
-    assert store.bytes == 3 * each
-    kept(store, "e", list(range(80)))  # larger than all
-    assert store.bytes == 3 * each
+        keep(reader)
+    assert store.bytes == most
+    assert has("a")
+    keep("d")
+    assert [has(reader) for reader in "abcd"] == [True, False, True, True]
+    keep("e", 80)  # larger than all
+    assert store.bytes == most

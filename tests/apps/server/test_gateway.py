@@ -1,68 +1,113 @@
-"""The gateway: who is chosen, what the engine is asked for in its form, what comes back."""
+"""The gateway: who is chosen, what the engine is asked for in its form, what comes back.
+
+And an engine that is away, slow, restarted or killed: errors say so, and nobody else is harmed.
+"""
 
 import json
 import logging
 import shutil
+import time
 
 import pytest
 
-from fake_engine import BASE, PIECES, engine_of
-from gateways import ASK, chosen_by, gateway, numbered
+from fake_engine import ASK, BASE, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
 from phatgoose.apps.server import Upstream
+from phatgoose.apps.server.upstream import engines
+from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.pool import Pool
-from serving import CHAT_TEMPLATE, CHATS, PATH, ask, error_of, until
+from serving import (
+    CHAT_TEMPLATE,
+    CHATS,
+    PATH,
+    ask,
+    beside,
+    chunks_of,
+    error_of,
+    health_of,
+    text_of,
+    until,
+)
 from topic_prompts import BEFORE, OWNERS, PROMPTS
 
-pytestmark = pytest.mark.usefixtures("embedder_for_all")
-each_kind = pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+EXPERT = {**ASK, "model": "e1"}
+STREAM = {**EXPERT, "stream": True}
 
 
-def text_of(reply):
-    return reply["choices"][0]["text"]
+@pytest.fixture(scope="module", autouse=True)
+def hurried(embedder_for_all):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "CHECKING", 0.05)
+        yield
 
 
-def test_prompts_and_numbers_are_single_requests_of_the_expert_that_is_chosen(place):
+@pytest.fixture(scope="module")
+def fake():
+    with engine_of() as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(fake):
+    """An engine for all tests, which is well."""
+    fake.requests.clear()
+    with fake.hanging("well"):
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def client(place, fake, hurried):
+    with gateway(place, fake, template=CHAT_TEMPLATE) as client:
+        yield client
+
+
+def name_of(chosen):
+    return next(iter(chosen))
+
+
+def status_is(client, status):
+    until(lambda: client.get("/healthz").status_code == status)
+
+
+def test_prompts_and_numbers_are_single_requests_of_the_expert_that_is_chosen(
+    place, engine, client
+):
+    assert error_of(client, **ASK, routing="trace")["param"] == "routing"  # which no engine has
     prompts = ["Tell me of birds", "zzz qqq"]
-    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
-        reply = client.post(PATH, json={**ASK, "prompt": prompts, "n": 2, "seed": 7})
-        assert text_of(ask(client, **{**ASK, "model": BASE})).split()[0] == BASE
-    choices, usage = reply.json()["choices"], reply.json()["usage"]
+    reply = client.post(PATH, json={**ASK, "prompt": prompts, "n": 2, "seed": 7})
+    choices, names = reply.json()["choices"], [name_of(chosen_by(place, p)) for p in prompts]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
-    firsts = [choice["text"].split()[0] for choice in choices]
-    assert firsts == [next(iter(chosen_by(place, p))) for p in prompts for _ in range(2)]
-    assert sorted(each["seed"] for each in engine.requests[:4]) == [7, 8, 9, 10]
+    assert [each["text"].split()[0] for each in choices] == [n for n in names for _ in range(2)]
+    assert sorted(each["seed"] for each in engine.requests) == [7, 8, 9, 10]
     assert "n" not in engine.requests[0]
-    assert usage["completion_tokens"] == 4 * (PIECES + 1)
-    shown = "; ".join(f"{next(iter(chosen_by(place, p)))}=1" for p in prompts)
-    assert reply.headers["x-phatgoose-experts"] == shown
+    assert reply.json()["usage"]["completion_tokens"] == 4 * (PIECES + 1)
+    assert reply.headers["x-phatgoose-experts"] == "; ".join(f"{name}=1" for name in names)
+    assert text_of(client, **{**ASK, "model": BASE}).split()[0] == BASE
 
 
-def test_a_chat_goes_to_the_expert_of_its_last_user_message(place):
-    before = next(iter(BEFORE.values()))
-    with (
-        engine_of("vllm", numbered()) as engine,
-        gateway(place, engine, template=CHAT_TEMPLATE) as client,
-    ):
-        for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
-            turns = [*before, ("user", prompt)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            reply = client.post(CHATS, json={"model": "auto", "messages": messages})
-            assert reply.headers["x-phatgoose-experts"] == f"{owner}=1"
-        # Fields of a message that only the engine knows come along.
-        message = {"role": "assistant", "content": "a", "refusal": "no", "thought": "b"}
-        engine.mode = "odd"
-        engine.content = json.dumps({"choices": [{"message": message}]}).encode()
-        reply = ask(client, path=CHATS, model="auto", messages=messages)
-        assert reply["choices"][0]["message"] == message
+def test_a_chat_goes_to_the_expert_of_its_last_user_message(engine, client):
+    before = name_of(BEFORE.values())
+    for prompt, owner in zip(PROMPTS, OWNERS, strict=True):
+        turns = [*before, ("user", prompt)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        reply = client.post(CHATS, json={"model": "auto", "messages": messages})
+        assert reply.headers["x-phatgoose-experts"] == f"{owner}=1"
+    # Fields of a message that only the engine knows come along.
+    message = {"role": "assistant", "content": "a", "refusal": "no", "thought": "b"}
+    engine.mode, engine.content = "odd", json.dumps({"choices": [{"message": message}]}).encode()
+    reply = ask(client, path=CHATS, model="auto", messages=messages)
+    assert reply["choices"][0]["message"] == message
 
 
-@each_kind
-def test_a_mixture_goes_over_where_the_engine_mixes_and_else_its_first(place, kind):
-    with engine_of(kind, numbered()) as engine, gateway(place, engine, router="centroid") as client:
-        reply = client.post(PATH, json={**ASK, "routing": True})
-        report = reply.json()["choices"][0]["routing"]
+@pytest.mark.parametrize(
+    ("kind", "plain"), [("vllm", {"top_k": -1, "min_p": 0.0}), ("llama.cpp", {"top_k": 0})]
+)
+def test_a_mixture_goes_over_where_the_engine_mixes_and_sampling_as_it_is(place, kind, plain):
     chosen = chosen_by(place, ASK["prompt"], "centroid")
+    with engine_of(kind) as engine, gateway(place, engine, router="centroid") as client:
+        reply = client.post(PATH, json={**ASK, "routing": True})
+        ask(client, model="e0", prompt="a", top_p=0.5, stop=["x"], ignore_eos=True)
+    report = reply.json()["choices"][0]["routing"]
     assert len(chosen) == 3
     assert (report["router"], list(report["experts"])) == ("centroid", list(chosen))
     if kind == "llama.cpp":
@@ -72,26 +117,12 @@ def test_a_mixture_goes_over_where_the_engine_mixes_and_else_its_first(place, ki
         assert report["summary"] == {n: pytest.approx(w, abs=1e-4) for n, w in chosen.items()}
         assert report["chosen"] is None
     else:
-        first = next(iter(chosen))
-        assert report["summary"] == {first: 1.0}
+        assert report["summary"] == {name_of(chosen): 1.0}
         assert list(report["chosen"]) == list(chosen)
-        assert reply.headers["x-phatgoose-experts"] == f"{first}=1"
-
-
-def test_sampling_is_what_the_request_says_and_nothing_else(place):
-    for kind, plain in (("vllm", {"top_k": -1, "min_p": 0.0}), ("llama.cpp", {"top_k": 0})):
-        with engine_of(kind, numbered()) as engine, gateway(place, engine) as client:
-            ask(client, model="e0", prompt="a", top_p=0.5, stop=["x"], ignore_eos=True)
-        asked = engine.requests[0]
-        wanted = {"temperature": 1, "top_p": 0.5, "stop": ["x"], "ignore_eos": True, **plain}
-        assert {key: asked[key] for key in wanted} == wanted
-        assert (asked["max_tokens"], asked["prompt"]) == (16, "a")
-
-
-def test_what_no_engine_does_is_refused_here(place):
-    with engine_of("vllm", numbered()) as engine, gateway(place, engine) as client:
-        assert error_of(client, **ASK, routing="trace")["param"] == "routing"
-        assert not engine.requests
+        assert reply.headers["x-phatgoose-experts"] == f"{name_of(chosen)}=1"
+    wanted = {"temperature": 1, "top_p": 0.5, "stop": ["x"], "ignore_eos": True, **plain}
+    wanted |= {"max_tokens": 16, "prompt": "a"}
+    assert {key: engine.requests[1][key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -116,67 +147,202 @@ def test_an_engine_that_can_not_be_used_is_a_503_and_a_line_of_the_log(
         with gateway(place, engine, key="wrong", ready=False) as client:
             until(lambda: "can't be used" in caplog.text)
             assert error_of(client, 503, **ASK)["code"] == "upstream_unavailable"
-            assert client.get("/healthz").json()["upstream"] == "away"
+            assert health_of(client)["upstream"] == "away"
     (line,) = [each.getMessage() for each in caplog.records if "be used" in each.getMessage()]
-    for part in said.split(".*"):
-        assert part in line
+    assert all(part in line for part in said.split(".*"))
     assert "\n" not in line
 
 
-def test_readings_come_from_the_base_of_the_pool_s_own_weights(place, tmp_path):
+def test_readings_come_from_the_base_of_the_pool_s_own_weights(place, engine, tmp_path):
     shutil.copytree(place / "e1", tmp_path / "e1")
     config = tmp_path / "e1" / "phatgoose.json"
     fingerprint = Pool.open(place).base.fingerprint
     config.write_text(config.read_text().replace(fingerprint, f"sha256:{'0' * 64}"))
-    with engine_of("vllm", numbered()) as engine:
-        with (
-            pytest.raises(ConfigError, match="doesn't choose by a prompt alone"),
-            gateway(place, engine, router="phatgoose"),
-        ):
+    for folder, router, error in (
+        (place, "phatgoose", pytest.raises(ConfigError, match="doesn't choose by a prompt alone")),
+        (tmp_path, "discriminant", pytest.raises(WrongBaseError)),
+    ):
+        with error, gateway(folder, engine, router=router):
             pass
-        with gateway(place, engine, router="discriminant") as client:
-            chosen = chosen_by(place, ASK["prompt"], "discriminant", with_base=True)
-            assert text_of(ask(client, **ASK)).split()[0] == next(iter(chosen))
-        with pytest.raises(WrongBaseError), gateway(tmp_path, engine, router="discriminant"):
-            pass
+    with gateway(place, engine, router="discriminant") as client:
+        chosen = chosen_by(place, ASK["prompt"], "discriminant", with_base=True)
+        assert text_of(client, **ASK).split()[0] == name_of(chosen)
+
+
+ADDRESSES = ("localhost:8000", "http://me:secret@host", "me:secret@host", "http://[host")
+ADDRESSES += ("http://host:port", "ftp://host")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(
-            ({"url": url}, "must be the address .* without a password")
-            for url in (
-                *("localhost:8000", "http://me:secret@host", "me:secret@host", "http://[host"),
-                *("http://host:port", "ftp://host"),
-            )
-        ),
-        *(({"url": "http://host", "key": key}, "visible") for key in ("s\nt", "secret ", "é")),
-    ],
+    ("url", "key"),
+    [(url, None) for url in ADDRESSES] + [("http://host", key) for key in ("s\nt", "secret ", "é")],
 )
-def test_odd_addresses_are_refused_without_their_secrets(options, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        Upstream(**options)
+def test_odd_addresses_are_refused_without_their_secrets(url, key):
+    with pytest.raises(ConfigError, match=r"address .* without a password.* visible") as error:
+        Upstream(url, key)
     assert "secret" not in str(error.value)
 
 
 def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
     caplog.set_level(logging.DEBUG)
     key = 'very-"secret'
-    with engine_of("vllm", numbered()) as engine:
+    with engine_of() as engine:
         engine.key = key
         with gateway(place, engine, key=key) as client:
             assert "secret" not in repr(client.app.state.service.backend.link.upstream)
             ask(client, **ASK)
+            engine.content = json.dumps({"error": {"headers": key}}).encode()
             for stream in (False, True):
                 engine.mode = "repeating"  # what it was sent, the key among it
                 reply = client.post(PATH, json={**ASK, "stream": stream})
                 assert "Bearer …" in reply.json()["error"]["message"]
                 engine.mode = "odd"
-                engine.content = json.dumps({"error": {"headers": key}}).encode()
                 reply = client.post(PATH, json={**ASK, "stream": stream})
                 assert "The engine failed" in reply.text
                 assert "secret" not in reply.text
             engine.key = "changed"
             assert error_of(client, 502, **ASK)["message"] == "The engine failed by 401: wrong key."
     assert "secret" not in caplog.text
+
+
+# An engine that fails.
+
+
+def test_an_engine_that_is_away_is_a_503_and_gets_its_adapters_when_it_is_back(place):
+    with engine_of("vllm", {}) as engine, gateway(place, engine) as client:
+        assert len(engine.loaded) == 4
+        engine.stop()
+        engine.adapters.clear()
+        for stream in (False, True):
+            reply = client.post(PATH, json={**EXPERT, "stream": stream})
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            assert reply.json()["error"]["code"] == "upstream_unavailable"
+        status_is(client, 503)
+        engine.start()
+        status_is(client, 200)
+        assert len(engine.loaded) == 8
+        assert text_of(client, **EXPERT).startswith("e1")
+        del engine.adapters["e1"]  # which it has lost otherwise
+        assert error_of(client, 503, **EXPERT)["message"].startswith("The engine doesn't know")
+        until(lambda: "e1" in engine.adapters)
+        ask(client, **EXPERT)
+
+
+def test_adapters_that_have_other_numbers_after_a_restart_are_found(place):
+    with engine_of("llama.cpp") as engine, gateway(place, engine) as client:
+        engine.stop()
+        engine.adapters = numbered(NAMES[::-1])
+        status_is(client, 503)
+        engine.start()
+        status_is(client, 200)
+        assert text_of(client, **EXPERT).startswith("e1*1 ")
+
+
+@pytest.mark.parametrize("mode", ["broken", "unfinished"])
+def test_a_stream_that_breaks_off_ends_with_an_error_and_is_not_sent_again(engine, client, mode):
+    engine.mode = mode
+    *pieces, last = chunks_of(client, **EXPERT)
+    assert (len(pieces), last["error"]["code"]) == (3, "upstream_broken")
+    assert len(engine.requests) == 1
+    engine.mode = "well"
+    assert "error" not in chunks_of(client, **EXPERT)[-1]
+
+
+def test_an_engine_that_is_killed_amid_streams_ends_them_all(place):
+    with engine_of() as engine, gateway(place, engine) as client:
+        engine.mode = "stalled"
+        running = [beside(chunks_of, client, **EXPERT) for _ in range(5)]
+        until(lambda: engine.open == 5)
+        time.sleep(0.1)
+        engine.stop()
+        codes = {each.result(10)[-1]["error"]["code"] for each in running}
+    assert codes == {"upstream_broken"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "code"),
+    [
+        ("refusing", 400, "upstream_refused"),
+        ("busy", 429, "upstream_unavailable"),
+        ("loading", 503, "upstream_unavailable"),
+        ("failing", 502, "upstream_failed"),
+        ("cut", 502, "upstream_broken"),
+        ("broken", 502, "upstream_broken"),
+        ("odd", 502, "upstream_broken"),
+        ("aborting", 502, "upstream_broken"),
+    ],
+)
+def test_an_error_of_the_engine_is_passed_on_and_nothing_sent_twice(
+    engine, client, mode, status, code
+):
+    engine.mode, engine.content = mode, b"<html>"
+    error = error_of(client, status, **EXPERT)
+    assert error["code"] == code
+    assert "/secret" not in error["message"]
+    assert "\n" not in error["message"]
+    assert len(engine.requests) == 1
+    if mode in ("refusing", "busy", "failing"):
+        assert client.post(PATH, json=STREAM).status_code == status
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"choices": [{"text": "\\ud800"}]}',
+        b'{"choices": [{"text": "a", "score": NaN}]}',
+        b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a"}]}}]}',
+        b'{"choices": [{"text": ["a"]}]}',
+        b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": 1%s}}' % (b"0" * 400),
+        b"\xff",
+        b'{"choices": []}',
+    ],
+    ids=lambda content: str(content[:60]),
+)
+def test_an_answer_of_another_form_is_a_502(engine, client, content):
+    engine.mode, engine.content = "odd", content
+    for body in [EXPERT] if content in (b"\xff", b'{"choices": []}') else [EXPERT, STREAM]:
+        assert error_of(client, 502, **body)["code"] == "upstream_broken"
+
+
+def test_an_answer_may_be_as_long_as_what_was_asked_for(engine, client):
+    engine.mode = "odd"
+    for length, status in ((900_000, 200), (1_200_000, 502)):
+        engine.content = json.dumps({"choices": [{"text": "x" * length}]}).encode()
+        assert client.post(PATH, json=EXPERT).status_code == status
+    for body in (EXPERT, STREAM):
+        assert "The engine answers more than" in error_of(client, 502, **body)["message"]
+    engine.mode = "endless"  # a stream that nobody asked for
+    assert error_of(client, 502, **EXPERT)["code"] == "upstream_failed"
+
+
+def test_an_endless_stream_waits_for_who_reads_it_and_ends_with_its_time(place):
+    limits = Serving(timeout=3)
+    with engine_of() as engine, gateway(place, engine, limits, listens=True) as client:
+        engine.mode = "endless"
+        with client.stream("POST", PATH, json=STREAM) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            before = -1
+            while before < engine.sent < 1000:  # of 64 KiB each
+                before = engine.sent
+                time.sleep(0.5)
+            assert engine.sent < 1000
+            assert any('"timeout"' in line for line in lines)
+        until(lambda: engine.open == 0)
+
+
+def test_a_stream_that_does_not_begin_is_given_up_at_the_deadline(place, engine):
+    with gateway(place, engine, Serving(timeout=1)) as client, engine.hanging("slow"):
+        assert client.post(PATH, json=STREAM).status_code == 504
+
+
+def test_more_answers_than_the_queue_holds_are_refused(place, engine):
+    with gateway(place, engine, Serving(max_queue=4)) as client:
+        with engine.hanging("slow"):
+            running = [beside(ask, client, **EXPERT) for _ in range(2)]
+            until(lambda: engine.open == 2)
+            assert error_of(client, 429, **EXPERT)["code"] == "overloaded"  # half is a client's
+        for each in running:
+            each.result(30)
+        assert error_of(client, 429, **EXPERT, n=3)["code"] == "overloaded"

@@ -1,15 +1,14 @@
 """The server's page in a browser: answers that stream, tokens in colours, two routings compared."""
 
 import re
-from contextlib import contextmanager
 
 import pytest
 
 import serving
-from browser import PATIENCE, browser
+from browser import browser, page_at
 from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
 from phatgoose.config import Serving
-from serving import PROMPT
+from serving import PROMPT, until
 
 LIMITS = Serving(max_tokens=500)
 
@@ -21,8 +20,8 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def app(pool_of):
-    return serving.app_of(pool_of("llama"), LIMITS, endless=True)
+def app(pool):
+    return serving.app_of(pool, LIMITS, endless=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +30,16 @@ def address(app):
         yield address
 
 
-@contextmanager
-def visit(chromium, address, expected=(), **options):
-    """The page, which must not complain, nor ask anybody else for anything."""
-    context = chromium.new_context(**options)
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    complaints, asked = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(address)
-    yield page
-    context.close()
-    assert [text for text in complaints if not any(word in text for word in expected)] == []
-    assert [url for url in asked if not url.startswith((address, "data:"))] == []
-
-
-def answer(page, tokens=12, prompt=PROMPT):
+def ask(page, tokens):
     page.locator("#model option").first.wait_for(state="attached")
-    page.fill("#prompt", prompt)
+    page.fill("#prompt", PROMPT)
     page.fill("#length", str(tokens))
-    before = int(page.locator("#panes").get_attribute("data-answers") or 0)
     page.click("#run")
+
+
+def answer(page):
+    before = int(page.locator("#panes").get_attribute("data-answers") or 0)
+    ask(page, 12)
     page.locator(f"#panes[data-answers='{before + 1}']").wait_for()
 
 
@@ -61,15 +47,13 @@ def pieces(page, side="a"):
     return page.locator(f"#pane-{side} .tx-token").all_text_contents()
 
 
-def who(page, side="a"):
-    return page.locator(f"#pane-{side} .who span").all_text_contents()
+def status(page, side="a"):
+    return page.locator(f"#pane-{side} .status").inner_text()
 
 
-def looks(page, side="a"):
-    spans = page.locator(f"#pane-{side} .tx-token")
-    return [
-        re.sub("tx-token|tx-dim", "", span.get_attribute("class")).strip() for span in spans.all()
-    ]
+def looks(page):
+    classes = (span.get_attribute("class") for span in page.locator("#pane-a .tx-token").all())
+    return [re.sub("tx-token|tx-dim", "", each).strip() for each in classes]
 
 
 def test_the_page_stands_alone_and_says_so_to_the_browser(app):
@@ -89,14 +73,13 @@ def test_the_page_stands_alone_and_says_so_to_the_browser(app):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_answer_has_the_colours_of_its_experts(chromium, address, app, scheme):
-    with visit(chromium, address, color_scheme=scheme) as page:
+def test_an_answer_has_the_colours_of_its_experts(chromium, address, scheme):
+    with page_at(chromium, address, color_scheme=scheme) as page:
         answer(page)
         said = pieces(page)
         assert "".join(said).startswith(PROMPT)
         assert len(said) == len(PROMPT) + 12
-        bold = page.locator("#pane-a .tx-token[data-part=answer]").count()
-        assert bold == 12
+        assert page.locator("#pane-a .tx-token[data-part=answer]").count() == 12  # bold
         seen = looks(page)
         assert seen[-1] == "tx-none"  # the last token never passed the model
         assert len(set(seen)) > 2
@@ -105,16 +88,16 @@ def test_an_answer_has_the_colours_of_its_experts(chromium, address, app, scheme
         assert looks(page) != seen
         page.locator("#pane-a .tx-token").nth(3).hover()
         assert "mean over 1 site" in page.locator("#pane-a .tx-details").inner_text()
-        assert "12 tokens" in page.locator("#pane-a .status").inner_text()
-        shares = [int(re.search(r"(\d+) %", each)[1]) for each in who(page)]
+        assert "12 tokens" in status(page)
+        who = page.locator("#pane-a .who span").all_text_contents()
+        shares = [int(re.search(r"(\d+) %", each)[1]) for each in who]
         assert abs(sum(shares) - 100) <= len(shares)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 380) == (scheme == "light")
 
 
-def test_two_routings_are_seen_side_by_side(chromium, address, pool_of):
-    names = pool_of("llama").names
-    with visit(chromium, address, viewport={"width": 1200, "height": 800}) as page:
+def test_two_routings_are_seen_side_by_side(chromium, address, pool):
+    with page_at(chromium, address, viewport={"width": 1200, "height": 800}) as page:
         page.check("#compare")
         page.select_option("#router-b", "arrow")
         page.fill("#k-b", "1")
@@ -122,12 +105,12 @@ def test_two_routings_are_seen_side_by_side(chromium, address, pool_of):
         answer(page)
         assert pieces(page)[: len(PROMPT)] == pieces(page, "b")[: len(PROMPT)]
         assert pieces(page) != pieces(page, "b")
-        assert "router phatgoose" in page.locator("#pane-a .status").inner_text()
-        assert "router arrow" in page.locator("#pane-b .status").inner_text()
+        assert "router phatgoose" in status(page)
+        assert "router arrow" in status(page, "b")
         for button in page.locator(".tx-legend button").all():  # colours by places in the pool
             name = re.search(r"e\d", button.inner_text())[0]
             look = button.locator("span").first.get_attribute("class")
-            assert f"tx-c{names.index(name)} " in look
+            assert f"tx-c{pool.names.index(name)} " in look
         page.locator("#pane-b .tx-layer input").fill("2")  # both show what one is told to
         assert page.locator("#pane-a .tx-layer output").inner_text() == "1"
         answer(page)
@@ -136,28 +119,24 @@ def test_two_routings_are_seen_side_by_side(chromium, address, pool_of):
 
 def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
     engine = app.state.service.backend.engine
-    with visit(chromium, address) as page, serving.held(40) as released:
-        page.locator("#model option").first.wait_for(state="attached")
-        page.fill("#prompt", PROMPT)
-        page.fill("#length", "490")
-        page.click("#run")
+    with page_at(chromium, address) as page, serving.held(40) as released:
+        ask(page, 490)
         page.locator("#pane-a .tx-token").nth(len(PROMPT) + 3).wait_for()
-        assert engine.running == 1
         (row,) = [row for batch in engine.batches for row in batch.sequences]
         page.click("#stop")
         page.locator("#panes[aria-busy=false]").wait_for()
-        assert "stopped" in page.locator("#pane-a .status").inner_text()
+        assert "stopped" in status(page)
         assert len(PROMPT) + 3 < len(pieces(page)) <= len(PROMPT) + 41
-        serving.until(lambda: row.is_cancelled)
+        until(lambda: row.is_cancelled)
         released.set()
-        serving.until(lambda: engine.running == 0)
+        until(lambda: engine.running == 0)
         assert len(row.generated) <= 42
 
 
-def test_a_key_is_asked_for_where_there_is_one(chromium, pool_of):
+def test_a_key_is_asked_for_where_there_is_one(chromium, pool):
     options = {"template": serving.CHAT_TEMPLATE, "endless": True, "api_keys": ["secret"]}
-    app = serving.app_of(pool_of("llama"), LIMITS, **options)
-    with serving.running(app) as address, visit(chromium, address, expected=["401"]) as page:
+    app = serving.app_of(pool, LIMITS, **options)
+    with serving.running(app) as address, page_at(chromium, address, expected="401") as page:
         page.locator("#key").wait_for()
         key, prompt = (page.locator(part).bounding_box() for part in ("#key", "#prompt"))
         assert key["y"] < prompt["y"]  # nothing works without it

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from phatgoose import untrusted_text
+from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.protocol import ApiError, without_paths
 from phatgoose.apps.server.requests import check_body
 from phatgoose.base import load_base
@@ -19,9 +20,11 @@ from serving import (
     PATH,
     app_of,
     ask,
+    beside,
     client_of,
     error_of,
-    in_a_thread,
+    folder_of,
+    health_of,
     until,
 )
 
@@ -35,49 +38,76 @@ def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
     assert wanted != "phatgoose"
     for kept in (pool.names, pool.names[:2]):
         asked = {**GREEDY, "routing": True, "keep": kept}
-        found = ask(client, **asked, router="auto")["choices"][0]
-        assert found["routing"]["router"] == wanted
-        assert found == ask(client, **asked, router=wanted)["choices"][0]
+        choice = ask(client, **asked, router="auto")["choices"][0]
+        assert choice["routing"]["router"] == wanted
+        assert choice == ask(client, **asked, router=wanted)["choices"][0]
 
 
 def test_without_a_chat_template_there_are_no_chats(client):
     assert "no default chat template" in error_of(client, path=CHATS, **CHAT)["message"]
 
 
-def body_of(field: str) -> bytes:
+def body_of(field):
     return b'{"model": "goose", "prompt": "a", ' + field.encode() + b"}"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"{",
-        b'{"prompt": "\xff"}',
-        b"null",
-        b'{"model": "goose", "prompt": "\\ud800"}',
-        b'{"model": "goose", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        body_of('"stop": "\\ud800"'),
-        body_of('"temperature": NaN'),
-        body_of('"seed": ' + "9" * 5000),
-        body_of('"n": 1' + "0" * 400),
-        b'{"model": "goose", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
-    ],
-    ids=lambda body: str(body[:60]),
-)
-def test_what_is_no_json_no_text_and_no_number_is_refused(client, body):
-    for path in (PATH, CHATS):
-        reply = client.post(path, content=body, headers=JSON)
-        assert reply.status_code == 400
-        assert reply.json()["error"]["message"]
+def schema_of(value):
+    return body_of('"response_format": {"json_schema": {"schema": {"const": ' + value + "}}}")
 
 
-@pytest.mark.parametrize("odd", ["NaN", '"\\ud800"', "[" * 250 + "]" * 250])
-def test_json_is_strict_where_any_is_taken_too(client, odd):
-    schema = '{"type": "json_schema", "json_schema": {"schema": {"const": ' + odd + "}}}"
-    body = body_of('"response_format": ' + schema)
-    reply = client.post(PATH, content=body, headers=JSON)
+def filled(before, piece, after=b"]}"):
+    """A body of a MiB: many pieces in a list or object of a request."""
+    before = b'{"model":"goose",' + before
+    return before + b",".join([piece] * ((MIB - len(before) - 9) // (len(piece) + 1))) + after
+
+
+ZEBRAS = b",".join(b'"zebra%d":1' % i for i in range(60_000))
+MANY = {  # objects and lists
+    "objects": filled(b'"prompt":[', b"{}"),
+    "biases": body_of('"logit_bias": {' + ZEBRAS.decode() + "}"),
+    "fields": b'{"model":"goose",' + ZEBRAS + b"}",
+    "deep": b"[" * 1_000_000,
+    "deep objects": b'{"a":' * 200_000,
+}
+HOSTILE = {
+    **MANY,
+    "tokens": filled(b'"prompt":[', b"1"),
+    "one model": b'{"prompt":"a","model":"' + b"zebra" * 200_000 + b'"}',
+    "digits": body_of('"seed": ' + "9" * 1_000_000),
+    "no end": b"{",
+    "no text": b'{"prompt": "\xff"}',
+    "nothing": b"null",
+    "half a character": b'{"model": "goose", "prompt": "\\ud800"}',
+    "half a message": b'{"model": "goose", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "half a stop": body_of('"stop": "\\ud800"'),
+    "no number": body_of('"temperature": NaN'),
+    "large number": body_of('"n": 1' + "0" * 400),
+    "lists": b'{"model": "goose", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
+    # Strict where any JSON is taken, too.
+    "no schema": schema_of("NaN"),
+    "half a schema": schema_of('"\\ud800"'),
+    "deep schema": schema_of("[" * 250 + "]" * 250),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("path", [PATH, CHATS])
+def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(client, path, name):
+    reply = client.post(path, content=HOSTILE[name], headers=JSON)
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith("The body is no JSON: ")
+    assert len(reply.content) < 1000
+    assert reply.text.count("zebra") < 20
+    error = reply.json()["error"]
+    assert error["message"].startswith("The body is no JSON: " if "schema" in name else "")
+    assert error["message"]
+    assert "input" not in error
+
+
+def test_lists_are_counted_before_they_are_made():
+    for body in MANY.values():
+        with pytest.raises(ApiError, match="objects and lists"):
+            check_body(body)
+    check_body(b'{"prompt": "' + b"[" * 100_000 + b'"}')
 
 
 def test_names_in_errors_are_cut_and_printable(client):
@@ -91,110 +121,69 @@ def test_names_in_errors_are_cut_and_printable(client):
     assert client.get("/v1/models/%1B%5B31m" + "x" * 3000).json()["error"]["message"].isprintable()
 
 
-def filled(before: bytes, piece: bytes, after: bytes = b"]}") -> bytes:
-    """A body of a MiB: many pieces in a list or object of a request."""
-    before = b'{"model":"goose",' + before
-    return before + b",".join([piece] * ((MIB - len(before) - 9) // (len(piece) + 1))) + after
-
-
-ZEBRAS = b",".join(b'"zebra%d":1' % i for i in range(60_000))
-HERD = b'"' + b"zebra" * 200_000 + b'"'
-HOSTILE = {
-    "objects": filled(b'"prompt":[', b"{}"),
-    "tokens": filled(b'"prompt":[', b"1"),
-    "biases": b'{"model":"goose","prompt":"a","logit_bias":{' + ZEBRAS + b"}}",
-    "fields": b'{"model":"goose",' + ZEBRAS + b"}",
-    "one model": b'{"prompt":"a","model":' + HERD + b"}",
-    "deep": b"[" * 1_000_000,
-    "deep objects": b'{"a":' * 200_000,
-    "digits": b'{"model":"goose","prompt":"a","seed":' + b"9" * 1_000_000 + b"}",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(client, name):
-    reply = client.post(PATH, content=HOSTILE[name], headers=JSON)
-    assert reply.status_code == 400
-    assert len(reply.content) < 1000
-    assert reply.text.count("zebra") < 20
-    assert "input" not in reply.json()["error"]
-
-
-def test_lists_are_counted_before_they_are_made():
-    for name in ("objects", "fields", "biases", "deep", "deep objects"):
-        with pytest.raises(ApiError, match="objects and lists"):
-            check_body(HOSTILE[name])
-    check_body(b'{"prompt": "' + b"[" * 100_000 + b'"}')
-
-
 # Chat templates and tokenizers that take all time or memory, or aren't there.
 
-SLOW = {
-    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{% set a = 9 %}{{ a ** (a ** a) }}",
-    "doubled": (
-        "{% set x = namespace(y='a' * 999) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
-        "{% endfor %}{{ x.y | length }}"
-    ),
-}
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+POWER = "{% set a = 9 %}{{ a ** (a ** a) }}"
+DOUBLED = (
+    "{% set x = namespace(y='a' * 999) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
+    "{% endfor %}{{ x.y | length }}"
+)
+
+
+def two_bases(pool_of, template):
+    """A client of experts of one base, which has `template`, and of another as "other"."""
+    places = {"goose": folder_of(pool_of("llama")), "other": folder_of(pool_of("gpt2"))}
+    app = create_app([ServedModel(n, str(p), dtype="float32") for n, p in places.items()])
+    app.state.service.models["goose"].runner.tokenizer.chat_template = template
+    return client_of(app)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
-@pytest.mark.parametrize("template", [SLOW["power"], SLOW["doubled"]])
+@pytest.mark.parametrize("template", [POWER, DOUBLED])
 def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, monkeypatch, template):
     monkeypatch.setattr(untrusted_text, "SECONDS", 1)
     monkeypatch.setattr(untrusted_text, "MEMORY", 256 << 20)
-    app = two_bases(pool_of, template)
-    with client_of(app) as client:
-        chats = [in_a_thread(client.post, CHATS, json=CHAT) for _ in range(2)]
-        until(lambda: client.get("/healthz").json()["reading"])
-        begun = time.monotonic()
-        assert client.post(PATH, json={**GREEDY, "model": "other"}).status_code == 200
-        answered = time.monotonic() - begun
-        for thread, _ in chats:
-            thread.join()
-        whole = time.monotonic() - begun
-        assert client.post(PATH, json=GREEDY).status_code == 200
-        until(lambda: not client.get("/healthz").json()["running"])
-        health = client.get("/healthz").json()
-    for _, (reply,) in chats:
-        error = reply.json()["error"]
-        assert (reply.status_code, error["param"]) == (400, "messages")
-        assert error["code"] == "prompt_unreadable"
-        words = "The base's chat template or tokenizer failed: it took too much time or memory."
-        assert error["message"] == words
-    assert health == {"status": "ok", "waiting": 0, "running": 0, "reading": 0}
-    assert template == SLOW["doubled"] or answered < whole
+    with two_bases(pool_of, template) as client:
+        chats = [beside(error_of, client, path=CHATS, **CHAT) for _ in range(2)]
+        until(lambda: health_of(client)["reading"])
+        ask(client, **{**GREEDY, "model": "other"})
+        assert template == DOUBLED or not chats[1].done()
+        for chat in chats:
+            error = chat.result()
+            assert (error["param"], error["code"]) == ("messages", "prompt_unreadable")
+            words = "The base's chat template or tokenizer failed: it took too much time or memory."
+            assert error["message"] == words
+        ask(client, **GREEDY)
+        until(lambda: not health_of(client)["running"])
+        assert health_of(client) == {"status": "ok", "waiting": 0, "running": 0, "reading": 0}
 
 
 def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of):
-    app = two_bases(pool_of, SLOW["power"])
-    with client_of(app) as client:
-        thread, found = in_a_thread(client.post, CHATS, json=CHAT)
-        until(lambda: client.get("/healthz").json()["reading"])
+    with two_bases(pool_of, POWER) as client:
+        chat = beside(error_of, client, 503, CHATS, **CHAT)
+        until(lambda: health_of(client)["reading"])
         begun = time.monotonic()
-        client.portal.call(app.state.service.close)
-        thread.join(30)
+        client.portal.call(client.app.state.service.close)
+        assert chat.result(30)["message"] == "The server was stopped."
         assert time.monotonic() - begun < untrusted_text.SECONDS
-    assert found[0].status_code == 503
-    assert found[0].json()["error"]["message"] == "The server was stopped."
 
 
 def test_a_request_that_a_template_outlasts_is_a_504(pool):
-    app = app_of(pool, Serving(timeout=1), template=SLOW["loop"])
+    app = app_of(pool, Serving(timeout=1), template=LOOP)
     with client_of(app) as client:
         late = error_of(client, 504, CHATS, **CHAT)
         assert late["message"] == "The answer took longer than 1 seconds."
-        until(lambda: not client.get("/healthz").json()["reading"])
-        assert client.post(PATH, json=GREEDY).status_code == 200
+        until(lambda: not health_of(client)["reading"])
+        ask(client, **GREEDY)
 
 
 @pytest.mark.parametrize("problem", ["no processes", "no python"])
-def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, monkeypatch, problem):
+def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, monkeypatch, problem):
     def fails(*_, **__):
         raise OSError("Resource temporarily unavailable")
 
-    (texts,) = (process for process, _ in app.state.service._texts.values())
+    (texts,) = (process for process, _ in client.app.state.service._texts.values())
     texts._children[0].kill()
     texts._children[0].wait()
     with monkeypatch.context() as patch:
@@ -205,18 +194,7 @@ def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, mon
         error = error_of(client, 503, **GREEDY)
     assert error["message"].startswith("The tokenizer's new process can't be read: ")
     assert error["type"] == "server_error"
-    assert client.post(PATH, json=GREEDY).status_code == 200
-
-
-def two_bases(pool_of, template):
-    """An application of experts of one base, which has `template`, and of another as "other"."""
-    from phatgoose.apps.server import ServedModel, create_app
-
-    places = {"goose": pool_of("llama"), "other": pool_of("gpt2")}
-    places = {name: str(pool.experts[0].directory.parent) for name, pool in places.items()}
-    app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
-    app.state.service.models["goose"].runner.tokenizer.chat_template = template
-    return app
+    ask(client, **GREEDY)
 
 
 # What is told of it.

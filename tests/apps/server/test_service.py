@@ -1,41 +1,45 @@
 """What the routes call: requests read and routings composed beside others, in turns, in time."""
 
 import asyncio
+import threading
 from unittest.mock import MagicMock
 
 import pytest
 
-import serving
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
-from serving import GREEDY, PATH, ask, error_of
+from serving import GREEDY, PATH, ask, beside, error_of, until
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
-    routings = guarded.app.state.service.routings
+    routings, go_on = guarded.app.state.service.routings, threading.Event()
+    called, composed = threading.Event(), LoadedModel.composed
 
-    def ask(key, **change):
+    def waits(*arguments):
+        called.set()
+        assert go_on.wait(30)
+        return composed(*arguments)
+
+    def status(key, **change):
         headers = {"Authorization": f"Bearer {key}"}
-        return guarded.post(PATH, json={**GREEDY, **change}, headers=headers)
+        return guarded.post(PATH, json={**GREEDY, **change}, headers=headers).status_code
 
-    with serving.blocked(monkeypatch, LoadedModel, "composed") as (called, go_on):
-        begun = [serving.in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
-        assert called.wait(30)
-        serving.until(lambda: len(routings.turns) == 2)
-        assert ask("other").status_code == 200
-        assert ask("secret").status_code == 200
-        go_on.set()
-        for thread, found in begun:
-            thread.join()
-            assert found[0].status_code == 200
-    serving.until(lambda: serving.needed(routings) == 0)
+    monkeypatch.setattr(LoadedModel, "composed", waits)
+    begun = [beside(status, "secret", k=k) for k in (1, 1, 3)]
+    assert called.wait(30)
+    until(lambda: len(routings.turns) == 2)
+    assert (status("other"), status("secret")) == (200, 200)
+    go_on.set()
+    assert [each.result() for each in begun] == [200] * 3
+    until(lambda: not any(each.requests for each in routings.cached.values()))
     assert len(routings.cached) == 2
 
 
-def test_routings_are_kept_and_make_room_for_each_other(app, client):
-    goose, routings = app.state.service.models["goose"], app.state.service.routings
+def test_routings_are_kept_and_make_room_for_each_other(client):
+    service = client.app.state.service
+    goose, routings = service.models["goose"], service.routings
 
     async def acquired(k):
         return await routings.acquire(goose, RoutingOverride(k=k), "somebody", Deadline(60))
@@ -60,25 +64,27 @@ class Panic(BaseException):
     """As errors of compiled Rust are."""
 
 
-def test_what_work_raises_arrives_and_the_next_is_done():
-    def work(error):
+@pytest.mark.parametrize(
+    ("error", "wanted"), [(ValueError("no"), ValueError), (Panic("no"), RuntimeError)]
+)
+def test_what_work_raises_arrives_and_the_next_is_done(error, wanted):
+    def work(_):
         raise error
 
-    async def ask():
+    async def done():
         readers = Turns(1)
-        for error, wanted in ((ValueError("no"), ValueError), (Panic("no"), RuntimeError)):
-            with pytest.raises(wanted, match="no"):
-                await readers.run("a", Deadline(30), lambda _, error=error: work(error))
-        assert await readers.run("a", Deadline(30), lambda _: 5) == 5
+        with pytest.raises(wanted, match="no"):
+            await readers.run("a", Deadline(30), work)
+        return await readers.run("a", Deadline(30), lambda _: 5)
 
-    asyncio.run(ask())
+    assert asyncio.run(done()) == 5
 
 
 @pytest.mark.parametrize("turns", range(4))
 def test_a_reply_that_is_cancelled_as_a_part_arrives_ends(turns):
     """asyncio.wait_for would go on waiting in Python 3.11, and the server would never exit."""
 
-    async def cancelled() -> bool:
+    async def cancelled():
         reply = Reply(MagicMock(answers=2), Deadline(60))
         task = asyncio.create_task(reply.whole())
         for turn in range(4):

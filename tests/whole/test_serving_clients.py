@@ -3,8 +3,6 @@
 The last two are asked in the Python that PHATGOOSE_CLIENTS names, or else in this one.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from phatgoose.routing.compose import compose
 from serving import PROMPT
 
 FUZZ = int(os.environ.get("PHATGOOSE_FUZZ", "15"))  # requests made up for each path and mode
+MESSAGES = [{"role": "user", "content": "to be"}]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +25,9 @@ def pool(pool_of):
 
 
 @pytest.fixture(scope="module")
-def app(pool):
+def address(pool):
     options = {"template": serving.CHAT_TEMPLATE, "api_keys": ["secret"]}
-    return serving.app_of(pool, Serving(max_tokens=64), **options)
-
-
-@pytest.fixture(scope="module")
-def address(app):
-    with serving.running(app) as address:
+    with serving.running(serving.app_of(pool, Serving(max_tokens=64), **options)) as address:
         yield address
 
 
@@ -57,18 +51,18 @@ def test_openai_completes(client):
 
 
 def test_openai_chats(client):
-    wish = {"model": "mean", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7}
-    whole = client.chat.completions.create(**wish, seed=1, n=2, logprobs=True, top_logprobs=1)
-    assert len(whole.choices) == 2
-    said = ["", ""]
-    for chunk in client.chat.completions.create(**wish, seed=1, n=2, stream=True):
+    def create(*more, **options):
+        wish = {"model": "mean", "messages": [*MESSAGES, *more], "max_tokens": 7, "seed": 1}
+        return client.chat.completions.create(**wish, n=2, **options)
+
+    whole, said = create(logprobs=True, top_logprobs=1).choices, ["", ""]
+    for chunk in create(stream=True):
         for choice in chunk.choices:
             said[choice.index] += choice.delta.content or ""
-    assert said == [choice.message.content for choice in whole.choices]
-    said = whole.choices[0].message  # sent back as it is, and with every field
-    for earlier in (said, said.model_dump()):
-        more = [*wish["messages"], earlier, {"role": "user", "content": "more"}]
-        client.chat.completions.create(**wish | {"messages": more})
+    assert said == [choice.message.content for choice in whole]
+    message = whole[0].message  # sent back as it is, and with every field
+    for earlier in (message, message.model_dump()):
+        create(earlier, {"role": "user", "content": "more"})
 
 
 def test_openai_raises_its_own_errors(client):
@@ -120,8 +114,7 @@ def test_clients_of_frameworks_get_the_server_s_answers(address, client, package
         pytest.skip(f"needs {package} in {python}; name a Python that has it in PHATGOOSE_CLIENTS")
     got = subprocess.check_output([python, "-c", script, f"{address}/v1"], text=True, timeout=550)
     wish = {"model": "goose", "max_tokens": 6, "temperature": 0}
-    messages = [{"role": "user", "content": "to be"}]
-    chat = client.chat.completions.create(messages=messages, **wish).choices[0].message.content
+    chat = client.chat.completions.create(messages=MESSAGES, **wish).choices[0].message.content
     text = client.completions.create(prompt="to be", **wish).choices[0].text
     assert got == f"{chat}\n{chat}\n{text}\n"
 
@@ -139,11 +132,7 @@ def test_lm_eval_s_local_completions_answer_as_in_this_process(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     tasks = write_task(tmp_path, "generate_until")
     base = load_base(pool.base.id, dtype="float32")
-    own = HFLM(
-        pretrained=compose(pool, base, router="phatgoose"),
-        tokenizer=base.tokenizer,
-        softmax_dtype="float32",
-    )
+    ours = compose(pool, base, router="phatgoose")
     arguments = {
         "base_url": f"{address}/v1/completions",
         "model": "goose",
@@ -152,8 +141,9 @@ def test_lm_eval_s_local_completions_answer_as_in_this_process(
         "tokenized_requests": False,
         "batch_size": 2,
     }
-    found = answers_of(results_of("local-completions", tasks, model_args=arguments))
-    assert found == answers_of(results_of(own, tasks))
+    model = HFLM(pretrained=ours, tokenizer=base.tokenizer, softmax_dtype="float32")
+    served = results_of("local-completions", tasks, model_args=arguments)
+    assert answers_of(served) == answers_of(results_of(model, tasks))
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])

@@ -188,22 +188,11 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
         assert wanted.keys() == got.keys()
         assert all(got[key].equal(tensor) for key, tensor in wanted.items())
 
-    # The one who gives the jobs goes after three cells; who comes next computes only the others.
-    def compared(out, **options):
-        rows = ["base", "phatgoose", "oracle"]
-        return compare(
-            Pool.open(far), tests, rows, out=tmp_path / out, base=llama, limit=6, **options
-        )
-
-    wanted, both = compared("alone"), tmp_path / "both" / "results.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        compared("both", engine=CutShort(RayEngine(2), 3))
-    kept = both.read_text().splitlines()
-    assert len(kept) == 3
-    second = CutShort(RayEngine(2), 99)
-    got = compared("both", engine=second)
-    assert second.jobs == 15 - 3
-    assert both.read_text().splitlines()[:3] == kept
+    options = {"methods": ["base", "phatgoose", "oracle"], "base": llama, "limit": 6}
+    wanted, got = (
+        compare(Pool.open(far), tests, out=tmp_path / name, **options, **engine)
+        for name, engine in (("alone", {}), ("both", {"engine": RayEngine(2)}))
+    )
     assert scores_of(got) == scores_of(wanted)
     assert got.choices == wanted.choices
 
@@ -240,25 +229,6 @@ class HeldWorkshop:
 
     def portable(self):
         return replace(self, workshop=self.workshop.portable())
-
-
-@dataclass
-class CutShort:
-    """An engine whose process is interrupted after so many results."""
-
-    engine: RayEngine
-    after: int
-    jobs: int = 0
-    remote: bool = True
-
-    def run(self, workshop, jobs, bar):
-        self.jobs += len(jobs)
-        results = self.engine.run(workshop, jobs, bar)
-        for number, result in enumerate(results):
-            if number == self.after:
-                results.close()
-                raise KeyboardInterrupt
-            yield result
 
 
 def test_a_connection_that_exists_is_used(cluster):

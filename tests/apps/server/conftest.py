@@ -62,13 +62,13 @@ def runner_of(pool_of):
     from phatgoose.apps.server.local.runner import ModelRunner
 
     @cache
-    def runner(kind="llama", router="phatgoose"):
+    def composed(kind, router):
         base = load_base(pool_of(kind).base.id, dtype="float32")
         runner = ModelRunner(compose_by(router, pool_of(kind), base), base.tokenizer)
         runner.ends = frozenset()
         return runner
 
-    return runner
+    return lambda kind="llama", router="phatgoose": composed(kind, router)
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     plug.result()
     assert caplog.text.count("A worker was lost at") == 1
     assert sorted(p.name for p in far.iterdir()) == FRUIT
-    list(train_experts(llama, jobs, out=here))
+    list(train_experts(llama.id, jobs, out=here, dtype="float32"))
     for name in FRUIT:
         wanted, got = tensors_of(here / name), tensors_of(far / name)
         assert wanted.keys() == got.keys()

@@ -1,7 +1,5 @@
 """Plans: the paper's numbers, tiny ones counted by hand, and nothing fetched from anywhere."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ An attack is a function of the expert that turns, the others, a random generator
 (quiet) or 1 (as loud as it comes). It returns what it changes of the expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

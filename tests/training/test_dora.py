@@ -1,7 +1,5 @@
 """Training DoRAs: PEFT's numbers and gradients, PEFT's files, and what a base in 16 bits keeps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

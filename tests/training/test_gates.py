@@ -1,7 +1,5 @@
 """Gates: trained after an expert, and nothing else with them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

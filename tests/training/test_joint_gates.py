@@ -1,7 +1,5 @@
 """Joint training: expert and gates in one go, against a naive loop written with hooks."""
 
-from __future__ import annotations
-
 import torch
 from safetensors.torch import load_file
 from torch import nn

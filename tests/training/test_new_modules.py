@@ -1,7 +1,5 @@
 """Training (IA)³, bottleneck and DoRA experts: what is trained, where, and what is kept of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Statistics of an expert: at training or later, the same numbers, and nothing else changes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

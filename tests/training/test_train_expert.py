@@ -1,7 +1,5 @@
 """Experts: trained, refused, interrupted and resumed to the same bits."""
 
-from __future__ import annotations
-
 import json
 import signal
 from dataclasses import replace
@@ -138,19 +136,15 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(llama, tmp_path, m
             train(**{"base": llama, "out": tmp_path / "cut", "resume": True, **other})
 
 
-def test_a_finished_expert_of_another_base_is_not_resumed(originals, whole):
+def test_a_finished_expert_is_kept_and_what_differs_is_told(llama, originals, whole):
     t5 = originals["t5"].copied()
     for base in (t5, t5.id):
         with pytest.raises(WrongBaseError, match=r"is an expert of .*; choose another"):
             train(base, whole.directory, resume=True)
-
-
-def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
-    with pytest.warns(UserWarning, match=r"kept as it is, with another rank\.$"):
-        train(llama, whole.directory, resume=True, peft=replace(LORA, rank=3))
-    other = replace(GATES, gate_learning_rate=0.25)
-    with pytest.warns(UserWarning, match=r"another gate_learning_rate\.$"):
-        train(llama, whole.directory, resume=True, gate_training=other)
+    rate = replace(GATES, gate_learning_rate=0.25)
+    for other in ({"peft": replace(LORA, rank=3)}, {"gate_training": rate}):
+        with pytest.warns(UserWarning, match=r"kept as it is, with another (rank|gate_l\w+)\.$"):
+            train(llama, whole.directory, resume=True, **other)
     fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)
 

@@ -4,8 +4,6 @@ Each cell of the matrix does the same with a routed model and with its base unde
 formula at every site (`oracle.naively_routed`). docs/compatibility.md says so in words.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Collection, Mapping

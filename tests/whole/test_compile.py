@@ -3,8 +3,6 @@
 The backends here need no compiler; on CPUs torch's kernels take the native one's place in a graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

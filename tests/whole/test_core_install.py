@@ -4,8 +4,6 @@ All commands run in one process in which nothing can be imported that the core r
 bring.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

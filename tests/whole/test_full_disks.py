@@ -1,7 +1,5 @@
 """Full and read-only disks: complete or absent, and one line."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

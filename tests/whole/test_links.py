@@ -1,7 +1,5 @@
 """Nothing is written through a link that somebody put where a file of ours will be."""
 
-from __future__ import annotations
-
 import pytest
 
 from odd_files import KEPT

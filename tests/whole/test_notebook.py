@@ -1,7 +1,5 @@
 """The notebook of examples/ runs from top to bottom, here on a tiny base in smollm2's place."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """What is measured is what is served: a prompt gets the same experts by every way of asking."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bases with a mixture of experts of their own, whose layers see some of the tokens only."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """Pools over quantised bases: torchao's and bitsandbytes' linears, as their libraries make them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import partial

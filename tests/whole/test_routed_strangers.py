@@ -4,8 +4,6 @@ PHATGOOSE_FUZZ sets how many damaged folders are tried (research/reliability.md 
 to run this with the native kernel under AddressSanitizer).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -23,7 +21,6 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from command_line import refused
 from damage import content_of, damaged, damages, examples, json_of, only_reading, told
@@ -33,15 +30,12 @@ from phatgoose.base import Base, load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved
-from routed_models import SCORES, with_embeddings
+from routed_models import SCORES, of_task, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
 from toy_embedders import use_toy_embedder
 
 INFO, FILE = "routed.json", "routed.safetensors"
-KINDS = (
-    *("plain", "mixed", "retrieval", "spectr", "centroid", "discriminant"),
-    *("oracle", "merged"),
-)
+KINDS = ["plain", "mixed", "retrieval", "spectr", "centroid", "discriminant", "oracle", "merged"]
 IDS = make_ids(rows=2)
 
 
@@ -59,14 +53,9 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
     uneven = with_embeddings(uneven_pool(base, place / "uneven"))
     mixed = mixed_pool_for(base, place / "mixed-experts")
     high = Pool((write_expert(base, place, "high", rank=40), write_expert(base, place, "low")))
-    made = {
-        "plain": (uneven, "phatgoose"),
-        "spectr": (uneven, "spectr:shortlist=2"),
-        "mixed": (mixed, "phatgoose"),
-        "merged": (high, "merged"),
-    }
+    routers = {"plain": "phatgoose", "mixed": "phatgoose", "spectr": "spectr:shortlist=2"}
     for kind in KINDS:
-        pool, router = made.get(kind, (uneven, kind))
+        pool, router = {"mixed": mixed, "merged": high}.get(kind, uneven), routers.get(kind, kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oracle's k
             model = compose(pool, copy.deepcopy(base), router=router, scores=SCORES)
@@ -84,23 +73,15 @@ def record_hash(folder: Path) -> None:
         (folder / INFO).write_text(json.dumps(info))
 
 
-def run(model: PreTrainedModel) -> None:
-    """One pass through `model`, whose tensors are put where nothing stands behind them before."""
-    parts = composition_of(model)
-    for layer in parts.layers.values():
+def load_and_run(folder: Path, base: Base) -> None:
+    """A pass through the loaded model, before whose tensors nothing is in memory."""
+    model = load(folder, base)
+    for layer in composition_of(model).layers.values():
         for module in layer.modules():
             for name, tensor in module.named_buffers(recurse=False):
                 setattr(module, name, tensor.clone())
-    if parts.routing.router == "oracle":
-        parts.context.use(parts.context.choose([[]], task="second"))
-    assert logits_of(model, IDS).shape == (*IDS.shape, VOCABULARY)
-
-
-def load_and_run(folder: Path, base: Base) -> None:
-    """Load the model in `folder` and run it."""
-    model = load(folder, base)
     try:
-        run(model)
+        assert logits_of(of_task(model, "second"), IDS).shape == (*IDS.shape, VOCABULARY)
     finally:
         detach(model)
 

@@ -1,7 +1,5 @@
 """Bases that keep a state of what they have read in the place of keys and values."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -4,8 +4,6 @@ So is whatever is done with it: checked, imported, printed and saved. PHATGOOSE_
 damaged directories are tried (research/reliability.md has figures).
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

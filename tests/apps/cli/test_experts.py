@@ -4,12 +4,7 @@ import json
 
 import torch
 
-from command_line import (
-    BASE,
-    GATE_FLAGS,
-    TRAIN,
-    write_rows,
-)
+from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, write_rows
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
@@ -22,11 +17,8 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(here, phat)
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     )
     base.tokenizer.save_pretrained("tiny-base")
-    rows = [
-        [{"role": "user", "content": f"Film {i}?"}, {"role": "assistant", "content": "good"}]
-        for i in range(8)
-    ]
-    write_rows(here / "chats.jsonl", [{"messages": row} for row in rows])
+    turns = [{"role": "user", "content": "Film?"}, {"role": "assistant", "content": "good"}]
+    write_rows(here / "chats.jsonl", [{"messages": turns}] * 8)
     outcome = phat("train", "chats.jsonl", *TRAIN)
     assert (outcome.code, outcome.err) == (0, "")
     expert = Expert.load(here / "new" / "chats")
@@ -44,50 +36,35 @@ def test_chats_are_read_through_the_base_s_template_by_every_command(here, phat)
     assert "read with chat False" in phat("evaluate", "routed", "--task", "counting.jsonl").err
 
 
-def test_multitask_trains_one_expert_on_all_tasks_and_names_them(here, phat):
-    arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
-    outcome = phat(*arguments)
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("[1/1] all: validation loss")
-    assert {path.name for path in (here / "new").iterdir()} == {"all"}
-    record = Expert.load(here / "new" / "all").info.task
-    assert record["source"] == "mixture of reviews.jsonl (7), counting.jsonl (7)"
-
-
-def test_the_end_of_a_training_is_reported_as_json(here, phat):
-    flags = [*TRAIN, "--peft", "dora", "--max-input-tokens", 3, "--json"]
-    outcome = phat("train", "reviews.jsonl", *flags, "-")
+def test_one_expert_of_several_tasks_is_reported_as_json(here, phat):
+    flags = [*TRAIN, "--peft", "dora", "--max-input-tokens", 3, "--multitask", "all", "--json"]
+    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *flags, "-")
     record = json.loads(outcome.out)
     (expert,) = record["experts"]
-    assert (record["base"], expert["name"]) == ("tiny-base", "reviews")
-    assert (expert["folder"], expert["trained_now"]) == ("new/reviews", True)
-    made = Expert.load(here / "new" / "reviews")
-    kept = made.info.metrics
-    assert (made.kind, expert["metrics"]) == ("dora", kept)
+    assert (record["base"], expert["name"]) == ("tiny-base", "all")
+    assert (expert["folder"], expert["trained_now"]) == ("new/all", True)
+    (folder,) = (here / "new").iterdir()
+    made = Expert.load(folder)
+    assert made.info.task["source"] == "mixture of reviews.jsonl (7), counting.jsonl (7)"
+    assert (made.kind, expert["metrics"]) == ("dora", made.info.metrics)
     names = {"expert_steps", "expert_train_loss", "expert_validation_loss", "expert_seconds"}
-    assert names | {"inputs_cut", "gate_steps"} <= kept.keys()
-    assert "warning: reviews: 7 of 7 inputs cut to 3 tokens" in outcome.err
-    assert "[1/1] reviews: validation loss" in outcome.err
-    assert "; inputs cut: 7 ->" in outcome.err
-    again = phat("train", "reviews.jsonl", *flags, "again.json", "--resume")
+    assert names | {"inputs_cut", "gate_steps"} <= made.info.metrics.keys()
+    assert "warning: all: 14 of 14 inputs cut to 3 tokens" in outcome.err
+    assert "[1/1] all: validation loss" in outcome.err
+    again = phat("train", "reviews.jsonl", "counting.jsonl", *flags, "again.json", "--resume")
     assert "report -> again.json" in again.out
-    assert json.loads((here / "again.json").read_text())["experts"] == [
-        {**expert, "trained_now": False}
-    ]
+    (kept,) = json.loads((here / "again.json").read_text())["experts"]
+    assert kept == {**expert, "trained_now": False}
 
 
 def test_stats_adds_statistics_to_an_expert(here, phat, monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
-    trained = here / "new" / "reviews"
-    before = Expert.load(trained)
-    assert not before.means
-    options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
-    outcome = phat("stats", "new/reviews", *options, "--embeddings")
-    assert (outcome.code, outcome.err) == (0, "")
+    before = Expert.load("experts/reviews")
+    options = ["--task", "reviews.jsonl", *BASE[2:], "--statistics-examples", 3, "--embeddings"]
+    outcome = phat("stats", "experts/reviews", *options)
     wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, readings: yes, embeddings: yes"
-    assert outcome.out == f"{wanted} -> new/reviews\n"
-    assert f"new/reviews: {wanted}\n" in phat("check", "new/reviews").out
-    after = Expert.load(trained)
+    assert outcome == Outcome(0, f"{wanted} -> experts/reviews\n", "")
+    assert f"experts/reviews: {wanted}\n" in phat("check", "experts/reviews").out
+    after = Expert.load("experts/reviews")
     assert after.info.adapter_sha256 == before.info.adapter_sha256
     assert len(after.embeddings) == 3

@@ -4,21 +4,17 @@ import hashlib
 import json
 import shlex
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
 from made_comparison import made_comparison
 from phatgoose.apps import demo
-from phatgoose.apps.demo import (
-    SKILLS,
-    TASKS,
-    verdict,
-)
+from phatgoose.apps.demo import SKILLS, TASKS, verdict
 from phatgoose.evaluation.compare import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import composition_of, load
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.task import Example
 
 EXPERTS = tuple(SKILLS)
 UNSEEN = tuple(SKILLS.values())
@@ -28,14 +24,14 @@ UNSEEN = tuple(SKILLS.values())
 def small(monkeypatch) -> None:
     """A demo of a few steps and examples, without a sentence embedder."""
     few = {"steps": 1, "eval_every": 1, "batch_size": 2, "eval_examples": 2}
-    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, **few))
-    gates = replace(demo.GATES, gate_steps=1, statistics_examples=2)
-    monkeypatch.setattr(demo, "GATES", gates)
-    monkeypatch.setattr(demo, "LORA", replace(demo.LORA, rank=2))
-    monkeypatch.setattr(demo, "EVALUATED", 3)
-    monkeypatch.setattr(demo, "READ", 2)
-    monkeypatch.setattr(demo, "THREADS", 1)
-    monkeypatch.setattr(demo, "can_embed", lambda: False)
+    changes = {
+        "TRAINING": replace(demo.TRAINING, **few),
+        "GATES": replace(demo.GATES, gate_steps=1, statistics_examples=2),
+        "LORA": replace(demo.LORA, rank=2),
+        **{"EVALUATED": 3, "READ": 2, "THREADS": 1, "can_embed": lambda: False},
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(demo, name, value)
 
 
 @pytest.mark.usefixtures("small")
@@ -43,51 +39,44 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     base_folders, phat, tmp_path, monkeypatch
 ):
     out = tmp_path / "demo"
-    outcome = phat("demo", "--base", base_folders["llama"], "--out", out)
+    words = ("demo", "--base", base_folders["llama"], "--out", out)
+    assert phat(*words, "--all-methods").code == 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    no_examples = {"retrieval", "centroid", "few-shot"}  # neither embedded nor in a file
+    assert set(METHODS) - set(comparison["rows"]) == no_examples
+    monkeypatch.setattr("phatgoose.evaluation.compare.score", None)  # all is there already
+    outcome = phat(*words)
     assert outcome.code == 0
     for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "over sentiment", "Done"):
         assert part in outcome.out
+    assert "answered in writing" in outcome.out
     assert f"Report -> {out / 'analysis' / 'report.html'}" in outcome.out
     told = outcome.out.partition("Three commands to try next:\n")[2].splitlines()[:3]
-    commands = [shlex.split(line) for line in told]
-    assert [command[1] for command in commands] == ["generate", "demo", "train"]
+    assert [shlex.split(line)[1] for line in told] == ["generate", "demo", "train"]
     comparison = json.loads((out / "comparison.json").read_text())
     routed = composition_of(load(out / "routed"))
     shown = {"base", "merged", "phatgoose", "oracle", routed.routing.router}
-    assert set(comparison["rows"]) == shown
+    assert (set(comparison["rows"]), routed.experts) == (shown, EXPERTS)
     assert comparison["suites"] == {"unseen": list(UNSEEN)}
-    assert "answered in writing" in outcome.out
     assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
-    assert routed.experts == EXPERTS
     for expert in Pool.open(out / "experts").experts:
         assert expert.info.hyperparameters["seed"] == 0
-    words = ("demo", "--base", base_folders["llama"], "--out", out)
-    every = phat(*words, "--all-methods")
-    assert every.code == 0
-    comparison = json.loads((out / "comparison.json").read_text())
-    embedded = {"retrieval", "centroid"}
-    assert set(METHODS) - set(comparison["rows"]) == embedded | {"few-shot"}  # needs a file
-    monkeypatch.setattr("phatgoose.evaluation.compare.score", None)  # all is there already
-    assert phat(*words).code == 0
 
 
 DIGEST = "15d4f9dda407979b51a3ef2d3d6da494c8ebb34d453d00e5b77cd1bcfb201074"
 
 
-def rows_of(names: tuple[str, ...], split: str) -> dict[str, tuple[Example, ...]]:
-    return {name: getattr(load_task(TASKS / f"{name}.csv"), split) for name in names}
-
-
 def test_its_rows_are_distinct_and_no_unseen_task_has_a_row_that_is_trained_on():
-    trained, unseen = rows_of(EXPERTS, "train"), rows_of(UNSEEN, "test")
-    for rows in trained.values():
-        assert len({row.input for row in rows}) == len(rows) >= 200
-    for rows in unseen.values():
-        assert len({row.input for row in rows}) == len(rows) == demo.EVALUATED
-    seen = {row.input for rows in trained.values() for row in rows}
-    assert not seen & {row.input for rows in unseen.values() for row in rows}
+    def inputs_of(names, split):
+        tasks = (load_task(TASKS / f"{name}.csv") for name in names)
+        return [[row.input for row in getattr(task, split)] for task in tasks]
+
+    trained, unseen = inputs_of(EXPERTS, "train"), inputs_of(UNSEEN, "test")
+    assert all(len(set(rows)) == len(rows) >= 200 for rows in trained)
+    assert all(len(set(rows)) == len(rows) == demo.EVALUATED for rows in unseen)
+    assert not {*chain(*trained)} & {*chain(*unseen)}
 
 
 def test_its_files_hold_the_rows_that_the_results_in_its_page_were_measured_on():

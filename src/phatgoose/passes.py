@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,30 +52,25 @@ class _Tokens:
     mask: Tensor | None
     shape: tuple[int, ...] | None
     past: int | None
-    masks: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)  # by their shape
 
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
-        if grid not in self.masks:
-            real = self._real(*grid) if len(grid) == 2 else None
-            # On other devices the look would wait for them.
-            is_hidden = real is not None and (real.device.type != "cpu" or not real.all())
-            self.masks[grid] = real if is_hidden else None
-        return self.masks[grid]
-
-    def _real(self, rows: int, columns: int) -> Tensor | None:
-        mask = self.mask
-        if mask is None:
+        """Which tokens of this shape are no padding, None where all are, or it isn't known."""
+        mask, real = self.mask, None
+        if mask is None or len(grid) != 2:
             return None
+        rows, columns = grid
         first = mask.shape[-1] - columns
         if self.past is not None and self.past <= first:
             first = self.past  # the mask covers a whole static cache
         if mask.dim() == 2 and mask.shape[0] == rows and first >= 0:
-            return mask[:, first : first + columns].bool()
+            real = mask[:, first : first + columns].bool()
         if mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == columns:
             itself = mask[:, 0].diagonal(first, dim1=1, dim2=2)
             seen = itself if itself.dtype == torch.bool else itself == 0
-            return seen.expand(rows, -1) if seen.shape[1] == columns else None
-        return None
+            real = seen.expand(rows, -1) if seen.shape[1] == columns else None
+        # On other devices the look would wait for them.
+        is_hidden = real is not None and (real.device.type != "cpu" or not real.all())
+        return real if is_hidden else None
 
 
 class TokenMasks:

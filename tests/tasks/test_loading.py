@@ -53,11 +53,10 @@ def test_jsonl_rows_become_examples(tmp_path):
     ("lines", "wanted"),
     [
         (["input,target,choices", 'a,yes,"yes ||| no"'], ("a", "yes", ("yes", "no"))),
-        (["input,target,choices", 'a,yes,"[""yes"", ""no""]"'], ("a", "yes", ("yes", "no"))),
         (["input,target", f"{'word ' * 40_000},b"], ("word " * 40_000, "b")),
         (["\ufeffinput,target,,", '"a, ""b""', 'c",d,,'], ('a, "b"\nc', "d")),  # a spreadsheet's
     ],
-    ids=["choices", "list", "long", "quoted"],
+    ids=["choices", "long", "quoted"],
 )
 def test_csv_rows_become_examples(tmp_path, lines, wanted):
     assert load_task(write_lines(tmp_path / "a.csv", *lines)).train == (Example(*wanted),)

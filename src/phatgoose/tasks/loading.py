@@ -248,14 +248,10 @@ def _text(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    if not isinstance(value, str) or not value.strip():
-        return value if value and not isinstance(value, str) else ()
-    try:
-        listed = json.loads(value)
-    except (ValueError, RecursionError):
-        listed = None
-    return _stripped(listed if isinstance(listed, list) else value.split(SEPARATOR))
+    """A list of texts; a CSV cell holds it separated by |||."""
+    if not isinstance(value, str):
+        return value or ()
+    return _stripped(value.split(SEPARATOR)) if value.strip() else ()
 
 
 def _stripped(answers: Any) -> Any:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from attackers import ATTACKS, attacked, honest
-from mixed_experts import mixed_pool_for
 from phatgoose.analysis.audit import SIGNS, audit, signs_of
 from phatgoose.errors import ExpertError
 from phatgoose.experts.pool import Pool
@@ -44,13 +43,6 @@ def test_few_experts_are_not_compared_and_that_is_said(pool, count):
     if count > 1:
         assert audit(attacked(few, 0, "gate equal to own mean")).unusual == ("e0",)
         assert "e0" in audit(attacked(few, 0, "copied embeddings")).unusual
-
-
-def test_mixed_kinds_without_embeddings_are_audited_by_what_they_have(llama, tmp_path):
-    report = audit(mixed_pool_for(llama, tmp_path))
-    assert report.findings == ()
-    assert any("too few to compare the sizes" in note for note in report.notes)
-    assert any(note.startswith("No embeddings") for note in report.notes)
 
 
 def test_the_json_has_numbers_limits_and_findings(pool):

@@ -44,14 +44,6 @@ def test_large_pools_show_the_most_used_experts_and_say_so():
     assert f"126 experts with {left:.0%}" in figure.axes[0].get_ylabel()
 
 
-def test_the_matrix_rings_oracles_expert_and_tells_numbers():
-    shares = {"x": np.array([0.25, 0.75]), "y": np.array([0.5, 0.5])}
-    panel = dataset_matrix(shares, ["a", "b"], oracle={"x": "b"}).axes[0]
-    assert {text.get_text() for text in panel.texts} == {"25", "75", "50"}
-    rings = {(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines}
-    assert rings == {(1, 0)}
-
-
 def test_names_of_others_are_no_formulas_and_no_markup(tmp_path):
     """Two dollars made matplotlib read what lies between them, and refuse it."""
     name = r"a $\nothing$ & <it>"

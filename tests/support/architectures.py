@@ -63,7 +63,9 @@ POSITIONS = {"max_encoder_position_embeddings": 128, "max_decoder_position_embed
 SWITCH = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
 SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 SWITCH |= {"num_heads": 4, "num_experts": 2, "decoder_start_token_id": 0}
-OTHERS = {  # encoder-decoder models that are built unlike T5 and BART
+OTHERS = {  # built unlike the above
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     "prophetnet": PROPHETNET,  # its decoder has several rows of activations for each of tokens
     "led": {**BART, **POSITIONS, "attention_window": [8, 8]},  # pads inside, to whole windows
     "nllb-moe": {**BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2},

@@ -115,10 +115,7 @@ def test_a_killed_run_never_looks_finished_and_can_be_resumed(
     assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)
 
 
-def test_a_taken_place_and_a_routed_base_are_refused(llama, llama_pool, tmp_path):
-    (tmp_path / "echo").mkdir()
-    with pytest.raises(ExpertError, match="exists already"):
-        train(llama, tmp_path / "echo")
+def test_a_routed_base_is_refused(llama, llama_pool, tmp_path):
     compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(PhatgooseError, match="routed"):
         train(llama, tmp_path / "new")

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from architectures import IDS, random_expert, reading_pool
+from architectures import make_tiny, random_expert, reading_pool
 from phatgoose.base import Base, fingerprint, load_skeleton
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
@@ -14,15 +13,10 @@ from phatgoose.routing.compose import compose, routing_for
 from phatgoose.routing.recording import record
 from tiny import make_ids, make_tokenizer
 
-MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-RWKV = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
-
 
 @pytest.fixture
 def mamba() -> Base:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **IDS, **MAMBA)).eval()
-    model.generation_config.eos_token_id = None
+    model = make_tiny("mamba")
     return Base(model, make_tokenizer(final_eos=False), "tiny", None, fingerprint(model))
 
 
@@ -66,9 +60,8 @@ def test_experts_act_from_a_prompts_end_on(mamba):
 
 
 def test_a_model_that_reads_padding_is_refused():
-    config = AutoConfig.for_model("rwkv", **IDS, **RWKV)
+    model = make_tiny("rwkv")
     with pytest.raises(BaseModelError, match="type rwkv read padding as if it were text"):
-        load_skeleton(config)
-    model = AutoModelForCausalLM.from_config(config)
+        load_skeleton(model.config)
     with pytest.raises(BaseModelError, match="type rwkv read padding"):
         compose(Pool(tuple(experts_of(model))), model, k=1, router="phatgoose")

@@ -51,15 +51,6 @@ def process(*arguments: str) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def test_the_shell_completes_flags(monkeypatch):
-    monkeypatch.setenv("_PHATGOOSE_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "phatgoose serve --max-b")
-    monkeypatch.setenv("COMP_CWORD", "2")
-    program = "import sys; sys.argv[0] = 'phatgoose'; from phatgoose.apps.cli import main; main()"
-    outcome = process(sys.executable, "-c", program)
-    assert (outcome.code, outcome.out.split()) == (0, ["--max-batch-tokens"])
-
-
 @pytest.mark.parametrize(
     "code",
     ["import phatgoose", "from phatgoose.apps.cli import main; main(['--help'])"],

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from batched import TOKENIZER
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
 from phatgoose.base import (
@@ -30,6 +29,8 @@ from phatgoose.base import (
 from phatgoose.errors import BaseModelError
 from phatgoose.files import TensorFile
 from tiny import make_model, make_tokenizer
+
+TOKENIZER = make_tokenizer(final_eos=False)
 
 
 def complaint_about(name: object, **options: object) -> str:

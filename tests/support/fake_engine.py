@@ -118,41 +118,32 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        if self.path == "/health":
-            self.reply(200, {})
-        elif self.is_allowed():
-            told = self.engine.about(self.path)
-            self.reply(404 if told is None else 200, told or {"detail": "Not Found"})
-
-    def is_allowed(self):
-        key = self.engine.key
-        if key is None or self.headers["Authorization"] == f"Bearer {key}":
-            return True
-        self.reply(401, {"error": {"message": "wrong key"}})
-        return False
-
-    def do_POST(self):
-        engine, body = self.engine, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self.is_allowed():
-            return
-        if "completions" in self.path:
+        engine, key = self.engine, self.engine.key
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        told = {} if self.path == "/health" else engine.about(self.path)
+        if self.path != "/health" and key and self.headers["Authorization"] != f"Bearer {key}":
+            self.reply(401, {"error": {"message": "wrong key"}})
+        elif "completions" in self.path:
             engine.requests.append(body)
             engine.open += 1
             try:
                 self.answer(body)
             finally:
                 engine.open -= 1
-        elif engine.loads:
+        elif self.path == "/v1/load_lora_adapter" and engine.loads:
             engine.loaded.append(body)
             if engine.mode == "loading slowly":
                 engine.go_on.wait(30)
             engine.adapters[body["lora_name"]] = body["lora_path"]
             self.reply(200, {"success": True})
         else:
-            self.reply(404, {"detail": "Not Found"})
+            self.reply(*((404, {"detail": "Not Found"}) if told is None else (200, told)))
+
+    def do_POST(self):
+        self.do_GET()
 
     def answer(self, body):
-        engine = self.engine
+        engine, name = self.engine, self.engine.named(body)
         refusals = {
             "refusing": (400, {"error": {"message": "max_tokens is\nodd"}}),
             "busy": (429, {"error": {"message": "full"}}),
@@ -160,7 +151,6 @@ class Handler(BaseHTTPRequestHandler):
             "loading": (503, {"error": {"message": "Loading model"}}),
             "repeating": (400, {"error": {"message": f"bad request, {dict(self.headers)}"}}),
         }
-        name = engine.named(body)
         pieces = [name, *(f" {n}" for n in range(PIECES))]
         if engine.mode == "slow" or (engine.mode == "stalled" and not body["stream"]):
             engine.go_on.wait(30)
@@ -183,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
 
     def stream(self, body, pieces):
-        mode = self.engine.mode
+        mode, broken = self.engine.mode, self.engine.mode in ("broken", "unfinished", "stalled")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -194,15 +184,14 @@ class Handler(BaseHTTPRequestHandler):
         while mode == "endless":
             self.event(f"data: {json.dumps({'choices': [choice_of(body, 'x' * 65536)]})}")
             self.engine.sent += 1
-        breaks = mode in ("broken", "unfinished", "stalled")
-        for piece in pieces[: BREAKS if breaks else None]:
+        for piece in pieces[: BREAKS if broken else None]:
             choices = [choice_of(body, piece, None, [piece])]
             self.event(f"data: {json.dumps({'choices': choices}, ensure_ascii=False)}")
         if mode == "broken":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif mode == "stalled":
             self.engine.go_on.wait(30)
-        elif not breaks:
+        elif mode != "unfinished":
             # Some engines write no space after the colon.
             self.event(f"data:{json.dumps({'choices': [choice_of(body, '', 'length')]})}")
             usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}
@@ -212,8 +201,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def event(self, text):
         content = f"{text}\n\n".encode()
-        # In two pieces, so that events are put together again.
-        for part in (content[:7], content[7:]):
+        for part in (content[:7], content[7:]):  # so that events are put together again
             self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             self.wfile.flush()
         time.sleep(0.001)
@@ -242,31 +230,18 @@ def engine_of(kind="vllm", adapters=None, *, loads=True):
 
 
 @contextmanager
-def gateway(
-    place,
-    engine,
-    limits=None,
-    *,
-    router="retrieval",
-    template=None,
-    key=None,
-    ready=True,
-    listens=False,
-):
+def gateway(place, engine, limits=None, *, ready=True, listens=False, **options):
     """A client of a gateway to `engine`, once it has the experts unless it is not `ready`.
 
-    One that `listens` is under our uvicorn, and the client's requests come from elsewhere.
+    One that `listens` is under our uvicorn. `options` are its router, key, and chat template.
     """
+    router, template = options.get("router", "retrieval"), options.get("template")
     models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
-    app = create_app(models, limits, upstream=Upstream(engine.url, key))
+    app = create_app(models, limits, upstream=Upstream(engine.url, options.get("key")))
     for each in app.state.service.models.values() if template else ():
         each.tokenizer.chat_template = template
-    opened = (
-        serving.far_client_of(app)
-        if listens
-        else serving.client_of(app, raise_server_exceptions=False)
-    )
-    with opened as client:
+    near = serving.client_of(app, raise_server_exceptions=False)
+    with serving.far_client_of(app) if listens else near as client:
         if ready:
             serving.until(lambda: client.get("/healthz").status_code == 200)
         yield client

@@ -130,17 +130,11 @@ def test_lm_eval_s_local_completions_answer_as_in_this_process(
     from harness_tasks import answers_of, results_of, write_task
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    tasks = write_task(tmp_path, "generate_until")
-    base = load_base(pool.base.id, dtype="float32")
+    tasks, base = write_task(tmp_path, "generate_until"), load_base(pool.base.id, dtype="float32")
     ours = compose(pool, base, router="phatgoose")
-    arguments = {
-        "base_url": f"{address}/v1/completions",
-        "model": "goose",
-        "tokenizer": pool.base.id,
-        "tokenizer_backend": "huggingface",
-        "tokenized_requests": False,
-        "batch_size": 2,
-    }
+    arguments = {"base_url": f"{address}/v1/completions", "model": "goose", "batch_size": 2}
+    arguments |= {"tokenizer": pool.base.id, "tokenizer_backend": "huggingface"}
+    arguments |= {"tokenized_requests": False}
     model = HFLM(pretrained=ours, tokenizer=base.tokenizer, softmax_dtype="float32")
     served = results_of("local-completions", tasks, model_args=arguments)
     assert answers_of(served) == answers_of(results_of(model, tasks))

@@ -1,5 +1,9 @@
-"""Answers in batches: what each gets and reports, where it ends, and what prompts share."""
+"""Answers in batches: what each gets and reports, where it ends, and what prompts share.
 
+And the engine: who is computed when, and what happens when it fails.
+"""
+
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,20 +13,80 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from batched import GREEDY, TOKENIZER, by_generate, finished, prompt_of, row_of
+import serving  # noqa: F401  skips without the extra
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.local.batches import Batch, Sampler
+from phatgoose.apps.server.local import FAILED, GenerationEngine
+from phatgoose.apps.server.local.batches import ActiveSequence, Batch, Sampler
 from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
-from phatgoose.apps.server.requests import Decoding
+from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
 from phatgoose.base import load_base
+from phatgoose.config import Serving
+from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.encoding import Encoder
 from routed_models import compose_by
-from tiny import VOCABULARY
+from tiny import VOCABULARY, make_ids, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 each_kind = pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+
+
+GREEDY = Decoding(max_tokens=12, temperature=0.0)
+
+
+class Told:
+    """What rows were told."""
+
+    def __init__(self):
+        self.events, self.over = [], threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        if isinstance(event, ApiError) or event.finish:
+            self.over.set()
+
+    @property
+    def text(self):
+        return "".join(event.text for event in self.events)
+
+    @property
+    def tokens(self):
+        return [token for event in self.events for token in event.tokens]
+
+
+def row_of(runner, prompt, decoding=GREEDY, client="", turn=None):
+    answer = Answer(0, 0, RequestPrompt(tuple(prompt), "", ()), decoding)
+    return ActiveSequence(runner, answer, Told(), client, turn)
+
+
+def prompt_of(seed, tokens=None):
+    return make_ids(1, tokens or 3 + 5 * seed, seed)[0].tolist()
+
+
+def finished(runner, rows, store=None):
+    """The rows, computed in one batch."""
+    batch = Batch(runner, store)
+    batch.join(rows)
+    while batch.sequences:
+        batch.step()
+    return rows
+
+
+def by_generate(runner, prompt, tokens=12):
+    """What the model itself generates."""
+    composition = getattr(runner.model, "phatgoose", None)
+    if composition and composition.context:
+        composition.context.use(None)
+    return runner.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+    )[0].tolist()[len(prompt) :]
+
 
 ROUTED = [(kind, "phatgoose") for kind in ("llama", "gpt2", "qwen2")]
 ROUTED += [("llama", router) for router in ("average-activation", "arrow", "spectr", "merged")]
@@ -64,7 +128,7 @@ def test_sliding_windows_slide_in_batches_too():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
     ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
     config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
-    runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
+    runner = ModelRunner(MistralForCausalLM(config).eval(), make_tokenizer(final_eos=False))
     may_join_and_leave(runner, [prompt_of(seed, 20 - 5 * seed) for seed in range(4)])
 
 
@@ -258,3 +322,141 @@ def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
     assert [has(reader) for reader in "abcd"] == [True, False, True, True]
     keep("e", 80)  # larger than all
     assert store.bytes == most
+
+
+# The engine.
+
+
+def engine_of(**limits):
+    return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}))
+
+
+@pytest.fixture
+def engine():
+    """A running engine."""
+    running = engine_of()
+    running.start()
+    yield running
+    running.stop()
+
+
+def ended(rows):
+    for row in rows:
+        assert row.deliver.over.wait(30)
+    return rows
+
+
+def test_different_models_are_never_in_one_batch(engine, runner_of):
+    runners = [runner_of("llama", router) for router in ("phatgoose", "merged")]
+    wanted = [by_generate(runner, prompt_of(1)) for runner in runners]
+    assert wanted[0] != wanted[1]
+    rows = [row_of(runners[number % 2], prompt_of(1)) for number in range(6)]
+    for row in rows:
+        engine.submit([row])
+    assert [row.generated for row in ended(rows)] == wanted * 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "number", "client", "said"),
+    [
+        ({"max_queue": 3}, 2, "other", "2 answers are waiting already, 0 of them yours"),
+        ({"max_queue": 5}, 2, "greedy", "2 answers are waiting already, 2 of them yours"),
+        ({"max_queue": 5}, 4, "other", "0 of them yours; 4 more are too many"),
+    ],
+)
+def test_what_comes_too_much_is_refused(runner_of, limits, number, client, said):
+    engine = engine_of(**limits)
+    submit(engine, runner_of(), 2, "greedy")
+    with pytest.raises(ApiError, match=said) as refused:
+        submit(engine, runner_of(), number, client)
+    assert (refused.value.status_code, refused.value.headers["Retry-After"]) == (429, "1")
+    assert engine.waiting == 2
+
+
+def submit(engine, runner, number, client, tokens=12):
+    """Queue so many prompts of eight tokens."""
+    wish = replace(GREEDY, max_tokens=tokens)
+    rows = [row_of(runner, prompt_of(seed, 8), wish, client) for seed in range(number)]
+    engine.submit(rows)
+    return rows
+
+
+def computed(engine):
+    """The clients of the rows that are computed, after one more look into the queue."""
+    engine.admit()
+    return [row.client for batch in engine.batches for row in batch.running]
+
+
+def end(engine, client):
+    engine.cancel([r for b in engine.batches for r in b.sequences if r.client == client])
+
+
+def test_a_client_alone_leaves_a_quarter_for_others(runner_of):
+    engine = engine_of(max_batch_tokens=400)  # twenty rows of twenty
+    submit(engine, runner_of(), 19, "greedy")
+    assert computed(engine) == ["greedy"] * 15
+    submit(engine, runner_of(), 1, "polite")
+    submit(engine, runner_of(), 9, "second")
+    assert computed(engine) == ["greedy"] * 15 + ["polite"] + ["second"] * 3
+    assert computed(engine)[19:] == []
+    end(engine, "greedy")
+    clients = computed(engine)
+    assert clients.count("second") == 9  # at most three times what is left
+    assert clients.count("greedy") == 4
+    assert engine.waiting == 0
+
+
+def test_clients_take_turns(runner_of):
+    engine, rows = engine_of(max_batch_tokens=60), []
+    for client, number in (("a", 4), ("b", 4), ("c", 2)):
+        rows += submit(engine, runner_of(), number, client, tokens=1)
+    order = []
+    for row in rows:
+        row.deliver = lambda event, row=row: order.append(row.client)
+    while engine.waiting:
+        computed(engine)
+    assert "".join(order) == "abcabcabab"
+
+
+def test_a_long_row_is_not_passed_over_for_ever(runner_of):
+    engine = engine_of(max_batch_tokens=400)
+    submit(engine, runner_of(), 19, "greedy")
+    assert len(computed(engine)) == 15
+    submit(engine, runner_of(), 1, "long", tokens=372)
+    submit(engine, runner_of(), 1, "polite", tokens=1)
+    engine.cancel(engine.batches[0].running[:5])  # it is the greedy one's turn, once
+    assert computed(engine) == ["greedy"] * 11  # and the polite one, who was answered at once
+    assert engine.waiting == 4
+    end(engine, "greedy")
+    assert computed(engine) == ["long"]
+    end(engine, "long")
+    assert computed(engine) == ["greedy"] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RoutingError("no"), "no"), (ValueError("a secret"), FAILED)],
+)
+def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypatch, error, told):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(runner_of("llama", "arrow"), "decode", fail)
+    rows = [row_of(runner_of("llama", router), prompt_of(1)) for router in ("arrow", "phatgoose")]
+    for row in rows:
+        engine.submit([row])
+    failed, other = ended(rows)
+    assert failed.deliver.events[0].detail == told
+    assert other.finish == "length"
+
+
+def test_a_stopped_engine_fails_what_is_left(runner_of):
+    engine = engine_of()
+    engine.start()
+    assert engine.is_alive
+    (row,) = submit(engine, runner_of(), 1, "", tokens=3000)
+    engine.stop()
+    assert isinstance(row.deliver.events[-1], ApiError)
+    assert not engine.is_alive
+    with pytest.raises(ApiError, match="too many now"):
+        submit(engine, runner_of(), 1, "")

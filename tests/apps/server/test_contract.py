@@ -158,26 +158,21 @@ def test_models_are_listed(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_routing_reports_who_answered(client, stream):
-    body = {**GREEDY, "weights": {"e2": 1}, "routing": True}
-    replies = chunks_of(client, **body) if stream else [ask(client, **body)]
-    reports = [each["choices"][0]["routing"] for each in replies]
-    reports = [report for report in reports if report]
-    assert (reports[-1]["summary"], reports[-1]["router"][:7]) == ({"e2": 1.0}, "weights")
-    answer = [t for report in reports for t in report["tokens"] if t["part"] == "answer"]
-    assert "".join(token["token"] for token in answer)
-    assert all(token["experts"] in ({"e2": 1.0}, {}) for token in answer)
-
-
-def test_a_mixture_of_ones_own(client):
-    body = {**GREEDY, "weights": {"e0": 0.25, "e2": 0.75, "e3": 0}}
+def test_a_mixture_of_ones_own_and_who_answered(client, stream):
+    body = {**GREEDY, "weights": {"e0": 0.25, "e2": 0.75, "e3": 0}, "routing": True}
     if client.engine and client.engine.kind != "llama.cpp":
         assert "can't mix" in error_of(client, **body)["message"]
         body["weights"] = {"e3": 1}
-    named = {name: weight for name, weight in body["weights"].items() if weight}
-    report = ask(client, **body, routing=True)["choices"][0]["routing"]
-    assert report["summary"] == pytest.approx(named, abs=0.01)
-    error = error_of(client, **{**GREEDY, "weights": {"e00": 1}})
+    shares = {name: weight for name, weight in body["weights"].items() if weight}
+    shares = pytest.approx(shares, abs=0.01)
+    replies = chunks_of(client, **body) if stream else [ask(client, **body)]
+    reports = [reply["choices"][0]["routing"] for reply in replies]
+    reports = [report for report in reports if report]
+    assert (reports[-1]["summary"], reports[-1]["router"][:7]) == (shares, "weights")
+    answer = [t for report in reports for t in report["tokens"] if t["part"] == "answer"]
+    assert "".join(token["token"] for token in answer)
+    assert all(token["experts"] in (shares, {}) for token in answer)
+    error = error_of(client, **{**body, "weights": {"e00": 1}})
     assert error["param"] == "weights"
     assert error["message"].endswith("Did you mean 'e0'?")
 

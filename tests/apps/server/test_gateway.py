@@ -317,7 +317,7 @@ def test_an_answer_may_be_as_long_as_what_was_asked_for(engine, client):
 
 
 def test_an_endless_stream_waits_for_who_reads_it_and_ends_with_its_time(place):
-    limits = Serving(timeout=3)
+    limits = Serving(timeout=2)
     with engine_of() as engine, gateway(place, engine, limits, listens=True) as client:
         engine.mode = "endless"
         with client.stream("POST", PATH, json=STREAM) as reply:

@@ -1,4 +1,4 @@
-"""What the routes call: requests read and routings composed beside others, in turns, in time."""
+"""What is served, and what the routes call: routings composed beside others, in turns, in time."""
 
 import asyncio
 import threading
@@ -6,11 +6,14 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
-from serving import GREEDY, PATH, ask, beside, error_of, until
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, PhatgooseError
+from serving import GREEDY, PATH, ask, beside, error_of, folder_of, until
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
@@ -96,3 +99,43 @@ def test_a_reply_that_is_cancelled_as_a_part_arrives_ends(turns):
         return task.cancelled()
 
     assert asyncio.run(cancelled())
+
+
+# How an operator names models and keys.
+
+
+@pytest.mark.parametrize(
+    ("kind", "routing", "told"),
+    [
+        (None, Routing("phatgoose"), "is not a pool"),
+        ("llama", Routing("oracle"), "goes by the task's name"),
+        ("llama", Routing("retrieval:form=paper"), "form=paper embeds answer choices"),
+        ("t5", Routing(), "doesn't serve it"),  # an encoder-decoder model
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(pool_of, kind, routing, told):
+    place = str(folder_of(pool_of(kind))) if kind else pool_of("llama").base.id
+    with pytest.raises(PhatgooseError, match=told):
+        create_app([ServedModel("b", place, routing, dtype="float32")])
+
+
+def test_keys_are_read_from_a_list():
+    assert keys_of(" a, b,,") == ("a", "b")
+    assert keys_of(None) == ()
+
+
+def test_places_name_models_and_their_routing(tmp_path):
+    odd, usual = tmp_path / "a=b?c", Routing(kernel="gather", router="phatgoose")
+    odd.mkdir()
+    places = ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd)]
+    *models, last = served_models([*places, "a=e?router=arrow:form=peft&k=3"], routing=usual)
+    assert [(model.name, model.place, model.routing) for model in models] == [
+        ("experts", "x/experts", usual),
+        ("mine", "pool.json", usual),
+        ("me/x@v1", "hub:me/x@v1", usual),
+        ("a=b?c", str(odd), usual),
+    ]
+    assert last == ServedModel("a", "e", Routing("arrow:form=peft", 3, "gather"))
+    for places, said in ((["a/x", "b/x"], "NAME=PLACE"), (["x?k=two"], "k is 'two'")):
+        with pytest.raises(ConfigError, match=said):
+            served_models(places)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from command_line import run
 from copies import Original
-from fake_hub import serving_hub, use_hub
+from fake_hub import using_hub
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from odd_files import KEPT
@@ -193,9 +193,8 @@ def golden_copy(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub of one's own with an empty cache, online."""
-    with serving_hub() as served:
-        use_hub(served, tmp_path / "cache", monkeypatch)
-        yield served
+    with using_hub(tmp_path / "cache", monkeypatch) as used:
+        yield used
 
 
 @pytest.fixture

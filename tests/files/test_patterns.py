@@ -77,7 +77,7 @@ def test_what_re2_does_not_match_as_python_is_refused_in_one_line(key, value, sa
 @pytest.mark.parametrize("config", [peft.LoraConfig, peft.FourierFTConfig])
 def test_an_adapter_of_slow_patterns_is_read_or_refused_at_once(base_folders, tmp_path, config):
     base, pattern = base_folders["llama"], r"(model|model)*(.*)*(.*)*x"
-    folder = write_case(Case("", config), "llama", base, tmp_path / "adapter")
+    folder = write_case(Case("", config=config), "llama", base, tmp_path / "adapter")
     of_counts = "rank_pattern" if config is peft.LoraConfig else "n_frequency_pattern"
     whole = (folder / ADAPTER_CONFIG).read_text()
     for key in ("target_modules", "exclude_modules", of_counts):

@@ -1,6 +1,5 @@
 """Adapters for the import matrix: options of PEFT on three kinds of base, saved by PEFT."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_WEIGHTS
 from tiny import copied_model, make_tokenizer
 
 KINDS = ("t5", "llama", "gpt2")
@@ -22,28 +21,40 @@ TARGETS = {  # attention and feed-forward layers that each kind has, by their sh
     "llama": ("q_proj", "v_proj", "up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
 }
-FEEDFORWARD = {"t5": "wo", "llama": "down_proj", "gpt2": "c_proj"}
-BLOCKS = {"t5": "block", "llama": "layers", "gpt2": "h"}
-EMBEDDING = {"t5": "shared", "llama": "embed_tokens", "gpt2": "wte"}
+NAMES = {
+    "t5": {"FIRST": "q", "FFN": "wo", "BLOCKS": "block", "TABLE": "shared"},
+    "llama": {"FIRST": "q_proj", "FFN": "down_proj", "BLOCKS": "layers", "TABLE": "embed_tokens"},
+    "gpt2": {"FIRST": "c_attn", "FFN": "c_proj", "BLOCKS": "h", "TABLE": "wte"},
+}
 
 
 @dataclass(frozen=True)
 class Case:
     """One row of the matrix: how the adapter is made, and what becomes of it.
 
-    `options` are those of `config` for a kind of base. `spoil` are keys set in the written config,
-    and `change` is done to its tensors, for what PEFT can't make here. `refused` are words of the
-    refusal; None for what is imported. `only` are the bases that PEFT has it for.
+    `options` are those of `config`; in their texts and lists FIRST, FFN, BLOCKS and the like stand
+    for what a base calls its layers. `change` is done to the written tensors. `refused` are words
+    of the refusal; None for what is imported. `only` are the bases that PEFT has it for.
     """
 
     name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     config: type[PeftConfig] = LoraConfig
-    options: Callable[[str], Mapping[str, Any]] = lambda kind: {}
-    allow_loss: float | None = None
-    spoil: Mapping[str, Any] = field(default_factory=dict)
-    change: Callable[[dict[str, Any]], object] | None = None
     refused: str | None = None
     only: tuple[str, ...] = KINDS
+    allow_loss: float | None = None
+    change: Callable[[dict[str, Any]], object] | None = None
+
+
+def named(value: Any, kind: str) -> Any:
+    """An option's value with the names of this base in place of what stands for them."""
+    if isinstance(value, dict):
+        return {named(key, kind): named(each, kind) for key, each in value.items()}
+    if isinstance(value, list):
+        return [named(each, kind) for each in value]
+    for word, name in NAMES[kind].items() if isinstance(value, str) else ():
+        value = value.replace(word, name)
+    return value
 
 
 def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
@@ -58,14 +69,12 @@ def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base, case.config(**options | dict(case.options(kind))))
+        model = get_peft_model(base, case.config(**options | named(dict(case.options), kind)))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(folder, save_embedding_layers=case.name == "resized embeddings")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | dict(case.spoil)))
     if case.change is not None:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         case.change(tensors)
@@ -73,92 +82,35 @@ def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
     return folder
 
 
-def _first(kind: str) -> str:
-    return TARGETS[kind][0]
-
-
-LOSSY = {
-    "LoHa": (peft.LoHaConfig, {"r": 2}, ("t5", "llama")),
-    "LoKr": (peft.LoKrConfig, {"r": 2}, ("t5", "llama")),
-    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 20}, ("llama",)),
-    "C3A": (peft.C3AConfig, {"block_size": 4}, ("llama",)),
-    "DeLoRA": (peft.DeloraConfig, {"r": 4}, ("llama", "t5")),
-}
-
+PATTERNS = {"rank_pattern": {r"BLOCKS\.0\..*": 2}, "alpha_pattern": {r".*BLOCKS\.1\..*": 7}}
+EXTRA = {"base_model.model.extra.weight": torch.zeros(2)}
+DECODERS = ("llama", "gpt2")
+LOSSY = {"allow_loss": 0.0, "only": ("llama",)}
 CASES = (
     Case("LoRA"),
-    Case("rsLoRA", options=lambda kind: {"use_rslora": True}),
-    Case(
-        "rank_pattern, alpha_pattern and rsLoRA by regular expressions",
-        options=lambda kind: {
-            "use_rslora": True,
-            "rank_pattern": {rf"{BLOCKS[kind]}\.0\..*": 2},
-            "alpha_pattern": {rf".*{BLOCKS[kind]}\.1\..*": 7},
-        },
-    ),
-    Case(
-        "target_modules as a regular expression",
-        options=lambda kind: {
-            "target_modules": rf".*\.{BLOCKS[kind]}\.1\..*\.({'|'.join(TARGETS[kind])})"
-        },
-    ),
-    Case("target_modules=all-linear", options=lambda kind: {"target_modules": "all-linear"}),
-    Case("exclude_modules", options=lambda kind: {"exclude_modules": rf".*{BLOCKS[kind]}\.0\..*"}),
-    Case(
-        "layers_to_transform",
-        options=lambda kind: {"layers_to_transform": [1], "layers_pattern": BLOCKS[kind]},
-    ),
-    Case("lora_bias", options=lambda kind: {"lora_bias": True}),
-    Case("DoRA", options=lambda kind: {"use_dora": True}),
-    Case(
-        "aLoRA",
-        spoil={"alora_invocation_tokens": [3]},
-        refused="uses 'alora_invocation_tokens', which can't be routed",
-        only=("llama",),
-    ),
-    Case("(IA)³ on outputs", peft.IA3Config, lambda kind: {"feedforward_modules": []}),
-    Case(
-        "(IA)³ on an input",
-        peft.IA3Config,
-        lambda kind: {"feedforward_modules": [FEEDFORWARD[kind]]},
-    ),
-    Case("(IA)³ by default", peft.IA3Config, lambda kind: {"target_modules": None}),
-    *(
-        Case(f"{name} with --allow-loss 0", config, lambda _, o=options: o, 0.0, only=bases)
-        for name, (config, options, bases) in LOSSY.items()
-    ),
+    Case("patterns of rank and alpha, rsLoRA", {"use_rslora": True, **PATTERNS}),
+    Case("a pattern of targets", {"target_modules": r".*\.BLOCKS\.1\..*\.(FIRST|FFN)"}),
+    Case("target_modules=all-linear", {"target_modules": "all-linear"}),
+    Case("exclude_modules", {"exclude_modules": r".*BLOCKS\.0\..*"}),
+    Case("layers_to_transform", {"layers_to_transform": [1], "layers_pattern": "BLOCKS"}),
+    Case("lora_bias", {"lora_bias": True}),
+    Case("DoRA", {"use_dora": True}),
+    Case("(IA)³ on outputs", {"feedforward_modules": []}, peft.IA3Config),
+    Case("(IA)³ on an input", {"feedforward_modules": ["FFN"]}, peft.IA3Config),
+    Case("(IA)³ by default", {"target_modules": None}, peft.IA3Config),
+    Case("LoHa", {"r": 2}, peft.LoHaConfig, allow_loss=0.0, only=("t5", "llama")),
+    Case("LoKr", {"r": 2}, peft.LoKrConfig, allow_loss=0.0, only=("t5", "llama")),
+    Case("FourierFT", {"n_frequency": 20}, peft.FourierFTConfig, **LOSSY),
+    Case("C3A", {"block_size": 4}, peft.C3AConfig, **LOSSY),
+    Case("DeLoRA", {"r": 4}, peft.DeloraConfig, **LOSSY),
     # What is refused; tests/experts/test_damage.py has the options that can't be routed.
-    Case(
-        "embeddings among the targets",
-        options=lambda kind: {"target_modules": [_first(kind), EMBEDDING[kind]]},
-        refused="embeddings and output layers are none",
-    ),
-    Case(
-        "the output layer among the targets",
-        options=lambda kind: {"target_modules": [_first(kind), "lm_head"]},
-        refused="lm_head",
-        only=("llama", "gpt2"),
-    ),
+    Case("embeddings", {"target_modules": ["FIRST", "TABLE"]}, refused="output layers are none"),
+    Case("a head", {"target_modules": ["FIRST", "lm_head"]}, refused="lm_head", only=DECODERS),
     Case("resized embeddings", refused="wanted no such tensor"),
     Case("a factor missing", change=lambda t: t.pop(min(t)), refused="is missing; wanted"),
-    Case(
-        "a tensor too many",
-        change=lambda t: t.update({"base_model.model.extra.weight": torch.zeros(2)}),
-        refused="extra.weight is (2,) torch.float32; wanted no such tensor",
-    ),
-    Case(
-        "prompt tuning",
-        peft.PromptTuningConfig,
-        lambda kind: {"num_virtual_tokens": 4},
-        refused="of type 'PROMPT_TUNING'",
-    ),
-    Case(
-        "OFT",
-        peft.OFTConfig,
-        lambda kind: {"oft_block_size": 4},
-        refused="of type 'OFT'",
-        only=("llama",),
-    ),
+    Case("a tensor too many", change=lambda t: t.update(EXTRA), refused="wanted no such tensor"),
+    Case("prompts", {"num_virtual_tokens": 4}, peft.PromptTuningConfig, "type 'PROMPT_TUNING'"),
+    Case("OFT", {"oft_block_size": 4}, peft.OFTConfig, "of type 'OFT'", only=("llama",)),
 )
 
 

@@ -29,6 +29,7 @@ from mixed_experts import mixed_pool_for
 from phatgoose.base import Base, load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
+from phatgoose.routing.routers.registry import all_routers
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved
 from routed_models import SCORES, of_task, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
@@ -61,7 +62,9 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
             model = compose(pool, copy.deepcopy(base), router=router, scores=SCORES)
         save(model, place / "folders" / kind)
     write_expert(base, place, "more", seed=9)
-    read_saved(place / "folders" / "plain")  # pydantic compiles our declarations once
+    # Once: pydantic compiles our declarations, and routers are imported.
+    read_saved(place / "folders" / "plain")
+    all_routers()
     return place
 
 

@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
-FIRST = ("test_architecture.py", "test_conventions.py")  # of seconds, and what a change fails often
+FIRST = ("test_architecture.py",)  # of seconds, and what a change fails often
 LONGEST = (
     "test_core_install.py",
     "test_demo.py",

@@ -1,4 +1,4 @@
-"""The documents: examples run, links lead somewhere, and commands are ones that exist."""
+"""The documents, the citation and the image: examples run, links lead somewhere, commands exist."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import typer
+import yaml
 
 import phatgoose
 from command_line import review, write_rows
@@ -33,7 +35,6 @@ FENCE = re.compile(
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 INLINE = re.compile(r"`phatgoose (?P<name>[a-z][\w-]+)")
 MODULE = re.compile(r"`(phatgoose(?:\.\w+)+)")
-SOURCE_FILE = re.compile(r"`(?:src/phatgoose/)?((?:[a-z_0-9*]+/)+[a-z_0-9*]+\.(?:py|cpp|toml))`")
 TEXT = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
 PROSE = {document: FENCE.sub("", text) for document, text in TEXT.items()}
 
@@ -113,12 +114,10 @@ def test_commands_in_blocks_and_in_the_text_exist(document):
 
 
 @each_document
-def test_modules_and_files_that_are_named_exist(document):
+def test_modules_that_are_named_exist(document):
     for name in MODULE.findall(PROSE[document]):
         if not name.endswith((".json", ".safetensors", ".png")):
             pkgutil.resolve_name(name)
-    for file in SOURCE_FILE.findall(PROSE[document]):
-        assert [*ROOT.glob(file), *(ROOT / "src" / "phatgoose").glob(f"**/{file}")], file
 
 
 def test_every_router_is_in_the_page_of_routers():
@@ -140,3 +139,19 @@ def test_the_reference_has_every_name_of_the_package():
     assert {pkgutil.resolve_name(n) for n in names} == {
         getattr(phatgoose, n) for n in phatgoose.__all__
     }
+
+
+def test_the_citation_has_the_version_and_licence_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert str(citation["version"]) == phatgoose.__version__ == project["version"]
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_the_image_is_pinned_and_has_no_rights():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    base, *stages = re.findall(r"^FROM (.+)$", dockerfile, re.M)
+    assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64} AS python", base)
+    assert {stage.split()[0] for stage in stages} == {"python"}
+    (user,) = re.findall(r"^USER (.+)$", dockerfile, re.M)
+    assert user not in {"root", "0"}

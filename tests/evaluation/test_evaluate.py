@@ -20,16 +20,17 @@ from scored_tasks import CHOICE_TASK, greedy_text, naive_scores
 def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama):
     examples = tuple(Example(f"input number {i}", "a", ("a", "b")) for i in range(30))
     task = Task("many", test=examples)
-    whole = scores_of(evaluate(llama, task, token_budget=1))
+
+    def scores_of(**options: int) -> list[tuple[float, ...]]:
+        (score,) = evaluate(llama, task, token_budget=1, **options).scores
+        return [prediction.scores for prediction in score.predictions]
+
+    whole = scores_of()
     drawn = [task.evaluation_examples(4, seed) for seed in (0, 1)]
     assert drawn[0] != drawn[1]
     for seed, few in enumerate(drawn):
-        scores = scores_of(evaluate(llama, task, limit=4, seed=seed, token_budget=1))
-        assert scores == [whole[examples.index(example)] for example in few]
-
-
-def scores_of(evaluation) -> list[tuple[float, ...]]:
-    return [prediction.scores for prediction in evaluation.scores[0].predictions]
+        wanted = [whole[examples.index(example)] for example in few]
+        assert scores_of(limit=4, seed=seed) == wanted
 
 
 # Tasks that say how they are scored
@@ -63,14 +64,16 @@ def test_a_task_is_scored_by_the_mean_of_its_metrics(base, metrics):
         assert score.by_metric[name] == pytest.approx(by_hand, abs=1e-9)
 
 
-CHOOSE, OPEN = CHOICE_TASK.test, (Example("open", "end"),)
-
-
 def test_what_cannot_be_scored_is_refused(llama):
+    choose = CHOICE_TASK.test
     for examples, metrics, match in (
-        (CHOOSE, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
-        (CHOOSE, ("accuracy", "bleu"), "'odd' is scored by accuracy and bleu, but accuracy ranks"),
-        ((*CHOOSE, *OPEN), (), "'odd' is scored by accuracy, but accuracy ranks choices"),
+        (choose, ("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
+        (choose, ("accuracy", "bleu"), "'odd' is scored by accuracy and bleu, but accuracy ranks"),
+        (
+            (*choose, Example("open", "end")),
+            (),
+            "is scored by accuracy, but accuracy ranks",
+        ),
         ((Example("", "a", ("a", "b")),), (), "no tokens"),
     ):
         with pytest.raises(EvaluationError, match=match):

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from harness_tasks import EXAMPLES, answers_of, results_of, write_task
+from odd_files import rewrite
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation import lm_eval as harness
 from phatgoose.evaluation.evaluate import evaluate
@@ -19,7 +19,7 @@ from phatgoose.evaluation.lm_eval import PhatgooseLM
 from phatgoose.routing.compose import compose, save
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Task
-from scored_tasks import greedy_text
+from scored_tasks import EXAMPLES, answers_of, greedy_text, results_of, write_task
 
 KINDS_HERE = pytest.mark.parametrize("kind", ["llama", "t5"])
 
@@ -58,8 +58,7 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(po
     model = compose(pool, base, k=2, router="phatgoose")
     own = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=2, softmax_dtype="float32")
     if base.is_encoder_decoder:  # this tokenizer, unlike T5's, keeps the space before a choice
-        text = (tasks / "my_task.yaml").read_text()
-        (tasks / "my_task.yaml").write_text(text + 'target_delimiter: ""\n')
+        rewrite(tasks / "my_task.yaml", target_delimiter="")
     wanted = results_of(own, tasks)
     got = run(folder_of(pool), tasks, k=2)
     assert got["results"]["my_task"]["acc,none"] == wanted["results"]["my_task"]["acc,none"]

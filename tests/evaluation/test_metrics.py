@@ -17,8 +17,7 @@ from phatgoose.evaluation.metrics import CONFIDENCE, METRICS, Sample, SharedMean
 Row = tuple[str, Sequence[str]]
 
 WORDS = ("the", "cat", "Cat", "sat", "on", "a", "mat", "mat.", "猫", "élan", "42", "—", "")
-sentences = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
-texts = st.one_of(st.text(max_size=30), sentences)
+texts = st.text(max_size=30) | st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
 rows = st.tuples(texts, st.lists(texts, min_size=1, max_size=3))
 corpora = st.lists(rows, min_size=1, max_size=6)
 
@@ -62,9 +61,7 @@ def test_a_replicate_is_the_score_of_the_examples_drawn(names, corpus, data):
         ("U.S.", ["us"], 0, 0, 1),
         ("the-end", ["the end"], 0, 0, 0),  # punctuation goes first, and joins
         ("", [""], 1, 1, 1),
-        ("", ["the", "x"], 0, 0, 1),
         ("e\u0301", ["é"], 0, 0, 0),  # not composed to one form
-        ("“yes”", ["yes"], 0, 0, 0),  # ASCII punctuation only
         ("\u3000猫", ["猫"], 0, 1, 1),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import time
 from hashlib import sha256
@@ -40,8 +41,7 @@ def write_raw(path: Path, table: str, data: bytes) -> Path:
 
 def resident() -> int:
     """Bytes of mapped files that are in this process's memory."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssFile"))
-    return 1024 * int(line.split()[1])
+    return 1024 * int(re.search(r"RssFile:\s*(\d+)", STATUS.read_text())[1])
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])

@@ -167,15 +167,11 @@ def test_bases_that_can_t_read_a_text_are_refused():
         make_encoder(positions=8).fitted("abc", followed_by=8)
 
 
-def some(cut: int, inputs: int) -> Cuts:
-    return Cuts([512] * cut + [None] * (inputs - cut))
-
-
 @pytest.mark.parametrize(
     ("cuts", "logged", "warned"),
     [
-        (some(12, 400), "it: 12 of 400 inputs cut to 512 tokens", None),
-        (some(40, 400), None, "it: 40 of 400 inputs cut to 512 tokens"),
+        (Cuts([512] * 12 + [None] * 388), "it: 12 of 400 inputs cut to 512 tokens", None),
+        (Cuts([512] * 40 + [None] * 360), None, "it: 40 of 400 inputs cut to 512 tokens"),
         (Cuts(), None, None),
         (Cuts([None], targets=[8, 8]), None, "it: 2 of 2 targets cut to 8"),
     ],

@@ -1,19 +1,23 @@
-"""Tasks: every source, templates, splits, and each way in which data can be bad."""
+"""Tasks: every source, templates, splits, mixtures, and each way in which data can be bad."""
 
 import copy
 import importlib
 import json
 import pickle
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fake_hub import contents
 from odd_files import one_line_of
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import PARQUET_REVISION, given_tasks, load_task, read_rows
-from phatgoose.tasks.task import Chat, Example, Sources, Task
+from phatgoose.tasks.task import Chat, Example, Sources, Task, draw, mix
 from suite_data import save_copy
 
 datasets = pytest.importorskip("datasets")
@@ -123,7 +127,6 @@ GOOD = '{"input": "Is it good?", "target": "yes"}'
         ("a.csv", ["input,target", "a,b", "alone"], "line 3 is not valid: target is missing"),
         ("a.csv", ["input,target", "Hello, world,yes"], "line 2 has more cells"),
         ("a.csv", ["input,target", "a,b", 'Who?,"Ann', "x"], "unexpected end"),
-        ("a.json", ['[{"input": "a"'], "a.json is not valid: Expecting ',' delimiter"),
         ("a.json", [f"[{GOOD}, 3]"], "a.json, row 2 is not valid: Input should be"),
         ("a.parquet", ["PAR1"], "a.parquet can't be read: |a.parquet is not valid: "),
     ],
@@ -290,10 +293,56 @@ def test_a_dataset_that_needs_a_script_comes_from_the_hubs_export(online, tmp_pa
     for config in ("one", None):
         assert read(None, "me/quail", config, "val") == TRAIN
         assert read(None, "me/quail", config, "train") == TEST
-
-
-def test_what_is_not_on_the_hub_is_told(online):
     message = complaint(None, "me/nothing", None, "x")
     assert "can't be loaded from the Hub: Dataset 'me/nothing' doesn't exist" in message
     with pytest.raises(TaskError, match="hub:me/nothing does not exist"):
         load_task("hub:me/nothing")
+
+
+def rows(name: str, count: int) -> tuple[Example, ...]:
+    return tuple(Example(f"{name} {i}", str(i)) for i in range(count))
+
+
+def make_task(name: str, train: int, validation: int = 0, test: int = 0) -> Task:
+    return Task(name, rows(name, train), rows(f"{name} v", validation), rows(f"{name} t", test))
+
+
+def origins(examples: tuple[Example, ...]) -> Counter[str]:
+    return Counter(example.input.split()[0] for example in examples)
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 80), st.integers(0, 5))
+def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, seed):
+    task = make_task("task", count)
+    split = task.with_validation(seed)
+    assert split.train
+    assert split.validation
+    assert sorted(split.train + split.validation, key=str) == sorted(task.train, key=str)
+    assert split == task.with_validation(seed)
+    assert split.with_validation(9) is split  # one that is there is kept
+
+
+def test_evaluation_takes_test_then_validation_then_train():
+    task = make_task("task", 3, 2, 1)
+    for part in ("test", "validation", "train"):
+        assert task.evaluation_examples() == getattr(task, part) != ()
+        task = replace(task, **{part: ()})
+
+
+def test_validation_examples_are_those_a_task_has_or_would_set_apart():
+    own, divided = make_task("a", 20, 3), make_task("b", 20)
+    mixed = mix([own, divided], "both", seed=4)
+    apart = divided.with_validation(4)
+    assert set(mixed.validation) == {*own.validation, *apart.validation}
+    assert mixed.train == own.train + apart.train
+    assert "seed 4" in mixed.validation_origin
+
+
+def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
+    tasks = [make_task("a", 9, 9000), make_task("b", 9, 2), make_task("c", 9, 600)]
+    mixed = mix(tasks, "all")
+    assert origins(mixed.validation) == {"a": 500, "b": 2, "c": 500}
+    drawn = origins(draw(mixed.validation, 50, seed=0))
+    assert min(drawn["a"], drawn["c"]) > 15
+    assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file

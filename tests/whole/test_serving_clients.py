@@ -127,7 +127,7 @@ def test_lm_eval_s_local_completions_answer_as_in_this_process(
     pytest.importorskip("tenacity", reason="needs lm-eval[api]")
     from lm_eval.models.huggingface import HFLM
 
-    from harness_tasks import answers_of, results_of, write_task
+    from scored_tasks import answers_of, results_of, write_task
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     tasks, base = write_task(tmp_path, "generate_until"), load_base(pool.base.id, dtype="float32")

@@ -30,12 +30,7 @@ templates:
     answer_choices: sour ||| sweet
     id: 11
     jinja: "How does {{fruit}} taste? ||| {{answer_choices[label]}}"
-    metadata: !TemplateMetadata
-      choices_in_prompt: false
-      metrics:
-      - Accuracy
-      languages: [en]
-      original_task: true
+    metadata: !TemplateMetadata {metrics: [Accuracy], languages: [en], original_task: true}
     name: taste
     reference: ours
   22: !Template
@@ -298,10 +293,8 @@ def test_the_suite_has_the_papers_166_datasets_in_its_order():
     assert " ".join(suite.names[147:154]) == added
     assert families[154:] == ["dialog"] * 4 + ["flan2021"] * 8
     race, questions = suite.entry("race_high"), suite.entry("web_questions")
-    assert (race.metrics, race.max_new_tokens) == (("accuracy",), None)
-    assert race.train_examples == 62445 * 8
+    assert (race.metrics, race.train_examples) == (("accuracy",), 62445 * 8)
     assert (questions.metrics, questions.max_new_tokens) == (("rouge-l",), 31)
-    assert all(entry.train_examples for entry in suite.entries[147:154])
 
 
 def test_only_zero_shot_rows_with_input_and_target_are_kept_as_they_are(tmp_path):

@@ -16,16 +16,10 @@ from phatgoose.tasks.task import Example
 FULL = """
 name = "my-suite"
 suffix = "\\nAnswer:"
-
-[[tasks]]
-file = "mine/b.jsonl"
-name = "questions"
-metrics = ["accuracy", "rouge-l"]
-max_new_tokens = 8
-
-[[tasks]]
-file = "mine/a.csv"
-suffix = ""
+tasks = [
+  { file = "mine/b.jsonl", name = "questions", metrics = ["accuracy", "bleu"], max_new_tokens = 8 },
+  { file = "mine/a.csv", suffix = "" },
+]
 """
 COUNTS = {"t0hi": 36, "t0ho": 11, "flan": 166, "bbh": 22, "bbl": 17, "bbh-23": 23, "bbl-24": 24}
 ROWS = [
@@ -78,7 +72,7 @@ def test_a_toml_file_lists_tasks_and_how_they_are_scored(here):
     assert (suite.name, suite.names) == ("my-suite", ("questions", "a"))
     task, other = suite.load()
     assert (task.name, task.source) == ("questions", "b.jsonl")
-    assert (task.metrics, task.max_new_tokens) == (("accuracy", "rouge-l"), 8)
+    assert (task.metrics, task.max_new_tokens) == (("accuracy", "bleu"), 8)
     # The suffix is appended to every input.
     assert task.test == (Example("Is it?\nAnswer:", "yes", ("yes", "no")),)
     assert task.train == (Example("Will it?\nAnswer:", "no", (), ("no", "never")),)

@@ -52,7 +52,7 @@ from torch import Tensor
 from phatgoose.base import Base, number_format
 from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.compare import code_version
-from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
+from phatgoose.evaluation.evaluate import EvaluationSet, Questions, ScoringSettings, score
 from phatgoose.evaluation.metrics import metric
 from phatgoose.evaluation.results import ResultStore
 from phatgoose.experts.expert import Expert
@@ -306,7 +306,7 @@ def scored(base: Base, sets: Sets) -> dict[Which, dict[str, Any]]:
     examples = tuple(row for each in sets.values() for row in each.examples)
     every = replace(first, name=", ".join(task for _, task, _ in sets), examples=examples)
     encoder = Encoder.for_model(base.model, base.tokenizer, every.formatting)
-    found = score(base.model, every, every.questions(encoder))
+    found = score(base.model, Questions(every, encoder))
     by_metric = [
         metric(name).combine(rows, 1)
         for name, rows in zip(found.sample.metrics, found.sample.statistics, strict=True)
@@ -356,7 +356,7 @@ def choices_of(pool: Pool, base: Base, sets: Sets, out: Path, basis: Tensor | No
         choosers = {router: c for router in ROUTERS if (c := _chooser(pool, base, router))}
         encoder = Encoder.for_model(base.model, base.tokenizer)
         for some in together(missing):
-            prompts = [p for each in some.values() for p in each.questions(encoder).prompts]
+            prompts = [p for each in some.values() for p in Questions(each, encoder).prompts]
             found = _chosen(choosers, base, prompts)
             counts = [len(each.examples) for each in some.values()]
             parts = {name: rows.split(counts) for name, rows in found.items()}

@@ -378,15 +378,15 @@ class RoutedLinear(RoutedLayer):
         return add(0, places, delta.to(y.dtype)).view(y.shape)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
-        router, A, B = self.router, self.A, self.B
-        vectors, k = router.vectors, router.k
+        router, k = self.router, self.router.k
+        stacked = router.vectors, self.A, self.B
         if not y.is_contiguous():
             return False
-        add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+        add_routed = one_call(self.kernel, y, u, stacked, k)
         # One call leaves no decision to show, so a watched layer goes the longer way.
         if add_routed is None or watches_over(self, self.site):
             return False
-        add_routed(y, u, vectors, A, B, k, router.eps)
+        add_routed(y, u, stacked, k, router.eps)
         return True
 
     def _all_parts(self, u: Tensor, acting: Acting) -> Tensor:

@@ -176,6 +176,6 @@ def test_the_native_top_experts_are_those_of_the_formula(router, dtype, **sizes)
 def test_one_native_call_is_choosing_and_adding(tokens, dtype):
     p = make_problem(T=tokens, E=30, r=8, n=48, d=150, dtype=dtype)
     got, vectors = p.cotangent.clone(), 7 * p.A[:, 0].contiguous()
-    add_routed(got, p.u, vectors, p.A, p.B, 3, 1e-5)
+    add_routed(got, p.u, (vectors, p.A, p.B), 3, 1e-5)
     p.experts, p.weights = top_experts(p.u, vectors, 3, 1e-5)
     assert_equals_reference(p, [got], added=True)

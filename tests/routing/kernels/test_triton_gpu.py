@@ -128,7 +128,8 @@ def test_one_call_adds_what_top_experts_and_the_product_come_to(p, eps, least_pa
     vectors = (n**0.5 * p.A[:, 0]).to(DEVICE)
     u, A, B, got = *(x.to(DEVICE) for x in (p.u, p.A, p.B)), y.clone()
     with torch.no_grad(), mock.patch.object(module, "LEAST_PAIRS", least_pairs):
-        add_routed(got, u.view(T, 1, n) if u.is_contiguous() else u[:, None], vectors, A, B, k, eps)
+        shaped = u.view(T, 1, n) if u.is_contiguous() else u[:, None]
+        add_routed(got, shaped, (vectors, A, B), k, eps)
         p.experts, p.weights = (x.cpu() for x in top_experts(u, vectors, k, eps))
     assert got.shape == y.shape
     assert_equals_reference(p, [got.cpu().view(T, d)], added=True)
@@ -172,7 +173,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_call_is_made_where_triton_would_be_taken(kernel, k, taken, monkeypatch):
     p = make_problem(T=3, E=8)
     on_a_gpu(monkeypatch)
-    call = one_call(kernel, p.cotangent, p.u, p.A[:, 0], p.A, p.B, k)
+    call = one_call(kernel, p.cotangent, p.u, (p.A[:, 0], p.A, p.B), k)
     assert call is (add_routed if taken else None)
 
 

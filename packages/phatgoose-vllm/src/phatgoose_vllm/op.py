@@ -45,10 +45,10 @@ class SiteUpdate:
         table: Any = SimpleNamespace(**self.numbers, **tensors_here)
         u = u.to(A.dtype)
         if over is None and self.router.fused:
-            vectors, k = table.vectors, table.k
-            add_routed = one_call(self.router.kernel, y, u, vectors, A, B, k)
+            stacked, k = (table.vectors, A, B), table.k
+            add_routed = one_call(self.router.kernel, y, u, stacked, k)
             if add_routed is not None:
-                add_routed(y, u, vectors, A, B, k, table.eps)
+                add_routed(y, u, stacked, k, table.eps)
                 return
         decision = self.router.decision(u, table) if over is None else over.decision(u, table)
         kernel = choose_kernel(self.router.kernel, u, decision.experts, A, B)

@@ -34,7 +34,7 @@ from ...experts.kind import is_one_call
 from . import native, plain, triton_gpu
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-AddRouted = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float | None], None]
+AddRouted = Callable[[Tensor, Tensor, native.Stacked, int, float | None], None]
 
 KERNELS: dict[str, Kernel] = {
     "reference": plain.reference,
@@ -79,11 +79,9 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     return plain.concat
 
 
-def one_call(
-    name: str, y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int
-) -> AddRouted | None:
+def one_call(name: str, y: Tensor, u: Tensor, stacked: native.Stacked, k: int) -> AddRouted | None:
     """What chooses experts and adds their product to y in one call; None where nothing can."""
-    tensors = (y, u, vectors, A, B)
+    tensors, (vectors, A, _) = (y, u, *stacked), stacked
     has_no_gaps = u.is_contiguous() and vectors.is_contiguous()
     if name in (AUTO, "native") and has_no_gaps and native.runs_natively(*tensors):
         return native.add_routed

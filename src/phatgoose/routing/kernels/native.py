@@ -150,10 +150,12 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     return experts, weights
 
 
-def add_routed(
-    y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int, eps: float | None
-) -> None:
+Stacked = tuple[Tensor, Tensor, Tensor]  # the experts' vectors, A and B
+
+
+def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None) -> None:
     """Fused top-k and LoRA update, added to y [.., d] in place; all contiguous and of one type."""
+    vectors, A, B = stacked
     E, r, n = A.shape
     _function("routed_update", u.dtype)(
         *(y.data_ptr(), u.data_ptr(), vectors.data_ptr(), A.data_ptr(), B.data_ptr()),

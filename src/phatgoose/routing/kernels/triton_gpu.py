@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .native import Stacked
+
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,13 +104,12 @@ def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
     }
 
 
-def add_routed(
-    y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int, eps: float | None
-) -> None:
+def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None) -> None:
     """Add to y [.., d], contiguous, in place, rounded once, the weighted updates of experts.
 
-    Call it where `runs_on_triton(y, u, vectors, A, B)`.
+    Call it where `runs_on_triton(y, u, *stacked)`.
     """
+    vectors, A, B = stacked
     n, d, E = u.shape[-1], y.shape[-1], len(A)
     tokens, sums = u.reshape(-1, n), y.view(-1, d)
     if u.numel() == 0:
@@ -120,7 +121,7 @@ def add_routed(
     tokens, vectors, A, B = _contiguous(tokens, vectors, A, B)
     experts = u.new_empty(len(tokens), k, dtype=torch.int64)
     weights = u.new_empty(len(tokens), k, dtype=torch.float32)
-    _apart(tokens, _scores(tokens, vectors, eps), experts, weights, A, B, sums)
+    _apart(tokens, _scores(tokens, vectors, eps), (experts, weights), A, B, sums)
 
 
 def _product(
@@ -139,18 +140,18 @@ def one_by_one(
 ) -> Tensor:
     """The product of `triton_gpu` with each pair's own factors; added to y if given."""
     u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
-    return _apart(u, None, experts, weights, A, B, y)
+    return _apart(u, None, (experts, weights), A, B, y)
 
 
 def _apart(
     u: Tensor,
     scores: Tensor | None,
-    experts: Tensor,
-    weights: Tensor,
+    decided: tuple[Tensor, Tensor],
     A: Tensor,
     B: Tensor,
     y: Tensor | None,
 ) -> Tensor:
+    experts, weights = decided
     (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
     inner = u.new_empty(tokens * k, r, dtype=torch.float32)
     delta = u.new_empty(tokens, d) if y is None else y

@@ -367,7 +367,7 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, pool_of, 
     for error, message, options in (
         (TaskError, "different datasets called 'choose'", {"suites": other}),
         (ConfigError, "Two suites would be called 'plain'", {"suites": plain}),
-        (ConfigError, "unknown; known are all", {"methods": ["phatgose"]}),
+        (ConfigError, "Did you mean .phatgoose", {"methods": ["phatgose"]}),
         (WrongBaseError, "The base of joint is", {"references": {"joint": foreign}}),
         (WrongBaseError, "The base of the experts is", {"base": another}),
     ):

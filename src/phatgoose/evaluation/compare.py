@@ -24,11 +24,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..base import Base, check_base, dtype_name, load_base, number_format
-from ..config import Routing, closest
+from ..config import Routing
 from ..errors import ConfigError, EvaluationError, PoolError, TaskError
 from ..experts.expert import Expert, warn_of_other_formatting
 from ..experts.pool import Pool
-from ..files import sha256_of, shortened
+from ..files import sha256_of
 from ..jobs import BaseLocation, Engine, absolute
 from ..routing.compose import (
     OpenedModel,
@@ -89,7 +89,7 @@ def runnable_methods(
     `pool` lacks what a named one needs.
     """
     asked = [methods] if isinstance(methods, str) else list(methods) or [""]
-    named = [_canonical(name) for name in asked if name != EVERY]
+    named = [name if name == BASE else canonical(name) for name in asked if name != EVERY]
     for name in named:
         _check_method(name, pool, routing)
     every, notes = [], []
@@ -102,15 +102,6 @@ def runnable_methods(
         except (ConfigError, PoolError) as error:
             notes.append(f"{METHODS[name]} was left out: {error}")
     return list(dict.fromkeys([*every, *named])), notes
-
-
-def _canonical(method: str) -> str:
-    if method.partition(":")[0] not in METHODS:
-        raise ConfigError(
-            f"Method {shortened(method)} is unknown; known are {EVERY}, {', '.join(METHODS)}."
-            f"{closest(method.partition(':')[0], METHODS)}"
-        )
-    return method if method == BASE else canonical(method)
 
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
@@ -163,9 +154,8 @@ class Row:
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """Rows of `methods` in the order of METHODS; those derived from single experts have none."""
-    rows = []
-    order = list(METHODS)
-    for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
+    rows, places = [], {name: place for place, name in enumerate((BASE, *ROUTERS))}
+    for name in sorted(methods, key=lambda name: places[name.partition(":")[0]]):
         if name == BASE:
             rows.append(Row(name, METHODS[BASE], {"model": "base"}))
         elif name not in DERIVED:

@@ -62,7 +62,7 @@ generate experts hi BASE --router oracle --scores scores.json => goes by the tas
 evaluate experts --task unseen.jsonl --limit 0 BASE => limit is 0
 analyse routed --task unseen.jsonl --k 2 BASE => routed is not a pool
 analyse tiny-base --task unseen.jsonl => is not routed
-COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
+COMPARE unseen.jsonl --methods base,best => router is 'best', but must be one of
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 serve experts --upstream localhost:8001 => must be the address of an engine

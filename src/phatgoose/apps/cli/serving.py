@@ -74,8 +74,7 @@ def serve(
     # Refused now, not after the models were opened.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
-    key = os.environ.get(UPSTREAM_KEY) or None
-    engine = None if upstream is None else Upstream(upstream, key)
+    engine = None if upstream is None else Upstream(upstream, os.environ.get(UPSTREAM_KEY) or None)
     app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engine)
     names = ", ".join(each.name for each in models)
     say(f"serving {names} at http://{host}:{port}", err=True)

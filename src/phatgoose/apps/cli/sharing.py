@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...config import Routing
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -136,7 +137,8 @@ def export(
     instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
-    for_one = {"merged": merged or None, "rank": rank}
+    router = None if opening.routing == Routing() else opening.routing.router
+    for_one = {"merged": merged or None, "rank": rank, "router": router, "scores": opening.scores}
     options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
         from ...routing.compose import require_pool

@@ -109,9 +109,8 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
 
     Call it where `runs_on_triton(y, u, *stacked)`.
     """
-    vectors, A, B = stacked
-    n, d, E = u.shape[-1], y.shape[-1], len(A)
-    tokens, sums = u.reshape(-1, n), y.view(-1, d)
+    (vectors, A, B), n, d = stacked, u.shape[-1], y.shape[-1]
+    tokens, sums, E = u.reshape(-1, n), y.view(-1, d), len(A)
     if u.numel() == 0:
         return
     # With few pairs every program searches its token's scores itself, which saves a launch.

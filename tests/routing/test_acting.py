@@ -27,7 +27,6 @@ from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, load, routing_for, save
 from phatgoose.routing.context import base_alone
 from phatgoose.routing.export import export
-from phatgoose.routing.recording import record
 from phatgoose.routing.saved import add_to_saved, read_saved
 from phatgoose.tasks import batching
 from tiny import logits_of
@@ -35,17 +34,14 @@ from tiny import logits_of
 PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])
 MIXED, TAILS, ALIKE = (None, 3, 6, 1), (3, 1), (2, 2, 2)  # the 2nd prompt is shorter than a tail
 NEW = 4
+CACHE = cache_argument(make_tiny("llama"))
 
 
 def tailed(experts: Iterable[Expert], tails: Sequence[int | None]) -> Pool:
     """A pool of `experts` that act on these many of a prompt's last tokens, None for all."""
-    records = ({"tail": tail} if tail else None for tail in tails)
-    return Pool(
-        tuple(
-            replace(each, info=replace(each.info, acts_on=record))
-            for each, record in zip(experts, records, strict=True)
-        )
-    )
+    pairs = zip(experts, tails, strict=True)
+    infos = ((e, replace(e.info, acts_on=tail and {"tail": tail})) for e, tail in pairs)
+    return Pool(tuple(replace(expert, info=info) for expert, info in infos))
 
 
 def acting_pool(base: PreTrainedModel, tails: Sequence[int | None]) -> Pool:
@@ -60,17 +56,13 @@ class Case:
         self.pool = acting_pool(self.base, tails)
         self.routed = compose(self.pool, copy.deepcopy(self.base), router="phatgoose")
 
-    def active(self, prompt: list[int], columns: int) -> Tensor:
-        """Which experts act at each token of a text that begins with `prompt`, [1, columns, E]."""
-        begin = [0 if tail is None else len(prompt) - tail for tail in self.tails]
-        return (torch.arange(columns)[:, None] >= torch.tensor(begin))[None]
-
-    @torch.no_grad()
-    def wanted(self, prompt: list[int], text: list[int]) -> Tensor:
+    def wanted(self, prompt: list[int], text: list[int], **inputs: Tensor) -> Tensor:
         """The oracle's logits after each token of `text`, which begins with `prompt`."""
-        active = self.active(prompt, len(text))
+        begin = [0 if tail is None else len(prompt) - tail for tail in self.tails]
+        active = (torch.arange(len(text))[:, None] >= torch.tensor(begin))[None]
+        inputs = inputs or {"input_ids": torch.tensor([text])}
         with naively_routed(self.base, self.pool.experts, k=2, active=active):
-            return self.base(torch.tensor([text]), use_cache=False).logits[0]
+            return self.base(**inputs, use_cache=False).logits[0]
 
 
 @pytest.fixture(scope="module", params=[MIXED, TAILS, ALIKE], ids=["mixed", "tails", "alike"])
@@ -79,7 +71,8 @@ def case(request):
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    most = float(wanted.detach().abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * most)
 
 
 def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
@@ -91,39 +84,38 @@ def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
 def test_a_plain_pass_takes_its_tokens_as_the_prompt(case, side):
     batch = padded([*PROMPTS], side)
-    with torch.no_grad():
-        got = case.routed(**batch).logits
+    got = case.routed(**batch).logits
     for row, prompt in enumerate(PROMPTS):
         real = batch["attention_mask"][row].bool()
         assert_close(got[row][real], case.wanted(prompt, prompt))
 
 
-def test_the_experts_of_each_pass_matter(case):
-    prompt = PROMPTS[0]
-    with torch.no_grad():
-        base = case.base(torch.tensor([prompt])).logits[0]
-    wanted = case.wanted(prompt, prompt)
-    assert (wanted[-1] - base[-1]).abs().max() > 0.1 * base.abs().max()
-    if None not in case.tails:
-        end = max(case.tails)
-        assert torch.equal(wanted[:-end], base[:-end])
+def test_gradients_are_the_oracles(case):
+    """Of the inputs, through the tokens where experts act and those where none does."""
+    prompt, grads = PROMPTS[0], []
+    for forward in (case.routed, lambda **inputs: case.wanted(prompt, prompt, **inputs)):
+        embeds = case.base.get_input_embeddings()(torch.tensor([prompt])).detach()
+        found = forward(inputs_embeds=embeds.requires_grad_())
+        (found if isinstance(found, Tensor) else found.logits).square().mean().backward()
+        grads.append(embeds.grad)
+    assert_close(*grads)
 
 
 @torch.no_grad()
 def test_the_base_reads_alone_where_no_expert_acts_on_every_token(case):
     ids = torch.tensor([PROMPTS[0]])
     wanted, routed = case.base(ids).logits, case.routed(ids).logits
+    assert (routed[0, -1] - wanted[0, -1]).abs().max() > 0.1 * wanted.abs().max()
     if None in case.tails:
         with pytest.raises(RoutingError, match="experts act on every token"):
             base_alone(case.routed).__enter__()
         return
-    with record(case.routed) as recording, base_alone(case.routed):
+    with base_alone(case.routed):
         assert torch.equal(case.routed(ids).logits, wanted)
-    assert not recording.weights  # nobody watches either
     assert torch.equal(case.routed(ids).logits, routed)
-    assert not torch.equal(routed, wanted)
 
 
 KINDS = {
@@ -159,6 +151,7 @@ def test_generation_is_the_oracles(case, kind):
     assert_is_teacher_forced(case, found, PROMPTS, batch["input_ids"].shape[1])
 
 
+@torch.no_grad()
 def test_beams(case):
     batch = padded([*PROMPTS])
     found = generated(case.routed, batch, num_beams=3, output_scores=True)
@@ -182,15 +175,7 @@ def test_drafts_are_of_the_answer(case, drafts):
     assert_is_teacher_forced(case, found, [prompt], len(prompt))
 
 
-def test_embeddings_show_where_a_prompt_ends(case):
-    batch = padded([*PROMPTS])
-    batch["inputs_embeds"] = case.base.get_input_embeddings()(batch.pop("input_ids")).detach()
-    assert_is_teacher_forced(case, generated(case.routed, batch), PROMPTS, 0)
-    with torch.no_grad():
-        assert_close(case.routed(**batch).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "gemma2", "mistral", "opt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "gemma2", "opt"])
 def test_other_architectures(architecture):
     case, batch = Case(architecture, MIXED), padded([*PROMPTS])
     for kind in ("greedy", "no cache", "static cache"):
@@ -201,43 +186,30 @@ def test_other_architectures(architecture):
 # The base's cache of a prompt's body is the routed model's.
 
 
-def keys_and_values(cache) -> list[Tensor]:
-    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
-
-
-def test_the_cache_of_a_body_is_the_bases_bit_for_bit():
+@torch.no_grad()
+def test_generate_goes_on_from_the_bases_cache_of_the_body():
     case, prompt = Case("llama", TAILS), PROMPTS[0]
-    body, ids = len(prompt) - 3, torch.tensor([prompt])
-    with torch.no_grad():
-        base, routed = (model(ids).past_key_values for model in (case.base, case.routed))
-    for one, other in zip(keys_and_values(base), keys_and_values(routed), strict=True):
-        assert torch.equal(one[:, :, :body], other[:, :, :body])
-    assert not torch.equal(one, other)
-    # So generate goes on from the base's cache of the body.
-    shared = DynamicCache(config=case.base.config)
-    with torch.no_grad():
-        case.base(ids[:, :body], **{cache_argument(case.base): shared}, use_cache=True)
-    found = generated(case.routed, {"input_ids": ids}, **{cache_argument(case.base): shared})
+    ids, shared = torch.tensor([prompt]), DynamicCache(config=make_tiny("llama").config)
+    case.base(ids[:, :-3], **{CACHE: shared}, use_cache=True)
+    assert torch.equal(case.routed(ids).logits[:, :-3], case.base(ids).logits[:, :-3])
+    found = generated(case.routed, {"input_ids": ids}, **{CACHE: shared})
     assert_is_teacher_forced(case, found, [prompt], len(prompt))
 
 
+@torch.no_grad()
 def test_a_pass_goes_on_from_its_own_cache_and_no_other(case):
     prompt, answer = PROMPTS[0], [4, 5]
-    with torch.no_grad():
-        cache = case.routed(torch.tensor([prompt])).past_key_values
-        held = {cache_argument(case.base): cache}
-        got = case.routed(torch.tensor([answer]), **held).logits[0]
-    assert_close(got, case.wanted(prompt, prompt + answer)[len(prompt) :])
-    with torch.no_grad():
-        held = {cache_argument(case.base): case.base(torch.tensor([prompt])).past_key_values}
+    text, ids = [*prompt, *answer], torch.tensor([answer])
+    wanted = case.wanted(prompt, text)
+    cache = case.routed(torch.tensor([prompt])).past_key_values
+    assert_close(case.routed(ids, **{CACHE: cache}).logits[0], wanted[len(prompt) :])
+    cache = case.base(torch.tensor([prompt])).past_key_values
     with pytest.raises(RoutingError, match="has not read the one in this cache"):
-        case.routed(torch.tensor([answer]), **held)
-    with routing_for(case.routed, []), torch.no_grad():  # of nothing: passes are read
+        case.routed(ids, **{CACHE: cache})
+    with routing_for(case.routed, []):  # of nothing: passes are read
         assert_close(case.routed(torch.tensor([prompt])).logits[0], case.wanted(prompt, prompt))
-    text = [*prompt, *answer]
-    with routing_for(case.routed, [prompt]), torch.no_grad():  # said by the caller
-        found = case.routed(torch.tensor([text])).logits[0]
-    assert_close(found, case.wanted(prompt, text))
+    with routing_for(case.routed, [prompt]):  # said by the caller
+        assert_close(case.routed(torch.tensor([text])).logits[0], wanted)
 
 
 @pytest.mark.parametrize("announced", [False, True])
@@ -246,26 +218,23 @@ def test_a_cache_of_the_bases_that_reaches_into_the_tail_is_refused(case, announ
     known = routing_for(case.routed, [prompt]) if announced else nullcontext()
     with torch.no_grad():
         cache = case.base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
-    held = {cache_argument(case.base): cache}
+    batch = {"input_ids": torch.tensor([prompt]), CACHE: cache}
     with known, pytest.raises(RoutingError, match="without a cache, or a cache of fewer tokens"):
-        generated(case.routed, {"input_ids": torch.tensor([prompt])}, **held)
+        generated(case.routed, batch)
 
 
 def test_a_second_turn_goes_on_with_the_first_ones_experts(case):
-    held = {cache_argument(case.base): DynamicCache(config=case.base.config)}
-    ids = torch.tensor([PROMPTS[1]])
-    first = generated(case.routed, {"input_ids": ids}, **held).sequences
-    second = torch.cat([first, torch.tensor([PROMPTS[0]])], dim=1)
-    found = generated(case.routed, {"input_ids": second}, **held)
-    text = found.sequences[0].tolist()
-    wanted = case.wanted(PROMPTS[1], text[:-1])[second.shape[1] - 1 :]
-    assert_close(torch.cat(found.logits), wanted)
-    found = generated(case.routed, {"input_ids": second})  # without it, anew
-    assert_is_teacher_forced(case, found, second.tolist(), second.shape[1])
+    cache = DynamicCache(config=case.base.config)
+    first = {"input_ids": torch.tensor([PROMPTS[1]]), CACHE: cache}
+    text = torch.cat([generated(case.routed, first).sequences[0], torch.tensor(PROMPTS[0])])
+    second = {"input_ids": text[None], CACHE: cache}
+    found = generated(case.routed, second)
+    whole = found.sequences[0].tolist()
+    assert_close(torch.cat(found.logits), case.wanted(PROMPTS[1], whole[:-1])[len(text) - 1 :])
 
 
-def test_gradient_checkpointing_is_refused(case):
-    ids = torch.tensor([PROMPTS[0]])
+def test_gradient_checkpointing_is_refused():
+    case, ids = Case("llama", MIXED), torch.tensor([PROMPTS[0]])
     case.routed.train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about the name, which v6 changes
@@ -274,16 +243,12 @@ def test_gradient_checkpointing_is_refused(case):
         case.routed.gradient_checkpointing_disable()
     with pytest.raises(RoutingError, match="gradient checkpointing"):
         loss.backward()
-    case.routed.zero_grad()
-    case.routed.eval()
-    with torch.no_grad():  # a pass that broke off leaves nothing behind
-        assert_close(case.routed(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
+    # A pass that broke off leaves nothing behind.
+    assert_close(case.routed.eval()(ids).logits[0], case.wanted(PROMPTS[0], PROMPTS[0]))
 
 
-@pytest.mark.parametrize("packs", [True, False])
-def test_choices_are_scored_packed_and_padded(case, packs, monkeypatch):
-    if not packs:
-        monkeypatch.setattr(batching, "can_pack", lambda _: False)
+@torch.no_grad()
+def test_choices_are_scored(case):
     rows = [(prompt, [[4, 5, 1], [6, 1], [8, 4, 1]]) for prompt in PROMPTS]
     with routing_for(case.routed, PROMPTS) as before_pass:
         found = dict(choice_log_likelihoods(case.routed, rows, 0, 64, before_pass))
@@ -304,7 +269,7 @@ def test_encoder_decoders_are_refused():
 # Saving, and leaving for other programs.
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "merged", "arrow"])
+@pytest.mark.parametrize("router", ["phatgoose", "merged"])
 def test_a_saved_model_keeps_where_its_experts_act(llama, llama_pool, tmp_path, router):
     pool, ids = tailed(llama_pool.experts, MIXED), torch.tensor([PROMPTS[0]])
     wanted = logits_of(compose(pool, copy.deepcopy(llama), router=router), ids)

@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
@@ -26,7 +25,6 @@ from topic_prompts import (
     PROMPTS,
     batch_of,
     both_streams,
-    by_single,
     passed,
     read_by,
     retrieving,
@@ -76,23 +74,12 @@ def test_announced_prompts_are_those_of_the_passes(base, pool):
     ids, mask = batch_of(base, PROMPTS)
     wanted = passed(base, model, ids, mask)
     with routing_for(model, tokens_of(model, PROMPTS)) as before_pass:
-        cut = mask.clone()
         assert read_by(model) == [int(name[1]) for name in OWNERS]
-        assert_same_logits(passed(base, model, ids, cut), wanted)
+        assert_same_logits(passed(base, model, ids, mask.clone()), wanted)
         before_pass([3])
+        other = batch_of(base, PROMPTS[:1])[0]  # what passes meanwhile isn't read
+        model.generate(other, attention_mask=torch.ones_like(other), max_new_tokens=3)
         assert read_by(model) == [3]
-        answer = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-        other = batch_of(base, PROMPTS[:1])[0]
-        got = model.generate(other, attention_mask=torch.ones_like(other), **answer)
-        assert read_by(model) == [3]  # what passes meanwhile isn't read
-    detach(model)
-    (by_third,) = by_single(
-        base,
-        pool,
-        ("e3",),
-        lambda m, _: m.generate(other, attention_mask=torch.ones_like(other), **answer),
-    )
-    assert torch.equal(got, by_third)
 
 
 @both_streams
@@ -137,92 +124,53 @@ def test_an_encoders_outputs_are_those_of_their_own_prompts_after_an_announcemen
     detach(base.model)
 
 
-def cache_in(output):
-    return next(value for value in output.values() if hasattr(value, "get_seq_length"))
-
-
 @retrieving
 def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
-    context = composition_of(model).context
-    filled = {}
-    for place in (0, 1):
-        ids, mask = batch_of(llama, PROMPTS[place : place + 1])
-        out = model(ids, attention_mask=mask, use_cache=True, return_dict=place == 0)
-        cache = cache_in(out) if place == 0 else out[1]
-        filled[place] = cache, ids, context.choice.experts.tolist()
-    assert filled[0][2] != filled[1][2]
-    for place in (0, 1):
-        cache, ids, owners = filled[place]
-        model(ids[:, -1:], **{cache_argument(model): cache}, use_cache=True)
-        assert context.choice.experts.tolist() == owners
-
-
-@retrieving
-def test_a_cache_that_was_emptied_keeps_nothing(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    cache = {cache_argument(model): DynamicCache()}
-    owners = []
-    for place in (0, 1):
-        cache[cache_argument(model)].reset()
-        model.generate(batch_of(llama, PROMPTS[place : place + 1])[0], **cache, max_new_tokens=2)
-        owners.append(composition_of(model).context.choice.experts.tolist())
-    assert owners == [[[0]], [[1]]]
-
-
-@retrieving
-def test_a_cache_that_was_not_read_is_refused(llama, llama_pool):
-    model = compose_by("retrieval", llama_pool, llama)
-    ids, _ = batch_of(llama, PROMPTS[:1])
-    copied = copy.deepcopy(cache_in(model(ids, use_cache=True)))
+    context, name = composition_of(model).context, cache_argument(model)
+    prompts = [batch_of(llama, PROMPTS[place : place + 1])[0] for place in (0, 1)]
+    caches = [model(ids, use_cache=True)[name] for ids in prompts]
+    for owner, (cache, ids) in enumerate(zip(caches, prompts, strict=True)):
+        model(ids[:, -1:], **{name: cache}, use_cache=True)
+        assert context.choice.experts.tolist() == [[owner]]
+    caches[0].reset()  # an emptied one keeps nothing
+    model.generate(prompts[1], **{name: caches[0]}, max_new_tokens=2)
+    assert context.choice.experts.tolist() == [[1]]
     with pytest.raises(RoutingError, match="pass the whole prompt without"):
-        model(ids[:, -1:], **{cache_argument(model): copied})
-    assert copy.deepcopy(composition_of(model).context).choice is None  # copies begin anew
-
-
-REPEATING = ("plums, pears, plums, pears, plums", "5 + 6 = 11, 5 + 6 = 11, 5 +", "WHO? WHY? WHO? W")
-GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
-ASSISTED = {
-    "assistant": lambda alone: {"assistant_model": alone},
-    "prompt lookup": lambda alone: {"prompt_lookup_num_tokens": 4},
-}
+        model(ids[:, -1:], **{name: copy.deepcopy(caches[1])})
 
 
 def reading(model, ids, **options):
-    """What `model` generates, the choice it read, and the columns of its first pass."""
-    columns, name = [], "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    look = model.register_forward_pre_hook(
-        lambda _, args, given: columns.append(given[name].shape[1]), with_kwargs=True
-    )
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
-    look.remove()
-    return tokens, composition_of(model).context.choice, columns[0]
+    """What `model` generates, and the choice it read."""
+    settings = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **options)
+    return tokens, composition_of(model).context.choice
 
 
 @retrieving
-@pytest.mark.parametrize("mode", ASSISTED)
-@pytest.mark.parametrize(("router", "k"), [("discriminant", 1), ("centroid", 2)])
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
+@pytest.mark.parametrize("mode", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize(
+    ("kind", "router", "k"), [("llama", "discriminant", 1), ("t5", "centroid", 2)]
+)
+def test_drafts_of_an_answer_are_no_part_of_the_prompt(
+    loaded_bases, pool_of, kind, router, k, mode
+):
+    base = loaded_bases[kind]
     alone = copy.deepcopy(base.model)
-    model = compose_by(router, pool, base, k=k)
-    drafted = []
-    for text in REPEATING:
-        ids, _ = batch_of(base, [text])
-        wanted, mixture, _ = reading(model, ids)
-        got, read, columns = reading(model, ids, **ASSISTED[mode](alone))
-        assert torch.equal(got, wanted)
-        assert torch.equal(read.experts, mixture.experts)
-        assert torch.equal(read.weights, mixture.weights)
-        drafted.append(columns > ids.shape[1])
-    assert base.is_encoder_decoder or all(drafted)  # else the test shows nothing
+    options = {"assistant_model": alone} if mode == "assistant" else {"prompt_lookup_num_tokens": 4}
+    model = compose_by(router, pool_of(kind), base, k=k)
+    ids, _ = batch_of(base, ["plums, pears, plums, pears, plums"])
+    (wanted, choice), (got, read) = reading(model, ids), reading(model, ids, **options)
+    detach(model)
+    assert torch.equal(got, wanted)
+    assert torch.equal(read.experts, choice.experts)
+    assert torch.equal(read.weights, choice.weights)
 
 
 @retrieving
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_reads_its_own_prompts(llama, llama_pool, copied):
     model = compose_by("retrieval", llama_pool, llama)
-    twin, ids = copied(model), batch_of(llama, REPEATING[:1])[0]
-    _, mixture, _ = reading(twin, ids, prompt_lookup_num_tokens=4)
+    twin, ids = copied(model), batch_of(llama, PROMPTS[:1])[0]
+    assert reading(twin, ids)[1].experts.tolist() == [[0]]
     assert composition_of(model).context.choice is None
-    assert torch.equal(mixture.experts, reading(model, ids)[1].experts)

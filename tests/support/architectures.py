@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import tiny
 from phatgoose.base import BaseReference, fingerprint
@@ -104,19 +104,13 @@ def tiny_of(architecture: str) -> Tiny:
 
 def make_tiny(architecture: str, **options: object) -> PreTrainedModel:
     """A random model without dropout, with weights large enough for routing to matter."""
-    torch.manual_seed(0)
     settings = {**IDS, **{**ARCHITECTURES, **OTHERS}[architecture], **options}
-    config = AutoConfig.for_model(architecture, **settings)
-    made = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = made.from_config(config)
-    scaled = "gemma" in architecture  # its embeddings, by the root of their size
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.05 if scaled and "embed" in name else 0.2)
-    model.generation_config.pad_token_id = 0
+    model = tiny.random_model(architecture, settings)
+    if "gemma" in architecture:
+        with torch.no_grad():  # it multiplies them by the root of their size
+            model.get_input_embeddings().weight.mul_(0.25)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
 def random_expert(base: PreTrainedModel, seed: int) -> Expert:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -63,9 +63,14 @@ SETTINGS = {
 
 def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """A tiny random model with weights large enough for routing to matter."""
+    return random_model(kind, IDS | SETTINGS[kind], seed)
+
+
+def random_model(kind: str, settings: Mapping[str, object], seed: int = 0) -> PreTrainedModel:
+    """A random model of any of transformers' kinds."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **IDS, **SETTINGS[kind])
-    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **settings)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,6 +90,17 @@ def copied_model(kind: str) -> PreTrainedModel:
     return _made(kind).copied()
 
 
+@cache
+def _loaded(base: str, dtype: str) -> Original[PreTrainedModel]:
+    """A model to copy, which is far quicker than loading."""
+    return Original(load_base(base, dtype=dtype).model)
+
+
+# What PEFT, which takes its time, wrote for what it was asked: its files, its tensors, and those of
+# them to be drawn, in this order.
+ADAPTERS: dict[str, tuple[dict[str, bytes], dict[str, torch.Tensor], list[str]]] = {}
+
+
 def make_adapter(
     base: Base, folder: Path, *, rank: int = 4, seed: int = 0, **options: object
 ) -> Path:
@@ -92,66 +108,39 @@ def make_adapter(
     key = repr((base.reference, rank, sorted(options.items())))
     if key not in ADAPTERS:
         ADAPTERS[key] = _written_by_peft(base, folder, rank, options)
-    ADAPTERS[key].write(folder, seed)
+    files, tensors, names = ADAPTERS[key]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.randn(tensors[name].shape, generator=generator) * 0.2 for name in names}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    save_file(tensors | drawn, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
-@dataclass(frozen=True)
-class Written:
-    """The files that PEFT wrote, and its tensors, of which some are to be drawn in this order."""
-
-    files: dict[str, bytes]
-    tensors: dict[str, torch.Tensor]
-    drawn: tuple[str, ...]
-
-    def write(self, folder: Path, seed: int) -> None:
-        """The same adapter in `folder`, with other factors."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = {
-            name: torch.randn(self.tensors[name].shape, generator=generator) * 0.2
-            for name in self.drawn
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-        save_file(self.tensors | drawn, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-ADAPTERS: dict[str, Written] = {}  # by what was asked of PEFT, which takes its time
-
-
-def _written_by_peft(base: Base, folder: Path, rank: int, options: dict[str, object]) -> Written:
+def _written_by_peft(
+    base: Base, folder: Path, rank: int, options: dict[str, object]
+) -> tuple[dict[str, bytes], dict[str, torch.Tensor], list[str]]:
     sites = find_sites(base.model)
-    conv = isinstance(base.model.get_submodule(next(iter(sites))), Conv1D)
     settings = {
         "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": list(sites),
-        "fan_in_fan_out": conv,
+        "fan_in_fan_out": isinstance(base.model.get_submodule(next(iter(sites))), Conv1D),
         **options,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*lora_bias.*")  # those of layers without any
-        model = get_peft_model(_fresh(base.id, "float32"), LoraConfig(**settings))
+        model = get_peft_model(_loaded(base.id, "float32").copied(), LoraConfig(**settings))
         warnings.filterwarnings("ignore", message="(?s).*lora_B.bias.*")  # peft looks for matrices
         model.save_pretrained(folder, save_embedding_layers=False)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     names = [name.replace(".default", "") for name, _ in model.named_parameters()]
-    drawn = tuple(name for name in names if "lora_" in name and name in tensors)
     (folder / ADAPTER_WEIGHTS).unlink()
-    return Written({path.name: path.read_bytes() for path in folder.iterdir()}, tensors, drawn)
-
-
-def _fresh(base: str, dtype: str) -> PreTrainedModel:
-    """A model of one's own: a copy of one that was loaded, which is far quicker than loading."""
-    if (base, dtype) not in LOADED:
-        LOADED[base, dtype] = Original(load_base(base, dtype=dtype).model)
-    return LOADED[base, dtype].copied()
-
-
-LOADED: dict[tuple[str, str], Original[PreTrainedModel]] = {}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files, tensors, [name for name in names if "lora_" in name and name in tensors]
 
 
 def write_expert(
@@ -205,7 +194,7 @@ def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedMo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
         warnings.filterwarnings("ignore", message="(?s).*lora_(bias|B.bias).*")
-        return PeftModel.from_pretrained(_fresh(base.id, dtype), folder)
+        return PeftModel.from_pretrained(_loaded(base.id, dtype).copied(), folder)
 
 
 def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:

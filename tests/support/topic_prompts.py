@@ -13,10 +13,7 @@ from phatgoose.tasks.task import Example, Task
 from tiny import logits_of
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
-
-
 OWNERS = ("e0", "e1", "e2", "e3", "e0")  # of the topics nearest to them
-
 
 CHOOSING = Task(
     "choosing",
@@ -29,7 +26,6 @@ CHOOSING = Task(
     ),
 )
 
-
 SHOUTS, SUMS = "WHO? WHAT? WHERE? WHY? " * 9, "5 + 6 = 11, 1 + 9 = 10; " * 9
 BEFORE = {  # what chats begin with that then ask one of PROMPTS, (role, content) each
     "nothing": [],
@@ -38,17 +34,9 @@ BEFORE = {  # what chats begin with that then ask one of PROMPTS, (role, content
     "earlier turns": [("user", SUMS), ("assistant", "11"), ("user", SHOUTS), ("assistant", "I.")],
 }
 
-
-ASKED_OWNERS = ("e0", "e0", "e1", "e0", "e3")  # by the inputs alone
-CHOSEN_OWNERS = ("e0", "e1", "e1", "e2", "e3")  # by the inputs behind their choices
-
-
 OPEN = Task("open", test=tuple(Example(prompt, "no") for prompt in PROMPTS))
 
-
 both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-
-
 retrieving = pytest.mark.usefixtures("toy_embedder")
 
 
@@ -68,12 +56,11 @@ def passed(base, model, ids: Tensor, mask: Tensor) -> Tensor:
 
 def by_single(base, pool: Pool, names, run) -> list:
     """`run(model, place)` for each of the names, with that expert alone."""
-    results = {}
-    for name in dict.fromkeys(names):
-        model = compose(pool, base, router=f"single:expert={name}")
-        results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
-        detach(model)
-    return [results[place] for place in range(len(names))]
+    results = []
+    for place, name in enumerate(names):
+        results.append(run(compose(pool, base, router=f"single:expert={name}"), place))
+        detach(base.model)
+    return results
 
 
 def tokens_of(model, texts: Sequence[str]) -> list[list[int]]:

@@ -74,8 +74,7 @@ def half_character(text: str) -> str | None:
 def user_cache() -> Path:
     """`phatgoose` in XDG_CACHE_HOME (if absolute) or in ~/.cache. RuntimeError if ~ is unknown."""
     named = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
-    return home / "phatgoose"
+    return Path(named if os.path.isabs(named) else "~/.cache").expanduser() / "phatgoose"
 
 
 def regular(path: Path) -> Path:

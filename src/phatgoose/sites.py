@@ -81,11 +81,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return None
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    if isinstance(module, nn.Linear) or (  # quantised linears of other libraries look the same
-        hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-        and hasattr(module, "weight")
-    ):
+    # Quantised linears of other libraries look the same.
+    if all(hasattr(module, name) for name in ("in_features", "out_features", "weight")):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     return None
 

@@ -12,9 +12,8 @@ from paths import ROOT, SHARED
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.files import read_table
+from phatgoose.tasks.suites import bigbench, p3, t0
 from phatgoose.tasks.suites import flan as suites_flan
-from phatgoose.tasks.suites import p3, t0
-from phatgoose.tasks.suites.bigbench import bbh, bbl
 from phatgoose.tasks.suites.flan import flan
 from phatgoose.tasks.suites.p3 import P3Dataset, PromptTemplate, read_templates
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
@@ -336,16 +335,16 @@ def question(text: str, targets: list[str], scores: str = "") -> dict:
     return {"idx": 0, "inputs": text, "targets": targets, **choices}
 
 
-def read_big(folder, name: str, rows: list[dict], suite=None):
+def read_big(folder, name: str, rows: list[dict], suite: str = "bbh"):
     """BIG-bench's task `name` of two rows or more, the last in the validation split."""
     save_copy(folder, "tasksource/bigbench", name, train=rows[:-1], validation=rows[-1:])
-    return (suite or bbh()).entry(name).read(Sources(folder))
+    return bigbench.suite(suite).entry(name).read(Sources(folder))
 
 
 def test_the_suites_are_those_of_the_papers_code_and_of_the_paper():
-    hard, lite = bbh(complete=True), bbl(complete=True)
-    assert {*hard.names} - {*bbh().names} == {"dyck_languages"}
-    assert [len(suite.names) for suite in (hard, lite, bbh(), bbl())] == [23, 24, 22, 17]
+    hard, lite, bbh, bbl = map(bigbench.suite, ("bbh-23", "bbl-24", "bbh", "bbl"))
+    assert {*hard.names} - {*bbh.names} == {"dyck_languages"}
+    assert [len(suite.names) for suite in (hard, lite, bbh, bbl)] == [23, 24, 22, 17]
     for entry in (*hard.entries, *lite.entries):
         metric = "exact-match" if entry.name in GENERATED else "accuracy"
         metric = "rouge-l" if entry.name == "conlang_translation" else metric
@@ -366,19 +365,19 @@ def test_all_rows_are_test_examples_with_the_papers_prompt(tmp_path):
     ("name", "suite", "targets", "scores", "wanted"),
     [
         # every choice with score 1 is right
-        ("reasoning_about_colored_objects", bbh, ["2", "two"], "2:1 two:1 3:0", ("2", "two")),
+        ("reasoning_about_colored_objects", "bbh", ["2", "two"], "2:1 two:1 3:0", ("2", "two")),
         # a target that is no choice gives way to the nearest right one
-        ("strategyqa", bbl, ["No. It is too heavy."], "Yes:0 No:1", ("No",)),
+        ("strategyqa", "bbl", ["No. It is too heavy."], "Yes:0 No:1", ("No",)),
         # without a score of 1 the nearest choice is right
-        ("snarks", bbh, ["abcd"], "xbc:0 abx:0 ab:0 q:0", ("ab",)),
-        ("snarks", bbh, ["abcd"], "ab:0 ax:0 xb:0", ("ab",)),
+        ("snarks", "bbh", ["abcd"], "xbc:0 abx:0 ab:0 q:0", ("ab",)),
+        ("snarks", "bbh", ["abcd"], "ab:0 ax:0 xb:0", ("ab",)),
         # generated answers are compared with all targets, or with the first
-        ("object_counting", bbh, ["5", "five"], "5:1", ("5", "five")),
-        ("word_sorting", bbh, ["5", "five"], "5:1", ("5",)),
+        ("object_counting", "bbh", ["5", "five"], "5:1", ("5", "five")),
+        ("word_sorting", "bbh", ["5", "five"], "5:1", ("5",)),
     ],
 )
 def test_right_answers(tmp_path, name, suite, targets, scores, wanted):
-    task = read_big(tmp_path, name, [question("?", targets, scores)] * 2, suite())
+    task = read_big(tmp_path, name, [question("?", targets, scores)] * 2, suite)
     assert task.test[0].answers == wanted
     assert bool(task.test[0].choices) == (name not in GENERATED)
     assert task.test[0].target == (max(targets, key=len) if name in GENERATED else wanted[-1])

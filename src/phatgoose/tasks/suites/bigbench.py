@@ -22,30 +22,18 @@ from ..task import Entry, Example, Sources, Suite, Task
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
 
 
-def bbh(*, complete: bool = False) -> Suite:
-    """The suite "bbh": the 22 tasks of BIG-bench Hard that the paper's released code evaluates.
+def suite(name: str) -> Suite:
+    """The suite "bbh" or "bbl": the 22 and 17 tasks that the paper's released code evaluates.
 
-    `complete` adds dyck_languages, the paper's 23rd. A prompt is a row's input and a line
+    "bbh-23" and "bbl-24" are all that the paper counts. A prompt is a row's input and a line
     "Answer:". A task's `test` holds all rows of the dataset's train and validation splits (of three
     tasks from lukaemon/bbh: of its test split). Every choice that BIG-bench scores 1 is a right
     answer.
     """
-    return _suite("bbh", "bbh-23", complete)
-
-
-def bbl(*, complete: bool = False) -> Suite:
-    """The suite "bbl": the 17 tasks of BIG-bench Lite that the paper's released code evaluates.
-
-    `complete` adds the 7 others of the paper's 24 ("bbl-24"); see `bbh`.
-    """
-    return _suite("bbl", "bbl-24", complete)
-
-
-def _suite(name: str, complete_name: str, complete: bool) -> Suite:
     table = read_table(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
-    names = [task for task in table[name] if complete or task not in table["not_evaluated"]]
-    entries = tuple(_entry(task, table["tasks"][task], table["dataset"]) for task in names)
-    return Suite(complete_name if complete else name, entries)
+    listed, _, complete = name.partition("-")
+    names = [task for task in table[listed] if complete or task not in table["not_evaluated"]]
+    return Suite(name, tuple(_entry(t, table["tasks"][t], table["dataset"]) for t in names))
 
 
 def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:

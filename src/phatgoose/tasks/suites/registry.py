@@ -34,10 +34,10 @@ SUITES: dict[str, SuiteRecord] = {
     "t0hi": SuiteRecord(t0.t0_held_in, trainable=True),
     "t0ho": SuiteRecord(t0.t0_held_out),
     "flan": SuiteRecord(flan.flan, trainable=True),
-    "bbh": SuiteRecord(bigbench.bbh),
-    "bbl": SuiteRecord(bigbench.bbl),
-    "bbh-23": SuiteRecord(partial(bigbench.bbh, complete=True)),
-    "bbl-24": SuiteRecord(partial(bigbench.bbl, complete=True)),
+    **{
+        name: SuiteRecord(partial(bigbench.suite, name))
+        for name in ("bbh", "bbl", "bbh-23", "bbl-24")
+    },
 }
 
 

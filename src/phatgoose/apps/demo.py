@@ -48,10 +48,6 @@ SKILLS = {  # the training task, which names the expert: the unseen task
 }
 
 
-def trained_task(name: str) -> Task:
-    return load_task(TASKS / f"{name}.csv")
-
-
 def unseen_tasks(most: int) -> list[Task]:
     """The tasks of the skills, each with at most `most` test rows."""
     tasks = (load_task(TASKS / f"{name}.csv") for name in SKILLS.values())
@@ -124,13 +120,16 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(drawn(comparison.scores(routing.router)))
     show(verdict(comparison, routing.router, SKILLS))
     model = compose(pool, base, routing=routing)
-    # The same rows, whose answers are written instead of ranked.
-    asked = [replace(t, test=tuple(replace(row, choices=()) for row in t.test)) for t in unseen]
-    scored = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
-    each = ", ".join(f"{score.task} {100 * score.score:.0f}" for score in scored)
+    # The same rows, whose answers are written instead of ranked, unless they were written before.
+    ranked = [task for task in unseen if task.test[0].choices]
+    asked = [replace(t, test=tuple(replace(row, choices=()) for row in t.test)) for t in ranked]
+    now = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
+    scored = [*comparison.results[routing.router].values(), *now]
+    per_cent = {score.task: 100 * score.score for score in scored}
+    each = ", ".join(f"{name} {score:.0f}" for name, score in per_cent.items())
     show(
         f"The same questions without choices to rank, answered in writing as `serve` answers them "
-        f"(per cent exact):\n  {each}; mean {100 * fmean(score.score for score in scored):.1f}"
+        f"(per cent exact):\n  {each}; mean {fmean(per_cent.values()):.1f}"
     )
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     show(*explain(model, base.tokenizer, PROMPT, None, ANSWER_TOKENS).coloured())
@@ -160,7 +159,7 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
     for name in SKILLS:
         train_expert(
             base,
-            trained_task(name),
+            load_task(TASKS / f"{name}.csv"),
             out=folder / name,
             peft=LORA,
             training=training,

@@ -1,5 +1,7 @@
-"""Requests: refused in few words at bounded cost, and prepared within what the model can hold."""
+"""Requests: who is let in, refused at bounded cost, and prepared within what the model can hold."""
 
+import json
+import socket
 import sys
 import time
 
@@ -7,6 +9,14 @@ import pytest
 
 from phatgoose import untrusted_text
 from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.apps.server.guards import (
+    AT_ONCE,
+    AccessControl,
+    BodyLimits,
+    Metrics,
+    RequestBody,
+    RequestGuard,
+)
 from phatgoose.apps.server.protocol import ApiError, without_paths
 from phatgoose.apps.server.requests import check_body
 from phatgoose.base import load_base
@@ -29,6 +39,138 @@ from serving import (
 )
 
 MIB = 1 << 20
+
+
+# Hosts, origins, API keys and bodies, before the routes.
+
+BODY = json.dumps(GREEDY)
+FORM = "application/x-www-form-urlencoded"
+EVIL = "http://evil.example"
+PATHS = ("/", "/nowhere")
+KINDS = ("application/json; charset=utf-8", "Application/vnd.api+JSON")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers", "status", "code"),
+    [
+        ("GET", PATH, None, {}, 405, None),
+        ("GET", "/nowhere", None, {}, 404, None),
+        ("GET", "/v1/models/duck", None, {}, 404, "model_not_found"),
+        ("POST", PATH, b"x" * (2 * MIB), {}, 413, "too_large"),
+        ("POST", PATH, (b"x" * MIB for _ in range(2)), {}, 413, "too_large"),
+        *(("GET", path, None, {"Host": "evil.example:8"}, 403, "unknown_host") for path in PATHS),
+        *(
+            ("POST", PATH, BODY, {name: value}, status, code)
+            for name, status, code, values in (
+                ("Content-Type", 415, None, ("", FORM, "text/json")),
+                ("Origin", 403, "foreign_origin", (EVIL, "null", "http://localhost:81")),
+                ("Host", 200, None, ("LOCALHOST:8000", "127.0.0.1:80", "[::1]:80", "localhost.")),
+                ("Content-Type", 200, None, KINDS),
+                ("Origin", 200, None, ("http://localhost",)),
+            )
+            for value in values
+        ),
+        ("GET", "/v1/models", None, {"Origin": EVIL}, 200, None),  # which may read
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_who_is_let_in_before_the_body_is_looked_at(
+    client, method, path, content, headers, status, code
+):
+    headers = {**(JSON if method == "POST" else {}), **headers}
+    reply = client.request(method, path, content=content, headers=headers)
+    assert reply.status_code == status
+    if status != 200:
+        error = reply.json()["error"]
+        assert error["code"] == code
+        assert error["message"]
+        assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers"),
+    [
+        ("POST", PATH, b"x" * (2 * MIB), JSON),
+        ("GET", "/metrics", None, {}),
+        ("GET", "/nowhere", None, {}),
+    ],
+    ids=str,
+)
+def test_the_key_is_asked_for_before_anything_else(guarded, method, path, content, headers):
+    for key in (None, "Bearer wrong", "Basic secret", "Bearer", "Bearer \xe9"):
+        sent = {**headers, **({"Authorization": key.encode("latin-1")} if key else {})}
+        reply = guarded.request(method, path, content=content, headers=sent)
+        assert reply.status_code == 401
+        assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+    sent = {**headers, "Authorization": "bearer other"}
+    assert guarded.request(method, path, content=content, headers=sent).status_code != 401
+
+
+def test_what_needs_no_key_says_nothing_of_the_models(guarded):
+    for path in ("/", "/healthz", "/openapi.json"):
+        assert guarded.get(path).status_code == 200
+    assert guarded.post("/", content=b"{", headers=JSON).status_code == 405
+    paths = guarded.get("/openapi.json").json()["paths"]
+    assert paths["/v1/models"]["get"]["security"]
+    assert "security" not in paths["/healthz"]["get"]
+
+
+def sender_of(doors, address="a", key=None, host="localhost"):
+    headers = [(b"host", host.encode())]
+    headers += [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"headers": headers, "method": "GET", "path": "/v1/models"}
+    return doors.check({**scope, "client": address and (address, 1)})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "let_in", "kept_out"),
+    [
+        ([], ["localhost", "127.0.0.1:8000", "[::1]"], ["192.168.0.2", "goose.example", ""]),
+        (["192.168.0.2"], ["192.168.0.2:8000", "localhost"], ["192.168.0.3", "goose.example"]),
+        (["::1", "Goose.Example"], ["goose.example", "[::1]:1"], ["x.goose.example"]),
+        (["0.0.0.0"], ["192.168.0.2", "10.0.0.1:80", "[fe80::1]:80"], ["goose.example", "1.2.3"]),
+        (["::"], ["192.168.0.2", socket.gethostname()], ["goose.example"]),
+        (["*"], ["goose.example", "10.0.0.1"], []),
+    ],
+    ids=str,
+)
+def test_hosts_are_those_that_the_operator_names(hosts, let_in, kept_out):
+    for host in let_in:
+        assert sender_of(AccessControl(hosts), host=host)
+    for host in kept_out:
+        with pytest.raises(ApiError):
+            sender_of(AccessControl(hosts), host=host)
+
+
+def test_clients_are_told_apart_by_key_and_else_by_address():
+    keyed = AccessControl(keys=["one", "two"])
+    names = [sender_of(keyed, address, key) for address in ("a", "b") for key in ("one", "two")]
+    assert names[:2] == names[2:]
+    assert names[0] != names[1]
+    assert not any("one" in name or "two" in name for name in names)
+    free = AccessControl()
+    assert sender_of(free, "10.0.0.1", "x") != sender_of(free, "10.0.0.2", "x")
+    assert sender_of(free, "fd00::1:2") == sender_of(free, "fd00::9:9")  # one customer's network
+    assert sender_of(free, "fd00::1") != sender_of(free, "fd00:0:0:1::1")
+    assert sender_of(free, None) == sender_of(free, "unknown")
+
+
+def test_bodies_are_counted_together_and_let_go():
+    gate = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
+    *full, another = [RequestBody(gate, None) for _ in range(AT_ONCE + 1)]
+    for body in full:
+        body.add(b"x" * 100)
+    for size, status in ((1, 429), (101, 413)):
+        with pytest.raises(ApiError) as refused:
+            another.add(b"x" * size)
+        assert refused.value.status_code == status
+        for body in (*full, another, another):
+            body.release()
+        assert gate.size == 0
+
+
+# What is read of them.
 
 
 def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 
-from fake_packages import install
 from growth_cases import assert_is_that_of, composed
 from made_up_kind import SHIFTS, pool_with_shifts, register
 from mixed_experts import mixed_output, ordered
 from oracle import token_weights
-from phatgoose import experts
 from phatgoose.analysis.audit import signs_of
 from phatgoose.config import GateTraining
 from phatgoose.errors import ExpertError, RoutingError
-from phatgoose.experts import KINDS, kind_for, kinds
+from phatgoose.experts import kind_for
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
@@ -113,35 +110,3 @@ def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mi
         Expert.load(pool["shift8"].directory)
     with pytest.raises(KeyError, match="Shift"):
         kind_for(SHIFTS.Shift())
-
-
-# --- kinds of other packages ---
-
-RECORD = '\nKIND = KINDS.pop("shift")\n'
-
-
-@pytest.fixture
-def unread(monkeypatch):
-    """Entry points are read again, and what they add is gone after the test."""
-    monkeypatch.setattr(experts, "KINDS", dict(KINDS))
-    kinds.cache_clear()
-    yield
-    kinds.cache_clear()
-
-
-def test_broken_kinds_of_other_packages_are_named_and_break_nothing(unread, monkeypatch, tmp_path):
-    code = """
-from phatgoose.config import Lora
-from phatgoose.experts import Kind
-TAKEN, MINE = (Kind(name, "", Lora, "", "", ()) for name in ("lora", "mine"))
-"""
-    points = {"lora": "theirs:TAKEN", "odd": "theirs:code", "none": "theirs:Kind"}
-    install(
-        tmp_path, monkeypatch, "theirs", code, {experts.GROUP: points | {"mine": "theirs:MINE"}}
-    )
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        assert list(kinds()) == ["lora", "ia3", "bottleneck", "dora", "mine"]
-    told = " ".join(str(warning.message) for warning in warned)
-    assert all(f"{name} of theirs is left out" in told for name in points), told
-    assert kinds()["lora"].label == "LoRA"

@@ -33,7 +33,7 @@ def test_a_pool_is_a_mapping_of_its_experts_in_the_order_of_names(write, tmp_pat
         pool["c"]
 
 
-def test_experts_that_are_loaded_are_a_pool(llama_pool):
+def test_loaded_experts_are_a_pool(llama_pool):
     one, two, *_ = llama_pool.experts
     assert Pool.open(llama_pool) is llama_pool
     assert Pool.open(one.directory).names == ("e0",)

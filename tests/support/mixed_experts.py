@@ -1,23 +1,21 @@
 """Random experts of every kind for the tiny bases, and their mixture written out naively."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.base import Base, load_base
+from phatgoose.base import Base
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
-from phatgoose.experts.kind import ADAPTER_WEIGHTS
+from phatgoose.experts.kind import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.lora import DoraFactors, LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
@@ -27,29 +25,17 @@ from tiny import make_adapter, make_readings
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
 
-def make_ia3(base: Base, folder: Path, *, seed: int = 0, **options: object) -> Path:
-    """A PEFT (IA)³ adapter of random vectors around 1, as PEFT saves it."""
-    fresh = load_base(base.id, dtype="float32").model
-    shape = IA3()
-    sites = placed_sites(fresh, shape)
-    settings = {
-        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
-        "target_modules": list(sites),
-        "feedforward_modules": sorted(scales_input(fresh, sites)),
-        "fan_in_fan_out": isinstance(fresh.get_submodule(next(iter(sites))), Conv1D),
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(fresh, IA3Config(**settings | options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    if "target_modules" not in options:
-        model.peft_config["default"].target_modules = set(sites)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+def make_ia3(base: Base, folder: Path, *, seed: int = 0) -> Path:
+    """An (IA)³ adapter of random vectors around 1, where PEFT would put them."""
+    generator, sites = torch.Generator().manual_seed(seed), placed_sites(base.model, IA3())
+    inputs, vectors = scales_input(base.model, sites), {}
+    for name, site in sites.items():
+        size = site.in_features if name in inputs else site.out_features
+        vector = 1 + torch.randn(size, generator=generator) * 0.5
+        vectors[name] = ScalingVector(vector, on_input=name in inputs)
+    folder.mkdir(parents=True)
+    about = PEFT_FILES.about(base, base.model.get_submodule(next(iter(sites))))
+    return ScalingVector.write(folder, vectors, about)
 
 
 def make_bottleneck(
@@ -183,12 +169,7 @@ def ordered(pool: Pool, names: list[str]) -> Pool:
     return Pool(tuple(experts[name] for name in names))
 
 
-PRECISE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-CPU = torch.device("cpu")
-
-
+PRECISE, CPU = {"rtol": 1e-5, "atol": 1e-5}, torch.device("cpu")
 each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
 
 

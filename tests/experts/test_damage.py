@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from golden_sites import DOWN, QUERY
+from changed_experts import DOWN, QUERY
 from odd_files import one_line_of, rewrite
 from paths import GOLDENS
 from phatgoose.errors import ExpertError

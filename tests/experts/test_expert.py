@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from changed_experts import SITE, make, set_config, vectors_for
-from golden_sites import DOWN, QUERY
+from changed_experts import DOWN, QUERY, SITE, make, set_config, vectors_for
 from paths import GOLDEN, GOLDENS
 from phatgoose.base import BaseReference
 from phatgoose.config import Formatting
@@ -129,10 +127,6 @@ def test_the_golden_experts_of_other_kinds_are_read_as_they_were_written():
     assert (query.in_features, query.out_features) == (None, 3)
     assert query.down.tolist() == [[-1.0, -0.75, -0.5], [-0.25, 0.0, 0.25]]
     assert query.up_bias.tolist() == [1.5, 1.75, 2.0]
-    y = torch.tensor([[0.5, -1.0, 2.0]])
-    inner = nn.functional.gelu(y @ query.down.T + query.down_bias)
-    wanted = y + 0.5 * (inner @ query.up.T + query.up_bias)
-    torch.testing.assert_close(query.at(y).apply(nn.Identity(), y), wanted)
 
 
 @pytest.mark.parametrize("kind", ["expert", "ia3", "bottleneck", "dora"])
@@ -167,29 +161,30 @@ def test_names_that_could_leave_a_folder_or_break_a_card_are_refused(adapter, na
 
 
 FORM = {"max_input_tokens": 112, "max_target_tokens": 512, "truncation": "right", "chat": False}
-TRAINED = {"name": "a", "formatting": FORM}
 
 
-def warned_of(*records, formatting=Formatting()) -> list[str]:
+@pytest.mark.parametrize(
+    ("trained", "formatting", "said"),
+    [
+        (
+            FORM,
+            Formatting(),
+            "read with max_input_tokens 512, truncation middle, but a was trained "
+            "with max_input_tokens 112, truncation right (2 of the experts differ).",
+        ),
+        (FORM, Formatting(112, "right"), None),
+        # How inputs are cut says nothing of an expert whose own were whole.
+        (FORM | {"inputs_cut": 0}, Formatting(), None),
+        (FORM | {"inputs_cut": 0}, Formatting(chat=True), "chat True, but a was trained with chat"),
+        (5, Formatting(), None),
+        ({"chat": "\x1b[2J\n"}, Formatting(), "a was trained with chat  [2J"),
+    ],
+)
+def test_inputs_of_another_form_are_told_with_both_forms(trained, formatting, said):
+    record = {"name": "a", "formatting": trained}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_other_formatting(records, formatting)
-    return [str(warning.message) for warning in caught]
-
-
-def test_inputs_of_another_form_are_told_with_both_forms():
-    said = (
-        "Inputs are read with max_input_tokens 512, truncation middle, but a was trained with "
-        "max_input_tokens 112, truncation right"
-    )
-    assert warned_of(TRAINED, {"name": "c", "formatting": None}) == [f"{said}."]
-    assert warned_of(TRAINED, TRAINED) == [f"{said} (2 of the experts differ)."]
-    assert warned_of(TRAINED, formatting=Formatting(112, "right")) == []
-    # How inputs are cut says nothing of an expert whose own were whole.
-    whole = {"name": "a", "formatting": FORM | {"inputs_cut": 0}}
-    assert warned_of(whole) == []
-    (line,) = warned_of(whole, formatting=Formatting(chat=True))
-    assert line == "Inputs are read with chat True, but a was trained with chat False."
-    for form in (5, {"chat": "\x1b[2J\n"}):
-        told = warned_of({"name": "a", "formatting": form})
-        assert all(each.isprintable() for each in told)
+        warn_of_other_formatting([record, {"name": "c", "formatting": None}, record], formatting)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (said is not None)
+    assert all(said in each and each.isprintable() for each in told)

@@ -21,7 +21,6 @@ from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from tiny import (
-    assert_same_logits,
     copied_model,
     logits_of,
     make_adapter,
@@ -90,20 +89,15 @@ def test_the_base_of_an_import_is_the_one_that_the_adapter_or_the_user_names(
         import_adapter(own_adapter, tmp_path / "numbered")
 
 
-def test_a_base_of_other_shapes_is_refused_by_layer(own_adapter, tmp_path):
-    other = make_model("qwen2")
-    other.save_pretrained(tmp_path / "other")
+def test_a_base_that_does_not_fit_or_is_not_named_or_not_there_is_told(own_adapter, tmp_path):
+    make_model("qwen2").save_pretrained(tmp_path / "other")
     with pytest.raises(ExpertError, match=r"k_proj.lora_B.weight is .*; wanted \(16, 4\)"):
         import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
-
-
-def test_a_base_that_is_not_named_or_not_there_is_told(own_adapter, base_folders, tmp_path):
     with pytest.raises(BaseModelError, match="nowhere"):
         import_adapter(own_adapter, tmp_path / "mine", base="nowhere")
     set_config(own_adapter, base_model_name_or_path=None)
     with pytest.raises(ExpertError, match="--base"):
         import_adapter(own_adapter, tmp_path / "mine")
-    assert import_adapter(own_adapter, tmp_path / "mine", base=str(base_folders["llama"])).lora
 
 
 @pytest.mark.parametrize(
@@ -171,35 +165,22 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
         Pool.open(tmp_path / "adapters")
 
 
-OLD_NAMES = {
-    "model.layers": "transformer.h",
-    "self_attn": "attn.attention",
-    "mlp.gate_proj": "mlp.c_fc_0",
-}
-
-
 @pytest.mark.skipif("exaone" not in CONFIG_MAPPING, reason="this transformers has no exaone")
 def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_path):
     base = load_base(make_tiny("exaone", tmp_path / "base"), dtype="float32")
-    adapter = make_adapter(
-        base, tmp_path / "adapter", target_modules=["q_proj", "k_proj"], use_rslora=True
-    )
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
-    for new, old in OLD_NAMES.items():
-        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], use_rslora=True)
+    tensors = {
+        name.replace("model.layers", "transformer.h").replace("self_attn", "attn.attention"): tensor
+        for name, tensor in load_file(adapter / ADAPTER_WEIGHTS).items()
+    }
     assert "base_model.model.transformer.h.0.attn.attention.q_proj.lora_A.weight" in tensors
     save_file(tensors, adapter / ADAPTER_WEIGHTS)
     expert = import_adapter(adapter, tmp_path / "expert")
-    assert set(expert.lora) == {
-        f"model.layers.{i}.self_attn.{side}_proj" for i in (0, 1) for side in "qk"
-    }
+    assert set(expert.lora) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     wanted = logits_of(peft_model(base, adapter), make_ids())
-    again = logits_of(peft_model(base, expert.directory), make_ids())
     assert not torch.allclose(wanted, logits_of(base.model, make_ids()))
+    again = logits_of(peft_model(base, expert.directory), make_ids())
     torch.testing.assert_close(again, wanted)
-    with pytest.warns(UserWarning, match="on trust"):
-        routed = compose(Pool((expert,)), base, router="single", k=1)
-    assert_same_logits(logits_of(routed, make_ids()), wanted)
 
 
 def test_a_config_can_not_make_peft_import_a_module(adapter, tmp_path, monkeypatch):

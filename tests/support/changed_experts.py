@@ -13,6 +13,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ADAPTER_CONFIG
 
 SITE = "model.layers.0.self_attn.q_proj"
+QUERY, DOWN = SITE, "model.layers.0.mlp.down_proj"  # of the golden experts
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
 
 

@@ -42,14 +42,13 @@ MAX_NGRAM_ORDER = 4  # of BLEU
 
 @dataclass(frozen=True)
 class Metric:
-    """One way to score answers: `name` is its key in METRICS, `label` its name in tables.
+    """One way to score answers; `label` is its name in tables.
 
     `measure` returns the s statistics of a prediction against the accepted answers. `combine` takes
     summed statistics [..., s] and the number of examples in each sum, and returns scores [...] in
     [0, 1]. Only `measure` may need a package of the extra 'metrics'.
     """
 
-    name: str
     label: str
     measure: Measure
     combine: Callable[[Array, Array | int], Array]
@@ -154,18 +153,15 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
     return np.where(matches.any(axis=-1) & totals.all(axis=-1), scores, 0.0)
 
 
-METRICS: dict[str, Metric] = {
-    each.name: each
-    for each in (
-        Metric("accuracy", "rank classification accuracy", _best(str.__eq__), _mean),
-        Metric("exact-match", "exact match", _best(_identical_stripped), _mean),
-        # One measure under two names: SQuAD's own, beside F1, and the same rule on other tasks.
-        Metric("normalised-exact-match", "normalised exact match", _best(_squad_exact), _mean),
-        Metric("squad-exact-match", "SQuAD exact match", _best(_squad_exact), _mean),
-        Metric("squad-f1", "SQuAD F1", _best(_squad_f1), _mean),
-        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean),
-        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu),
-    )
+METRICS = {
+    "accuracy": Metric("rank classification accuracy", _best(str.__eq__), _mean),
+    "exact-match": Metric("exact match", _best(_identical_stripped), _mean),
+    # One measure under two names: SQuAD's own, beside F1, and the same rule on other tasks.
+    "normalised-exact-match": Metric("normalised exact match", _best(_squad_exact), _mean),
+    "squad-exact-match": Metric("SQuAD exact match", _best(_squad_exact), _mean),
+    "squad-f1": Metric("SQuAD F1", _best(_squad_f1), _mean),
+    "rouge-l": Metric("ROUGE-L", _best(_rouge_l), _mean),
+    "bleu": Metric("BLEU", _bleu_counts, _corpus_bleu),
 }
 
 

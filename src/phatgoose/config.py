@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import (
@@ -80,11 +80,6 @@ class Settings:
             object.__setattr__(self, setting.name, value)
 
 
-def settings_of(config: type) -> tuple[Setting, ...]:
-    return _settings_of(config)  # to mypy a class of `Settings` isn't hashable, as a cache wants it
-
-
-@cache
 def _settings_of(config: type) -> tuple[Setting, ...]:
     hints, settings = get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):
@@ -92,6 +87,10 @@ def _settings_of(config: type) -> tuple[Setting, ...]:
             kind, text, *limits = get_args(hints[field.name])
             settings.append(Setting(field.name, kind, text, field.default, tuple(limits)))
     return tuple(settings)
+
+
+# To mypy a class of `Settings` isn't hashable, as a cache wants it.
+settings_of: Callable[[type], tuple[Setting, ...]] = cache(_settings_of)
 
 
 def from_mapping(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 from mixed_experts import CPU, PRECISE, each_kind, mixed_output
 from oracle import token_weights
 from phatgoose.config import ACTIVATIONS
-from phatgoose.errors import ExpertError
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.lora import LoraFactors
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.layers import RoutedLinear, stack_of
 from phatgoose.routing.routers.fixed import Merged
@@ -69,14 +66,6 @@ def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name
         assert_same_logits(logits_of(compose(pool, base, router=router), ids), wanted)
         detach(base.model)
     assert torch.equal(logits_of(base.model, ids), plain)
-
-
-def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama, llama_mixed):
-    expert = llama_mixed["ia32"]
-    site = next(s for s, module in expert.modules.items() if not module.on_input)
-    wrong = replace(expert, gates={**expert.gates, site: torch.ones(7)})
-    with pytest.raises(ExpertError, match=rf"site {site}: .* means of \[7, 32\] numbers"):
-        compose(Pool((wrong,)), llama, k=1, router="phatgoose")
 
 
 # Stacks

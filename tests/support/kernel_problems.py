@@ -47,7 +47,9 @@ class Problem:
         return [value.detach(), *torch.autograd.grad(value, leaves, self.cotangent)]
 
 
-def make_problem(T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=False, seed=0):
+def make_problem(
+    T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=False, repeated=False, seed=0
+):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -55,11 +57,12 @@ def make_problem(T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=F
 
     u = normal(T, 2 * n)[:, ::2] if strided else normal(T, n)
     experts = torch.rand(T, E, generator=generator).argsort(dim=-1)[:, :k]
+    experts = experts[:, :1].expand(-1, k) if repeated else experts
     weights = torch.rand(T, k, generator=generator).softmax(dim=-1)
     return Problem(u, experts, weights, normal(E, r, n), normal(E, r, d), normal(T, d))
 
 
-def problems_of(dtypes: Iterable[torch.dtype], **sizes: SearchStrategy[int]):
+def problems_of(dtypes: Iterable[torch.dtype], **sizes: SearchStrategy[int | bool]):
     """Problems of any of `dtypes` and of these `sizes`, the arguments of `make_problem`."""
     return st.builds(
         make_problem,

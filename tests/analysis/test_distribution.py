@@ -68,16 +68,3 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
     assert len(crossing) == 2 * 2  # keys and values of the cross-attention
     assert all("EncDecAttention" in site for site in crossing)
     assert {site_label(site).stack for site in answers} == {"decoder"}
-
-
-@pytest.mark.parametrize(
-    ("site", "stack", "layer", "kind"),
-    [
-        ("model.layers.7.self_attn.q_proj", "", 7, "self_attn.q_proj"),
-        ("encoder.block.3.layer.0.SelfAttention.q", "encoder", 3, "SelfAttention.q"),
-        ("odd.name", "", -1, "odd.name"),
-    ],
-)
-def test_places_are_read_off_names(site, stack, layer, kind):
-    place = site_label(site)
-    assert (place.stack, place.layer, place.kind) == (stack, layer, kind)

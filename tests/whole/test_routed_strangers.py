@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command_line import refused
 from damage import content_of, damaged, damages, examples, json_of, only_reading, told
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
@@ -209,11 +208,3 @@ def test_a_link_out_of_the_folder_is_refused_unread(folder, bases, file):
     assert f"{file} can't be read: it is a link that leads out" in complaint(
         folder, bases["float32"]
     )
-
-
-@pytest.mark.parametrize(("command", "who"), [("add", "experts/more"), ("remove", "")])
-def test_commands_refuse_a_tampered_folder_and_leave_it(folder, strangers, phat, command, who):
-    tamper(folder, "B.", lambda t: t[:, :1])
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    refused(phat(command, folder, strangers / who if who else "e0"), "; wanted (")
-    assert {name: (folder / name).read_bytes() for name in before} == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from fake_hub import contents, pushed_now
-from odd_files import one_line_of
+from odd_files import one_line_of, rewrite
 from paths import GOLDEN
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT
@@ -171,15 +170,12 @@ def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, m
 def test_an_expert_on_a_base_of_this_machine_or_a_damaged_one_is_not_published(hub, pair, tmp_path):
     """Nobody else could load it, and the path would be told to all."""
     place = shutil.copytree(pair[0], tmp_path / "mine")
-    info = json.loads((place / LAYOUT.info).read_text())
     for base in (str(tmp_path), "./base"):
-        info["base"]["id"] = base
-        (place / LAYOUT.info).write_text(json.dumps(info))
+        rewrite(place / LAYOUT.info, base={"id": base})
         with pytest.raises(ExpertError, match="names its base by a path"):
             push(place, "me/reviews")
     assert "me/reviews" not in hub.repositories
-    info["base"]["id"] = "me/base"
-    (place / LAYOUT.info).write_text(json.dumps(info))
+    rewrite(place / LAYOUT.info, base={"id": "me/base"})
     assert push(place, "me/reviews").repo == "me/reviews"
     (place / LAYOUT.vectors).write_bytes(b"damaged")
     hub.requests.clear()

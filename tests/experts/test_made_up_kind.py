@@ -13,9 +13,8 @@ from mixed_experts import mixed_output, ordered
 from oracle import token_weights
 from phatgoose.analysis.audit import signs_of
 from phatgoose.config import GateTraining
-from phatgoose.errors import ExpertError, RoutingError
-from phatgoose.experts import kind_for
-from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.errors import RoutingError
+from phatgoose.experts.expert import check_expert
 from phatgoose.experts.kind import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, load, save
@@ -97,16 +96,3 @@ def test_what_its_record_does_not_know_is_refused_by_name(
     model = compose(ordered(pool, ["lora0", "shift8"]), llama, router="merged")
     with pytest.raises(RoutingError, match="'shift8' is of the kind 'shift'"):
         export(model, tmp_path / "out")
-
-
-def test_a_kind_without_a_record_is_refused_by_name(monkeypatch, llama, llama_mixed, tmp_path):
-    with monkeypatch.context() as known:
-        register(known)
-        pool = pool_with_shifts(llama_mixed, llama, tmp_path)
-        save(composed("phatgoose", pool, llama), tmp_path / "routed")
-    with pytest.raises(ExpertError, match=r"shift\w* is .* wanted no such tensor"):
-        load(tmp_path / "routed", llama)
-    with pytest.raises(ExpertError):
-        Expert.load(pool["shift8"].directory)
-    with pytest.raises(KeyError, match="Shift"):
-        kind_for(SHIFTS.Shift())

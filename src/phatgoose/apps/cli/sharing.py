@@ -44,7 +44,7 @@ def import_(
         "they are on this machine.",
     ] = False,
 ) -> int:
-    """Make experts, without gates yet, of LoRAs, DoRAs, (IA)³ or bottleneck adapters.
+    """Make experts, without gates yet, of LoRAs, DoRAs or (IA)³ adapters of PEFT.
 
     Of several, those that can't be routed are listed with the reason, and the exit code is 1; the
     others are imported.

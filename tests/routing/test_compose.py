@@ -22,7 +22,6 @@ from phatgoose.routing.compose import (
     is_routed,
     open_model,
     save,
-    selected,
 )
 from phatgoose.routing.kernels import KERNELS
 from tiny import (
@@ -196,13 +195,8 @@ def test_places_are_told_apart(places, llama):
     assert [name for name, place in where.items() if is_pool(place)] == ["folder", "expert"]
     assert is_pool("hub:me/pool")
     for place in (where["routed"], where["base"]):
-        for choose in (
-            lambda place: open_model(place, llama, scores={"a": {}}),
-            lambda place: selected(place, ["e0"], None),
-            lambda place: selected(place, None, ["e0"]),
-        ):
-            with pytest.raises(ConfigError, match="is not a pool"):
-                choose(place)
+        with pytest.raises(ConfigError, match="is not a pool"):
+            open_model(place, llama, scores={"a": {}})
 
 
 def test_pools_routed_models_and_bases_are_opened_alike(places, llama):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -190,8 +190,8 @@ class Composition:
 
 def composition_if_any(model: PreTrainedModel) -> Composition | None:
     """What `model` is made of if it is routed, else None."""
-    parts = getattr(model, ROUTED, None)
-    return parts if isinstance(parts, Composition) else None
+    parts: Composition | None = getattr(model, ROUTED, None)
+    return parts
 
 
 def composition_of(model: PreTrainedModel) -> Composition:
@@ -538,16 +538,6 @@ def require_pool(place: str | Path) -> None:
         )
 
 
-def selected(
-    place: str | Path, keep: Iterable[str] | None, leave_out: Iterable[str] | None
-) -> Pool | str | Path:
-    """`place`, or the pool there with these experts alone; ConfigError where it is no pool."""
-    if not (keep or leave_out):
-        return place
-    require_pool(place)
-    return Pool.open(place).select(keep, leave_out)
-
-
 def open_model(
     place: Pool | str | Path,
     base: Base | str | None = None,
@@ -585,34 +575,24 @@ def open_prompt_router(
     routing: Routing | None = None,
     **settings: Unpack[RoutingSettings],
 ) -> PromptRouter:
-    """What chooses the experts of a pool or a saved model for a prompt; no base is loaded.
+    """What chooses the experts of a pool for a prompt; no base is loaded.
 
         chooser = open_prompt_router("experts/", router="retrieval")
         chooser.choose(["What is 12 + 7?"]).named(chooser.experts)
 
-    `routing` and `settings` are those of `compose`; of a saved model's only the embedder counts.
-    Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
-    embeddings alone; those that go by what the base makes of a prompt are handed `base` in
-    `choose`. Raises ConfigError for a router that looks at no prompt,
-    and what composing or loading raises of the experts.
+    `routing` and `settings` are those of `compose`. Prompts are as a `PromptRouter` takes them:
+    text without a `tokenizer` for routers that go by embeddings alone; those that go by what the
+    base makes of a prompt are handed `base` in `choose`. Raises ConfigError for a router that looks
+    at no prompt, and what opening a pool raises.
     """
     routing = _routing(routing, settings, "open_prompt_router")
-    if not isinstance(place, Pool) and is_routed(place):
-        saved = read_saved(Path(place))
-        router = _by_prompt(replace(saved.router.routing, embedder=routing.embedder))
-        return PromptRouter(router, saved.tables, tokenizer)
     pool = Pool.open(place)
-    router = _by_prompt(first_allowed(routing, pool, BY_PROMPT))
-    check_routing(router, pool)
-    return PromptRouter(router, router.tables(pool), tokenizer)
-
-
-def _by_prompt(routing: Routing) -> ByPrompt:
-    router = router_of(routing)
+    router = router_of(first_allowed(routing, pool, BY_PROMPT))
     if not isinstance(router, ByPrompt):
         raise ConfigError(
-            f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid "
-            f"or discriminant."
+            f"Router {router.name} doesn't choose by a prompt alone; use retrieval, centroid or "
+            f"discriminant."
         )
     check_served(router)
-    return router
+    check_routing(router, pool)
+    return PromptRouter(router, router.tables(pool), tokenizer)

@@ -162,11 +162,7 @@ def _record(result: Export, parts: Composition) -> dict[str, Any]:
         "router": parts.router.recorded.router,
         "experts": result.mixture,
         "lost": result.lost,
-        "sites": {
-            site: {"shares": {n: w for n, w in zip(parts.experts, each.tolist(), strict=True) if w}}
-            | (asdict(result.losses[site]) if site in result.losses else {})
-            for site, each in result.shares.items()
-        },
+        "sites": {site: asdict(loss) for site, loss in result.losses.items()},
     }
 
 

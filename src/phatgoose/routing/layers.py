@@ -131,15 +131,11 @@ class SiteStack:
         return [members[row] for row in range(len(self.experts))]
 
     @property
-    def lora(self) -> LoraStack | None:
-        part = self.parts.get("lora")
-        return part if isinstance(part, LoraStack) else None
-
-    @property
     def plain_lora(self) -> LoraStack | None:
         """The LoRAs, where there is nothing else here, no biases either."""
-        lora = self.lora
-        return lora if lora and lora.rows is None and lora.B_bias is None else None
+        lora = self.parts.get("lora")
+        is_alone = isinstance(lora, LoraStack) and lora.rows is None and lora.B_bias is None
+        return lora if is_alone else None  # type: ignore[return-value]
 
 
 def stacked(members: Sequence[Member], experts: Tensor, dtype: torch.dtype) -> SiteStack:

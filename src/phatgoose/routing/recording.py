@@ -126,11 +126,6 @@ class Recording:
     real: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
 
-    def __repr__(self) -> str:
-        passes = max(map(len, self.weights.values()), default=0)
-        sizes = f"passes: {passes}, sites: {len(self.weights)}, experts: {len(self.experts)}"
-        return f"<Recording ({sizes})>"
-
     def add(self, passed: SitePass) -> None:
         site, dense = passed.site, passed.dense_weights(len(self.experts))
         self.streams[site.name] = site.stream

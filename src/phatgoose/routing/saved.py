@@ -49,14 +49,13 @@ from .layers import (
     renumbered,
     stack_of,
 )
-from .routers.prompt import ByPrompt, Tables
+from .routers.prompt import OWNERS, ByPrompt, Tables
 from .routers.registry import router_of
 from .routers.router import Router, check_measured, warn_of_lowered_k
 
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
 FORMAT_VERSION = 1
 FOLDED = "Merged experts are folded into the base's weights for good; compose the pool again."
-OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
 

@@ -253,15 +253,15 @@ class ModelOptions(BaseOptions):
 
     def open(self, model: str, *, keeps_factors: bool = False) -> OpenedModel:
         """What is at `model`; ConfigError for a routing of one that has its own."""
-        from ...routing.compose import open_model, require_pool, selected
+        from ...routing.compose import open_model, require_pool
 
         routing = self.routing
-        if routing != Routing(embedder=routing.embedder):
+        if self.keep or self.leave_out or routing != Routing(embedder=routing.embedder):
             require_pool(model)
         warn_of_unused_k(routing)
         if keeps_factors:  # with a kernel named, every expert's stay
             routing = replace(routing, kernel="concat")
-        place = selected(model, self.keep, self.leave_out)
+        place = self.open_pool([Path(model)]) if self.keep or self.leave_out else model
         return open_model(place, self.base, dtype=self.dtype, routing=routing, scores=self.scores)
 
     def open_pool(self, places: list[Path]) -> Pool:

@@ -1,7 +1,7 @@
 """Routers that choose for a whole prompt: features of it, scores of them, experts and weights.
 
-A `PromptRouter` needs no composed model (`open_model.open_prompt_router` makes one of a pool or a
-saved model). In a routed model the sites follow it through a `RoutingContext`.
+A `PromptRouter` needs no composed model (`compose.open_prompt_router` makes one of a pool). In a
+routed model the sites follow it through a `RoutingContext`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import FoldedLinear
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.prompt import ByPrompt
 from phatgoose.routing.routers.registry import OURS, class_of, known_names, listing, router_of
 from phatgoose.routing.routers.router import Router, SiteRouter
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
@@ -33,7 +32,6 @@ from topic_prompts import PROMPTS, both_streams, experts_of
 
 NAMES = known_names()
 KINDS = {name: class_of(name) for name in NAMES}
-BY_PROMPT = [name for name in NAMES if issubclass(KINDS[name], ByPrompt)]
 GROWING = [name for name in NAMES if KINDS[name].grows]
 FIXED = [name for name in NAMES if not KINDS[name].grows]
 SCORING = [  # those that choose for each token by scores of their own
@@ -326,18 +324,3 @@ def test_what_is_made_for_its_experts_neither_grows_nor_shrinks(name, llama, lla
     for change in (add_to_saved, remove_from_saved):
         with pytest.raises(RoutingError, match=f"Router {name} is made for"):
             change(folder, llama_pool if change is add_to_saved else ["e0"])
-
-
-# For whole prompts
-
-
-@pytest.mark.parametrize("name", [n for n in BY_PROMPT if KINDS[n].per_input])
-@both_streams
-def test_it_chooses_for_a_prompt_as_for_that_prompt_in_a_batch(name, base, pool):
-    model = compose_by(name, pool, base, k=2)
-    together = experts_of(model, PROMPTS)
-    alone = [experts_of(model, [prompt]) for prompt in PROMPTS]
-    assert torch.equal(torch.cat([each.experts for each in alone]), together.experts)
-    weights = torch.cat([each.weights for each in alone])
-    torch.testing.assert_close(weights, together.weights, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(together.weights.sum(dim=-1), torch.ones(len(PROMPTS)))

@@ -76,3 +76,22 @@ def test_every_token_of_a_generation_is_recorded_once(llama, llama_pool):
     one_pass = recorded(model, output[:, :-1])  # nothing follows the last token
     assert recording.by_token().shape == (10, 4)
     torch.testing.assert_close(recording.by_token(), one_pass.by_token(), rtol=0, atol=1e-4)
+
+
+def test_recordings_that_end_out_of_order_leave_compiling_as_it_was(llama, llama_pool):
+    model, ids, compiled = compose(llama_pool, llama, router="phatgoose"), make_ids(), [0]
+
+    def counting(graph, _):
+        compiled[0] += 1
+        return graph.forward
+
+    called = torch.compile(lambda: model(ids).logits, backend=counting)
+    first, second = record(model), record(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    called()
+    assert not compiled[0]
+    second.__exit__(None, None, None)
+    called()
+    assert compiled[0]

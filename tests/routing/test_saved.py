@@ -127,8 +127,18 @@ def test_save_pretrained_writes_what_save_does(model, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
     with pytest.raises(RoutingError, match=r"README\.md can't be written: .*exists"):
         model.save_pretrained(tmp_path / "new" / "README.md")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RoutingError, match="holds another model"):
+        model.save_pretrained(tmp_path)
     with pytest.raises(RoutingError, match=r"model\.push_to_hub"):
         model.save_pretrained("x", push_to_hub=True)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_push_to_the_hub_takes_the_routed_model_along(model, hub):
+    model.push_to_hub("me/x", token="t")
+    (*_, pushed) = hub.repositories["me/x"].commits.values()
+    assert pushed.keys() == {*FILES, ".gitattributes", "README.md"}
 
 
 def test_a_base_that_was_trained_is_not_lost_without_a_word(llama, model, tmp_path):

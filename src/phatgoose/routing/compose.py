@@ -36,7 +36,7 @@ from ..experts.expert import tail_of, trained_in_chats
 from ..experts.hub import HubReference
 from ..experts.kind import check_fit
 from ..experts.pool import Pool
-from ..files import new_directory, prefetch, write_text, writing
+from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..sites import ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Chat, Example, question_of
@@ -382,7 +382,7 @@ def asked_of(
 def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write the routed `model` to `directory`: experts, router and hashes; the base by name only.
 
-    Complete or not at all. Config, tokenizer and card are written too, for transformers and people.
+    Complete or not at all. Config and tokenizer are written too, for transformers.
 
     Args:
         model: A routed model.
@@ -410,11 +410,14 @@ def save_pretrained(
     As transformers' own it writes into a folder that may be there already, replaces what it wrote
     there before, and leaves the rest alone. `phatgoose.load` reads the folder. `state_dict` and
     `how` (shards, say) are about the base's weights, of which none are written. Raises as `save`
-    does.
+    does, and RoutingError for a folder that holds another model's config.json.
     """
     if push_to_hub:
         raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
     target = Path(save_directory)
+    config = target / CONFIG
+    if config.exists() and read_json(config, dict, RoutingError).get("model_type") != MODEL_TYPE:
+        raise RoutingError(f"{target} holds another model ({CONFIG}); choose another place.")
     if is_main_process:
         with writing(target, RoutingError):
             _write_model(model, target)

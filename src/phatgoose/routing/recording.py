@@ -5,6 +5,7 @@ For whole datasets `analysis.routing_distribution` sums decisions up in constant
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -74,6 +75,27 @@ class Watch:
         self.callback(SitePass(site, experts, weights, real, grid, distribution))
 
 
+class _Uncompiled:
+    """While anybody is inside, nothing is compiled."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                # The stance is the process's, hence the count: the last one out restores it.
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
 _WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
 
 
@@ -90,7 +112,7 @@ def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
     """Call `callback` for each decision of routed `model` in this thread; nothing is compiled."""
     layers = getattr(model, ROUTED).layers
     with (
-        torch.compiler.set_stance("force_eager"),
+        _UNCOMPILED,
         token_masks(model) as masks,
         in_context(_WATCHES, (*_WATCHES.get(), Watch(layers, callback, masks))),
     ):

@@ -142,6 +142,7 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
         ({"messages": MESSAGES[:-1]}, "role: Input should be .assistant"),
         ({"messages": [{"role": "user", "content": [{}]}, MESSAGES[-1]]}, "messages.0.content"),
         ({"messages": [CALLS]}, "tool_calls"),
+        ({"target": None, "prompt": "a", "completion": CALLS}, "target: Input should be a"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
         ({"choices": "yes ||| no |||"}, "choices.2: .* got ''"),
@@ -149,7 +150,7 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
     ],
 )
 def test_a_bad_field_is_refused_with_its_row(change, complaint):
-    row = change if "messages" in change else {**ROWS[0], **change}
+    row = change if {"messages", "prompt"} & {*change} else {**ROWS[0], **change}
     assert re.search(f"row 2 is not valid: .*{complaint}", complaint_about([ROWS[0], row]))
 
 
@@ -185,6 +186,8 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
             Example(Chat(TURNS), "green", ("green", "red")),
         ),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
+        ({"instruction": "b\n", "input": "c", "output": "a"}, Example("b\n\nc", "a")),
+        ({"instruction": "b", "input": None, "output": "a"}, Example("b", "a")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),
     ],
 )

@@ -1,8 +1,8 @@
 """Loading tasks: files, the Hub, rows in memory, and prompt templates.
 
 Rows come from anywhere. They are checked here, and nowhere else. Templates that users write have
-promptsource's notation, `input ||| target` in jinja2. Chats (`messages`), and prompt and completion
-are what TRL and OpenAI's fine-tuning call them.
+promptsource's notation, `input ||| target` in jinja2. Chats (`messages`), prompt and completion,
+and instruction, input and output are what TRL, OpenAI's fine-tuning and Alpaca call them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds 
 HUB = "hub:"
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"
-FORMS = "input and target, messages, or prompt and completion"
+FORMS = "input and target; messages; prompt and completion; or instruction, input and output"
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
 
 
@@ -50,7 +50,8 @@ def load_task(
 
     Rows have the fields `input`, `target`, and optionally `choices`, `references` and `split`
     (train, validation or test; train when absent). Instead of the first two they may have
-    `messages` (the last is the target, the others become a `Chat`), or `prompt` and `completion`.
+    `messages` (the last is the target, the others become a `Chat`), `prompt` and `completion`, or
+    `instruction`, `input` (may be absent) and `output`.
 
     Args:
         source: A `.jsonl`, `.json` (a list of rows, or an object of lists by split), `.csv` or
@@ -313,10 +314,14 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     asked = filled.pop("messages", ())
     if "target" not in filled and "completion" in filled:
         # What follows a prompt is set off by a space of ours.
-        filled |= {"input": filled.get("prompt"), "target": str(filled["completion"]).strip()}
+        answer = _stripped(_text(filled["completion"]))
+        filled |= {"input": filled.get("prompt"), "target": answer}
     elif "target" not in filled and asked:
         *before, answer = asked
         filled |= {"messages": before, "target": _Answer.model_validate(answer).text}
+    elif "target" not in filled and "instruction" in filled and {"input", "output"} & {*filled}:
+        parts = [_stripped(_text(filled.get(name))) for name in ("instruction", "input")]
+        filled |= {"input": "\n\n".join(filter(None, parts)), "target": filled.get("output")}
     read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
     turns = [(turn.role, turn.text) for turn in read.messages]
     text, target = Chat(turns) if turns else read.input, read.target

@@ -16,7 +16,7 @@ import typer
 from phatgoose.apps.cli import app
 from phatgoose.apps.cli.options import RECIPE_TABLES, SHAPES, VOICE, flag_of
 from phatgoose.config import Settings, settings_of
-from phatgoose.routing.routers.registry import all_routers
+from phatgoose.routing.routers.router import all_routers
 
 TABLES = dict(sorted(RECIPE_TABLES.items(), key=lambda item: item[0] in SHAPES))  # kinds last
 COMMON = 3  # commands that have an option in the same words: it is described once, at the end

@@ -261,7 +261,7 @@ class Routing(Settings):
     """How a routed model chooses experts (paper sections 3 and 4.2).
 
     `router` is a router's name, and its own settings after a colon: "arrow:form=peft". Each
-    router's settings are those of its record's config class (`routing.routers.registry`).
+    router's settings are the fields of its class (`routing.routers`).
     """
 
     router: Annotated[

@@ -22,8 +22,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import FoldedLinear
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.registry import OURS, class_of, known_names, listing, router_of
-from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.routing.routers.registry import OURS, known_names
+from phatgoose.routing.routers.router import Router, SiteRouter, class_of, router_of
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, of_task, with_embeddings
@@ -72,7 +72,7 @@ def restarted(router: SiteRouter) -> SiteRouter:
 
 @each_router
 def test_its_line_in_the_list_is_that_of_its_class(name):
-    kind, listed = KINDS[name], listing()[name]
+    kind, listed = KINDS[name], KINDS[name].listed()
     assert (kind.name, kind.needs, kind.usual_k) == (name, listed.needs, listed.k)
     assert kind.label
     assert listed.summary

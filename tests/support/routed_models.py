@@ -10,8 +10,7 @@ from phatgoose.base import Base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of
-from phatgoose.routing.routers.registry import router_of
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import SiteRouter, router_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed

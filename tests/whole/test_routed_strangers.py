@@ -28,7 +28,7 @@ from mixed_experts import mixed_pool_for
 from phatgoose.base import Base, load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
-from phatgoose.routing.routers.registry import all_routers
+from phatgoose.routing.routers.router import all_routers
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved
 from routed_models import SCORES, of_task, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert

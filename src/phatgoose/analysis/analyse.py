@@ -30,8 +30,7 @@ from ..routing.compose import (
 from ..routing.routers.auto import settled
 from ..routing.routers.fixed import read_scores
 from ..routing.routers.prompt import ByPrompt
-from ..routing.routers.registry import class_of, router_of
-from ..routing.routers.router import Scores, check_routing
+from ..routing.routers.router import Scores, check_routing, class_of, router_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart

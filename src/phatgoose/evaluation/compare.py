@@ -40,7 +40,7 @@ from ..routing.compose import (
     resolve_base,
 )
 from ..routing.routers.fixed import best_expert, best_expert_by_task
-from ..routing.routers.registry import all_routers, canonical, router_of
+from ..routing.routers.router import all_routers, canonical, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read

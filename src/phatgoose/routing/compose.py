@@ -56,8 +56,8 @@ from .layers import (
 from .routers.auto import BY_PROMPT, first_allowed, settled
 from .routers.fixed import read_scores
 from .routers.prompt import ByPrompt, PromptRouter, Tables
-from .routers.registry import AUTO, WEIGHTS, router_of, written_mixture
-from .routers.router import Router, Scores, SiteRouter, check_routing, check_served
+from .routers.registry import AUTO, WEIGHTS, written_mixture
+from .routers.router import Router, Scores, SiteRouter, check_routing, check_served, router_of
 from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
 
 CONFIG = "config.json"  # of transformers

@@ -50,8 +50,7 @@ from .layers import (
     stack_of,
 )
 from .routers.prompt import OWNERS, ByPrompt, Tables
-from .routers.registry import router_of
-from .routers.router import Router, check_measured, warn_of_lowered_k
+from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
 FORMAT_VERSION = 1

@@ -16,8 +16,8 @@ from phatgoose.routing.compose import compose, composition_of, detach, load, sav
 from phatgoose.routing.routers import auto, registry
 from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, settled
 from phatgoose.routing.routers.phatgoose import Phatgoose
-from phatgoose.routing.routers.registry import canonical, class_of, split_routers
-from phatgoose.routing.routers.router import Router
+from phatgoose.routing.routers.registry import split_routers
+from phatgoose.routing.routers.router import Router, all_routers, canonical, class_of
 from routed_models import with_embeddings
 
 
@@ -106,7 +106,7 @@ def test_routers_of_another_package_are_like_ours_and_what_is_broken_is_named(
     install(tmp_path, monkeypatch, "their_code", THEIRS, {registry.ENTRY_POINTS: points})
     assert {"first", "lost"} <= set(registry.known_names())
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
-        assert registry.listing()["first"].summary == "The first expert"
+        assert all_routers()["first"].listed().summary == "The first expert"
     said = sorted(str(warning.message) for warning in warned)
     assert "arrow of their-code is left out: " in said[0]
     assert "the name is taken" in said[0]

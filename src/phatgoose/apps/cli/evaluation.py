@@ -13,7 +13,7 @@ from rich.table import Table
 from ...config import Routing, settings_of
 from ...errors import ConfigError, EvaluationError
 from ...files import half_character, require_writable
-from ...routing.routers.registry import class_of, listing, split_routers
+from ...routing.routers.registry import OURS, known_names, split_routers
 from ..console import report, say, show
 from . import options
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...experts.pool import Pool
-    from ...routing.routers.router import Router
 
 
 def compare(
@@ -183,18 +182,24 @@ def routers(
         table = Table(title="Routers")
         for column in ("router", "experts that act", "needs", "k"):
             table.add_column(column, no_wrap=column == "router")
-        for each, listed in listing().items():
+        every = dict(OURS)
+        if len(known_names()) > len(OURS):  # those of other packages are imported to be listed
+            from ...routing.routers.router import all_routers
+
+            every = {each: kind.listed() for each, kind in all_routers().items()}
+        for each, listed in every.items():
             table.add_row(each, listed.summary, ", ".join(listed.needs), str(listed.k or ""))
         show(table)
         say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
     else:
-        _describe(class_of(name))
+        _describe(name)
 
 
-def _describe(router: type[Router]) -> None:
-    from ...routing.routers.router import written
+def _describe(name: str) -> None:
+    from ...routing.routers.router import class_of, written
 
-    say(f"{router.name}: {listing()[router.name].summary}")
+    router = class_of(name)
+    say(f"{router.name}: {router.listed().summary}")
     if router.needs:
         say(f"needs: {', '.join(router.needs)}")
     if router.usual_k is not None:

@@ -30,7 +30,7 @@ from ...config import (
 from ...errors import ConfigError
 from ...experts import kinds
 from ...files import read_table, shortened
-from ...routing.routers.registry import AUTO, class_of, known_names
+from ...routing.routers.registry import AUTO, known_names
 from ..console import check_report, set_voice
 
 if TYPE_CHECKING:
@@ -238,6 +238,8 @@ def only_with(what: str, there: bool, values: Mapping[str, object]) -> None:
 
 
 def warn_of_unused_k(routing: Routing) -> None:
+    from ...routing.routers.router import class_of
+
     if routing.router != AUTO:
         router = class_of(routing.router)
         if routing.k is not None and router.usual_k is None:

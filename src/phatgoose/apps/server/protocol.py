@@ -20,7 +20,8 @@ from pydantic_core import PydanticCustomError
 from ...config import closest
 from ...errors import ConfigError
 from ...files import one_line
-from ...routing.routers.registry import AUTO, MOST_WEIGHT, WEIGHTS, all_routers, canonical
+from ...routing.routers.registry import AUTO, MOST_WEIGHT, WEIGHTS
+from ...routing.routers.router import all_routers, canonical
 
 MOST_SHOWN = 500  # characters of an error
 

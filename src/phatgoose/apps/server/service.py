@@ -28,8 +28,8 @@ from ...errors import PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ...routing.routers.fixed import mixture_of
-from ...routing.routers.registry import AUTO, WEIGHTS, router_of
-from ...routing.routers.router import check_served
+from ...routing.routers.registry import AUTO, WEIGHTS
+from ...routing.routers.router import check_served, router_of
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol

@@ -1,6 +1,6 @@
 """Routers: which experts act, for every token at every site or for a whole prompt.
 
-registry.py   the names of all routers, and routers made of what a user writes
+registry.py   a table of all routers, which loads no torch
 router.py     what every router is and does, and the module at each site
 prompt.py     the same for routers that choose for a whole prompt
 phatgoose.py  the paper's rule, and average activation

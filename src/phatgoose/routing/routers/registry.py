@@ -1,4 +1,4 @@
-"""The names of all routers, and routers made of what a user writes. Loads no torch by itself.
+"""A table of all routers, and lists of routers and mixtures as users write them. Loads no torch.
 
 A router is one class (docs/extending.md): in a file of this folder and with a line in OURS, or in
 another package that names it under the entry points `phatgoose.routers`.
@@ -6,19 +6,13 @@ another package that names it under the entry points `phatgoose.routers`.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from ...config import Routing, closest
 from ...errors import ConfigError
-from ...files import add_entry_points, shortened
-
-if TYPE_CHECKING:
-    from .router import Router
+from ...files import shortened
 
 AUTO = "auto"  # no router: `auto` puts the name of one in its place
 WEIGHTS = "weights"  # the router whose mixture is the user's own
@@ -60,59 +54,6 @@ def known_names() -> list[str]:
     """The names of all routers, without loading those of other packages."""
     others = sorted(point.name for point in metadata.entry_points(group=ENTRY_POINTS))
     return list(dict.fromkeys([*OURS, *others]))
-
-
-def all_routers() -> dict[str, type[Router]]:
-    """The classes of all routers by name, ours first. What can't be loaded is a warning."""
-    from .router import Router
-
-    known: dict[str, type] = {AUTO: Router, **{name: class_of(name) for name in OURS}}
-    add_entry_points(ENTRY_POINTS, known, type)
-    known = {**known, **Router.defined, **known}
-    return {name: kind for name, kind in known.items() if issubclass(kind, Router) and kind.name}
-
-
-def listing() -> dict[str, Listed]:
-    """What a list of routers shows; those of other packages alone are imported for it."""
-    if not metadata.entry_points(group=ENTRY_POINTS):
-        return dict(OURS)
-    return {
-        name: OURS.get(name) or Listed("", kind.summary(), " ".join(kind.needs), kind.usual_k)
-        for name, kind in all_routers().items()
-    }
-
-
-def class_of(router: str) -> type[Router]:
-    """The class of a router, named with or without settings. Raises ConfigError without one."""
-    name = router.partition(":")[0]
-    if name in OURS:
-        inside = vars(importlib.import_module(f".{OURS[name].place}", __package__)).values()
-        ours: type[Router] = next(each for each in inside if getattr(each, "name", None) == name)
-        return ours
-    others = all_routers()
-    if name in others:
-        return others[name]
-    known = (AUTO, *others)
-    raise ConfigError(
-        f"router is {shortened(router)}, but must be one of {', '.join(known)}."
-        f"{closest(name, known)}"
-    )
-
-
-def router_of(routing: Routing) -> Router:
-    """The router that `routing` asks for, such as "arrow:form=peft".
-
-    Raises ConfigError, in a line, for unknown routers and settings and for values that can't be.
-    """
-    _, _, rest = routing.router.partition(":")
-    router = class_of(routing.router).read(rest)
-    k, kernel, embedder = routing.k or 0, routing.kernel, routing.embedder
-    return replace(router, k=k, kernel=kernel, embedder=embedder)
-
-
-def canonical(router: str) -> str:
-    """`router` with settings that aren't the usual ones, in the order of its class."""
-    return router_of(Routing(router)).text
 
 
 MOST_WEIGHT = 100.0  # of one expert in a mixture, either way

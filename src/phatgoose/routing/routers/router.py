@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ...config import Kernel, Routing, Settings, from_mapping, settings_of
+from ...config import Kernel, Routing, Settings, closest, from_mapping, settings_of
 from ...errors import ConfigError, PoolError
 from ...experts.pool import REMEDIES, Pool
-from ...files import one_line, shortened
+from ...files import add_entry_points, one_line, shortened
 from ..context import NOBODY
 from ..kernels import native, triton_gpu
+from .registry import AUTO, ENTRY_POINTS, OURS, Listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,9 +117,10 @@ class Router(Settings):
     # As text.
 
     @classmethod
-    def summary(cls) -> str:
-        """A line about a router of another package, the first of its docstring; ours are listed."""
-        return (cls.__doc__ or cls.name).partition("\n")[0].rstrip(".")
+    def listed(cls) -> Listed:
+        """What lists show; of another package's router the first line of its docstring."""
+        summary = (cls.__doc__ or cls.name).partition("\n")[0].rstrip(".")
+        return OURS.get(cls.name) or Listed("", summary, " ".join(cls.needs), cls.usual_k)
 
     @classmethod
     def read(cls, text: str) -> Self:
@@ -300,6 +303,50 @@ class SiteRouter(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """The table, which is saved with the model and changes when experts join or leave."""
         return {name: getattr(self, name) for name in self.router.sizes}
+
+
+# Routers by what a user writes.
+
+
+def all_routers() -> dict[str, type[Router]]:
+    """The classes of all routers by name, ours first. What can't be loaded is a warning."""
+    known: dict[str, type] = {AUTO: Router, **{name: class_of(name) for name in OURS}}
+    add_entry_points(ENTRY_POINTS, known, type)
+    known = {**known, **Router.defined, **known}
+    return {name: kind for name, kind in known.items() if issubclass(kind, Router) and kind.name}
+
+
+def class_of(router: str) -> type[Router]:
+    """The class of a router, named with or without settings. Raises ConfigError without one."""
+    name = router.partition(":")[0]
+    if name in OURS:
+        inside = vars(importlib.import_module(f".{OURS[name].place}", __package__)).values()
+        ours: type[Router] = next(each for each in inside if getattr(each, "name", None) == name)
+        return ours
+    others = all_routers()
+    if name in others:
+        return others[name]
+    known = (AUTO, *others)
+    raise ConfigError(
+        f"router is {shortened(router)}, but must be one of {', '.join(known)}."
+        f"{closest(name, known)}"
+    )
+
+
+def router_of(routing: Routing) -> Router:
+    """The router that `routing` asks for, such as "arrow:form=peft".
+
+    Raises ConfigError, in a line, for unknown routers and settings and for values that can't be.
+    """
+    _, _, rest = routing.router.partition(":")
+    router = class_of(routing.router).read(rest)
+    k, kernel, embedder = routing.k or 0, routing.kernel, routing.embedder
+    return replace(router, k=k, kernel=kernel, embedder=embedder)
+
+
+def canonical(router: str) -> str:
+    """`router` with settings that aren't the usual ones, in the order of its class."""
+    return router_of(Routing(router)).text
 
 
 def written(value: object) -> str:

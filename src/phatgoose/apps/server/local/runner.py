@@ -38,8 +38,8 @@ from ....routing.layers import RoutedLinear
 from ....routing.recording import watch
 from ....routing.routers.auto import settled
 from ....routing.routers.fixed import mixture_of
-from ....routing.routers.registry import AUTO, router_of
-from ....routing.routers.router import check_served
+from ....routing.routers.registry import AUTO
+from ....routing.routers.router import check_served, router_of
 from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids

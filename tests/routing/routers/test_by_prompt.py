@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from discriminants import scores_by_hand, trained_on
-from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
@@ -181,6 +181,8 @@ def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
 def test_embeddings_of_other_texts_are_not_compared():
     with pytest.raises(RoutingError, match="embedder of prompts as the model reads them"):
         retriever_of(torch.eye(5, 64), torch.arange(5), "paper")
+    with pytest.raises(RoutingError, match="sizes differ"):
+        retriever_of(torch.eye(5, 8), torch.arange(5)).choose(["a"])
 
 
 ASKED = ("e0", "e0", "e1", "e0", "e3")  # who is nearest to the inputs of CHOOSING alone
@@ -357,3 +359,8 @@ def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
     detach(compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=0"))
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
         compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=1")
+    deep = replace(ones[0], readings=readings_of(random(5, 3, 32)))
+    with pytest.raises(ExpertError, match=r"'e1', readings: whole.mean is \(2, 32\)"):
+        compose(Pool((deep, ones[1])), llama, router="discriminant")
+    with pytest.raises(RoutingError, match=r"are of \[3, 32\] .* the base has \[2, 32\]"):
+        compose(Pool((deep,)), llama, router="discriminant").generate(make_ids())

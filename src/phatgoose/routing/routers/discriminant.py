@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from ...config import NOT_NEGATIVE, RATIO
 from ...errors import RoutingError
+from ...experts.kind import check_parts
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, READ, prompt_states
 from ...files import is_finite
+from ...sites import blocks_of
 from ...tasks.batching import PromptReading
 from .phatgoose import Temperature
 from .prompt import ReadsBase, Tables
@@ -84,6 +86,9 @@ class Discriminant(ReadsBase):
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         parts = [f"{READ}.{part}" for part in PARTS]
+        forms = {part: pool.experts[0].readings[part].shape for part in parts}
+        for each in pool.experts:
+            check_parts(f"Expert {each.name!r}, readings", forms, each.readings, (torch.float32,))
         stacked = {part: torch.stack([e.readings[part] for e in pool.experts]) for part in parts}
         return Tables(pool.names, {f"readings.{part}": rows for part, rows in stacked.items()})
 
@@ -99,6 +104,12 @@ class Discriminant(ReadsBase):
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
     def reading(self, base: PreTrainedModel, ready: Lines) -> PromptReading:
+        size = len(blocks_of(base)), base.config.get_text_config().hidden_size
+        if size != ready.slopes.shape[:2]:
+            raise RoutingError(
+                f"Router {self.name} can't read prompts: the experts' readings are of "
+                f"{[*ready.slopes.shape[:2]]} blocks and numbers, the base has {[*size]}."
+            )
         return prompt_states(base)
 
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:

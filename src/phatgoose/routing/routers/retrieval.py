@@ -57,7 +57,10 @@ class Searched(NamedTuple):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The unit vectors of texts, of which MOST_CHARACTERS count."""
-        return embed_texts([text[:MOST_CHARACTERS] for text in texts], self.embedder)
+        vectors = embed_texts([text[:MOST_CHARACTERS] for text in texts], self.embedder)
+        if vectors.shape[1] != self.rows.shape[1]:
+            raise RoutingError(f"The experts' embeddings aren't {self.embedder}'s: sizes differ.")
+        return vectors
 
 
 @dataclass(frozen=True)

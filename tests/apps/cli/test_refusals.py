@@ -51,7 +51,7 @@ compose experts --out none => none exists already
 add nowhere bare => nowhere/routed.json does not exist
 remove routed x9 => 'x9' can't leave
 export experts --out new --router phatgoose BASE => route by merged, single or fixed weights
-export experts --engine vllm --rank 4 --out new => --rank works only without --engine
+export experts --engine vllm --k 4 --out new => --k works only without --engine
 generate tiny-base hi --dtype int3 => 'int3'
 generate routed Film --router arrow BASE => routed is not a pool
 generate experts hi --json file/x.json BASE => can't be written
@@ -62,7 +62,7 @@ generate experts hi BASE --router oracle --scores scores.json => goes by the tas
 evaluate experts --task unseen.jsonl --limit 0 BASE => limit is 0
 analyse routed --task unseen.jsonl --k 2 BASE => routed is not a pool
 analyse tiny-base --task unseen.jsonl => is not routed
-COMPARE unseen.jsonl --methods base,best => router is 'best', but must be one of
+COMPARE unseen.jsonl --methods base,auto => router is 'auto', but must be one of random
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 serve experts --upstream localhost:8001 => must be the address of an engine

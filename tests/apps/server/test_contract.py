@@ -288,10 +288,17 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
     place, tmp_path, caplog, monkeypatch, kind
 ):
     monkeypatch.setattr("phatgoose.apps.server.service.LOOKING", 0.05)
-    monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 0.2)
+    monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 600)
     for name in ("e0", "e1"):
         shutil.copytree(place / name, tmp_path / name)
+        (tmp_path / f"round-{name}").symlink_to(tmp_path)
     config, weights = "e1/phatgoose.json", "adapter_model.safetensors"
+
+    def is_trained_anew(name):
+        before, after = (Pool.open(place)[each].info.adapter_sha256 for each in (name, "e2"))
+        shutil.copyfile(place / "e2" / weights, tmp_path / name / weights)
+        record = tmp_path / name / "phatgoose.json"
+        record.write_text(record.read_text().replace(before, after))
 
     def has(*names):
         until(lambda: client.get("/v1/models/goose").json()["experts"] == list(names))
@@ -310,7 +317,7 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
         (tmp_path / config).write_text("{")
         until(lambda: "goose has changed, and is served as it was" in caplog.text)
         assert answers("e1")
-        shutil.copyfile(place / config, tmp_path / config)
+        shutil.copyfile(place / config, tmp_path / config)  # which is taken at once
         engine.mode = "loading slowly"
         shutil.copytree(place / "e2", tmp_path / "e2")
         if kind == "vllm":
@@ -330,10 +337,14 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
                 go_on.set()
                 assert running.result() == wanted  # by the experts that it began with
             error_of(client, **body)
-        else:  # e1 gets the weights of e2, and the engine has the old ones
-            shutil.copyfile(place / "e2" / weights, tmp_path / "e1" / weights)
-            before, after = (Pool.open(place)[name].info.adapter_sha256 for name in ("e1", "e2"))
-            text = (tmp_path / config).read_text()
-            (tmp_path / config).write_text(text.replace(before, after))
+        else:
+            monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 0.2)
+            engine.loads = False
+            shutil.copytree(place / "e3", tmp_path / "e3")
+            until(lambda: "lacks e3" in caplog.text)
+            is_trained_anew("e3")
+            engine.loads = True
+            has("e0", "e1", "e2", "e3")
+            is_trained_anew("e1")  # of which the engine has the old weights
             until(lambda: "Two experts are called 'e1'" in caplog.text)
             assert answers("e1")

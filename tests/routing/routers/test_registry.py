@@ -70,8 +70,8 @@ def test_a_model_keeps_the_canonical_text(llama, llama_pool):
 
 
 def test_lists_of_routers_are_split_between_them_only():
-    texts = ["arrow:form=peft,temperature=2,phatgoose,all", "random:seed=1", "k=2"]
-    wanted = ["arrow:form=peft,temperature=2", "phatgoose", "all", "random:seed=1,k=2"]
+    texts = ["arrow:form=peft,temperature=2,phatgoose,all", "weights:a-b=1", "c.d=2"]
+    wanted = ["arrow:form=peft,temperature=2", "phatgoose", "all", "weights:a-b=1,c.d=2"]
     assert split_routers(texts) == wanted
 
 

@@ -137,8 +137,8 @@ def export(
     instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
-    router = None if opening.routing == Routing() else opening.routing.router
-    for_one = {"merged": merged or None, "rank": rank, "router": router, "scores": opening.scores}
+    routing = dict(vars(opening.routing).items() - vars(Routing()).items())
+    for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, **routing}
     options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
         from ...routing.compose import require_pool

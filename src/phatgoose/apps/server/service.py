@@ -249,14 +249,17 @@ class Service:
         old one. One that can't be opened leaves it where it is, and is tried again.
         """
         opened = {name: seen_at(model.settings.place) for name, model in self.models.items()}
-        last = dict(opened)
+        last, again = dict(opened), dict.fromkeys(opened, 0.0)
         while True:
             await asyncio.sleep(LOOKING)
             for name, model in self.models.items():
                 try:
                     now = await in_thread(partial(seen_at, model.settings.place))
                     before, last[name] = last[name], now
-                    if before == now != opened[name]:
+                    if before != now:
+                        again[name] = 0.0
+                    elif now != opened[name] and time.monotonic() >= again[name]:
+                        again[name] = time.monotonic() + AGAIN
                         new = await in_thread(model.reopened)
                         await self.backend.take({**self.models, name: new})
                         opened[name] = now
@@ -265,7 +268,6 @@ class Service:
                 except Exception as error:  # also where there are too many threads
                     words = "%s has changed, and is served as it was: %s"
                     log.warning(words, name, one_line(error))
-                    await asyncio.sleep(AGAIN)
 
     def _count(self, reply: Reply) -> None:
         usage, name = reply.builder.usage, reply.builder.request.model
@@ -273,10 +275,15 @@ class Service:
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
 
-def seen_at(place: str) -> list[tuple[str, int, float]]:
+def seen_at(place: str) -> list[tuple[str, int, int]]:
     """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
-    paths = sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(place)}/**", recursive=True)))
-    return [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+    inside, files = glob.escape(place), []
+    for path in sorted(glob.glob(f"{inside}/*") + glob.glob(f"{inside}/*/*")):  # links may loop
+        with suppress(OSError):  # it went away since it was listed
+            if os.path.isfile(path):
+                stat = os.stat(path)
+                files.append((path, stat.st_size, stat.st_mtime_ns))
+    return files
 
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:

@@ -88,7 +88,7 @@ def split_routers(texts: Iterable[str]) -> list[str]:
     for text in texts:
         for part in filter(None, text.split(",")):
             name, sign, _ = part.partition("=")
-            if sign and name.isidentifier() and routers and ":" in routers[-1]:
+            if sign and ":" not in name and routers and ":" in routers[-1]:
                 routers[-1] += f",{part}"
             else:
                 routers.append(part)

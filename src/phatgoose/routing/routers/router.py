@@ -326,7 +326,7 @@ def class_of(router: str) -> type[Router]:
     others = all_routers()
     if name in others:
         return others[name]
-    known = (AUTO, *others)
+    known = [each for each in (AUTO, *others) if each != name]  # auto where none can be
     raise ConfigError(
         f"router is {shortened(router)}, but must be one of {', '.join(known)}."
         f"{closest(name, known)}"

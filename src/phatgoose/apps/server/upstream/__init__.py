@@ -140,6 +140,8 @@ class EngineBackend(Backend):
         return replace(self._limits, max_batch_tokens=context) if context else self._limits
 
     async def take(self, models: dict[str, ChosenPool]) -> None:
+        there = self.link.engine.ids if self.link.engine else self._adapters  # others may change
+        self._adapters = {name: each for name, each in self._adapters.items() if name in there}
         await self.link.take(self._folders_of(models))
         self.models = models
 

@@ -373,7 +373,7 @@ class Link:
             if response.is_error:
                 raise await self._refusal(response)
             await self._pass_on(response, number, asked, events)
-        except (httpx2.HTTPError, ValueError) as error:
+        except (httpx2.HTTPError, ValueError, KeyError) as error:
             raise self._failure(error) from error
 
     async def _pass_on(
@@ -413,7 +413,8 @@ class Link:
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             return ApiError(502, message, code=BROKEN)
         self.engine = None
-        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):  # nothing was sent
+        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError)):
+            # Nothing was sent. KeyError: it was restarted, and lacks an expert that was there.
             return _away("The engine behind this server is away; try again.")
         return ApiError(502, "The engine broke off its answer.", code=BROKEN)
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from changed_experts import DOWN, QUERY
-from odd_files import one_line_of, rewrite
+from damage import record_hashes
+from odd_files import one_line_of
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert, adapter_files, check_expert
+from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
@@ -57,14 +58,6 @@ def tensor(file: str, name: str, value: torch.Tensor | None) -> Damage:
         save_file(tensors if value is None else tensors | {name: value}, folder / file)
 
     return do
-
-
-def record_hashes(folder: Path) -> None:
-    """Make the hashes fit, so that they are not what is noticed."""
-    files = {"adapter": adapter_files(folder).weights, "vectors": VECTORS}
-    for key, file in {**files, "embeddings": EMBEDDINGS}.items():
-        if (folder / file).is_file():
-            rewrite(folder / INFO, **{f"{key}_sha256": sha256_of(folder / file)})
 
 
 def odd(value: float, *shape: int) -> torch.Tensor:

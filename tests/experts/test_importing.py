@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from changed_experts import set_config
-from import_cases import CASES, make_tiny, write_case
+from import_cases import CASES, write_case
 from odd_files import one_line_of
 from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import BaseModelError, ExpertError, PoolError
@@ -21,12 +21,15 @@ from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from tiny import (
-    copied_model,
+    IDS,
+    SETTINGS,
     logits_of,
     make_adapter,
     make_ids,
     make_model,
+    make_tokenizer,
     peft_model,
+    random_model,
 )
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -50,9 +53,9 @@ def test_every_option_is_imported_exactly_or_refused(case, kind, base_folders, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*lora_bias")  # of layers that have no bias
-        wanted = logits_of(PeftModel.from_pretrained(copied_model(kind), adapter), ids)
+        wanted = logits_of(PeftModel.from_pretrained(make_model(kind), adapter), ids)
         warnings.filterwarnings("ignore", message=".*taking .* on trust")
-        routed = compose(Pool((expert,)), copied_model(kind), router="single", k=1)
+        routed = compose(Pool((expert,)), make_model(kind), router="single", k=1)
     lossy = case.allow_loss is not None
     difference = (logits_of(routed, ids) - wanted).abs().max() / wanted.abs().max()
     assert difference <= (LOSSY_TOLERANCE if lossy else TOLERANCE)
@@ -167,7 +170,9 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
 
 @pytest.mark.skipif("exaone" not in CONFIG_MAPPING, reason="this transformers has no exaone")
 def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_path):
-    base = load_base(make_tiny("exaone", tmp_path / "base"), dtype="float32")
+    random_model("exaone", IDS | SETTINGS["qwen2"]).save_pretrained(tmp_path / "base")
+    make_tokenizer(final_eos=False).save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base", dtype="float32")
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], use_rslora=True)
     tensors = {
         name.replace("model.layers", "transformer.h").replace("self_attn", "attn.attention"): tensor

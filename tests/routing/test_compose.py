@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
@@ -165,14 +166,16 @@ def test_another_base_of_the_same_shape_is_refused(llama_pool, base_folders):
 
 
 @pytest.mark.filterwarnings("ignore:.*fingerprint")
-def test_an_unknown_fingerprint_is_taken_on_trust_but_no_other_shapes(originals, llama_pool):
+def test_an_unknown_fingerprint_is_taken_on_trust_but_no_other_shapes(
+    llama, loaded_bases, llama_pool
+):
     unknown = tuple(
         replace(e, info=replace(e.info, base=BaseReference("x"))) for e in llama_pool.experts
     )
     with pytest.warns(UserWarning, match="fingerprint"):
-        compose(Pool(unknown), originals["llama"].copied(), router="phatgoose")
+        compose(Pool(unknown), llama, router="phatgoose")
     with pytest.raises(ExpertError, match="'e0'"):
-        compose(Pool(unknown), originals["gpt2"].copied(), router="phatgoose")
+        compose(Pool(unknown), copy.deepcopy(loaded_bases["gpt2"]), router="phatgoose")
 
 
 # Models opened from any place

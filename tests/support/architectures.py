@@ -69,12 +69,7 @@ OTHERS = {  # built unlike the above
     "prophetnet": PROPHETNET,  # its decoder has several rows of activations for each of tokens
     "led": {**BART, **POSITIONS, "attention_window": [8, 8]},  # pads inside, to whole windows
     "nllb-moe": {**BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
-    "switch_transformers": {
-        **SWITCH,
-        "num_heads": 4,
-        "num_experts": 2,
-        "decoder_start_token_id": 0,
-    },
+    "switch_transformers": SWITCH,
 }
 
 

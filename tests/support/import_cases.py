@@ -10,10 +10,9 @@ import peft
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
-from tiny import copied_model, make_tokenizer
+from tiny import make_model
 
 KINDS = ("t5", "llama", "gpt2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names
@@ -59,7 +58,7 @@ def named(value: Any, kind: str) -> Any:
 
 def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
     """The random adapter of `case` on the tiny base `kind` of this name, saved by PEFT."""
-    base = copied_model(kind)
+    base = make_model(kind)
     base.name_or_path = str(base_folder)
     options = {"task_type": "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"}
     if case.config is not peft.PromptTuningConfig:
@@ -112,21 +111,3 @@ CASES = (
     Case("prompts", {"num_virtual_tokens": 4}, peft.PromptTuningConfig, "type 'PROMPT_TUNING'"),
     Case("OFT", {"oft_block_size": 4}, peft.OFTConfig, "of type 'OFT'", only=("llama",)),
 )
-
-
-def make_tiny(kind: str, folder: Path) -> Path:
-    """A tiny base of an architecture whose layers transformers 5 has renamed or fused."""
-    config = AutoConfig.for_model(
-        kind,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        num_local_experts=2,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer(final_eos=False).save_pretrained(folder)
-    return folder

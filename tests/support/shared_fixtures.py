@@ -1,5 +1,6 @@
 """Tiny bases, tokenizers and experts, made from configs: no network, no downloads."""
 
+import copy
 import gc
 import shutil
 from dataclasses import replace
@@ -12,7 +13,6 @@ import typer
 from hypothesis import HealthCheck, settings
 
 from command_line import run
-from copies import Original
 from fake_hub import using_hub
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
@@ -54,21 +54,16 @@ def loaded_bases(base_folders):
     return {kind: load_base(folder, dtype="float32") for kind, folder in base_folders.items()}
 
 
-@pytest.fixture(scope="session")
-def originals(loaded_bases):
-    return {kind: Original(base) for kind, base in loaded_bases.items()}
-
-
 @pytest.fixture
-def base(kind, originals):
+def base(kind, loaded_bases):
     """A fresh base of the current kind, float32."""
-    return originals[kind].copied()
+    return copy.deepcopy(loaded_bases[kind])
 
 
 @pytest.fixture
-def llama(originals):
+def llama(loaded_bases):
     """A fresh tiny Llama, float32, for tests that need one base only."""
-    return originals["llama"].copied()
+    return copy.deepcopy(loaded_bases["llama"])
 
 
 @pytest.fixture

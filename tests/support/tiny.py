@@ -1,5 +1,6 @@
 """Tiny bases, tokenizers, experts and their logits: random weights, no network."""
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from copies import Original
 from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
@@ -81,19 +81,9 @@ def random_model(kind: str, settings: Mapping[str, object], seed: int = 0) -> Pr
 
 
 @cache
-def _made(kind: str) -> Original[PreTrainedModel]:
-    return Original(make_model(kind))
-
-
-def copied_model(kind: str) -> PreTrainedModel:
-    """What `make_model` makes, copied: a fifth of the work."""
-    return _made(kind).copied()
-
-
-@cache
-def _loaded(base: str, dtype: str) -> Original[PreTrainedModel]:
+def _loaded(base: str, dtype: str) -> PreTrainedModel:
     """A model to copy, which is far quicker than loading."""
-    return Original(load_base(base, dtype=dtype).model)
+    return load_base(base, dtype=dtype).model
 
 
 # What PEFT, which takes its time, wrote for what it was asked: its files, its tensors, and those of
@@ -133,7 +123,7 @@ def _written_by_peft(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*lora_bias.*")  # those of layers without any
-        model = get_peft_model(_loaded(base.id, "float32").copied(), LoraConfig(**settings))
+        model = get_peft_model(copy.deepcopy(_loaded(base.id, "float32")), LoraConfig(**settings))
         warnings.filterwarnings("ignore", message="(?s).*lora_B.bias.*")  # peft looks for matrices
         model.save_pretrained(folder, save_embedding_layers=False)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
@@ -194,7 +184,7 @@ def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedMo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
         warnings.filterwarnings("ignore", message="(?s).*lora_(bias|B.bias).*")
-        return PeftModel.from_pretrained(_loaded(base.id, dtype).copied(), folder)
+        return PeftModel.from_pretrained(copy.deepcopy(_loaded(base.id, dtype)), folder)
 
 
 def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, routing_for
 from phatgoose.tasks import batching
 from phatgoose.training.train_expert import measure, train_gates
-from tiny import copied_model, logits_of, make_adapter, pairs_of
+from tiny import logits_of, make_adapter, make_model, pairs_of
 from training_runs import GATES, TASK, TRAINING, train
 
 KINDS = {
@@ -47,17 +48,17 @@ def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeyp
     expert = train(llama, tmp_path / "e", training=LATE, peft=KINDS[kind])
     assert expert.info.tail == 3
     assert check_expert(expert.directory) == []
-    model = compose(Pool((expert,)), copied_model("llama"), router="single")
+    model = compose(Pool((expert,)), make_model("llama"), router="single")
     loss = validation_loss(llama, expert, model)
     assert loss == pytest.approx(expert.info.metrics["expert_validation_loss"], rel=1e-4)
     everywhere = replace(expert, info=replace(expert.info, acts_on=None))
-    other = compose(Pool((everywhere,)), copied_model("llama"), router="single")
+    other = compose(Pool((everywhere,)), make_model("llama"), router="single")
     assert abs(validation_loss(llama, expert, other) - loss) > 1e-4
 
 
-def test_encoder_decoders_are_refused(originals, tmp_path):
+def test_encoder_decoders_are_refused(loaded_bases, tmp_path):
     with pytest.raises(ConfigError, match="encoder-decoder"):
-        train(originals["t5"].copied(), tmp_path / "e", training=LATE)
+        train(copy.deepcopy(loaded_bases["t5"]), tmp_path / "e", training=LATE)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ from phatgoose.config import Dora
 from phatgoose.errors import ConfigError
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert
-from tiny import copied_model, make_ids, random
+from tiny import make_ids, make_model, random
 from training_runs import TRAINING, train
 
 DORA = Dora(rank=2, alpha=4)
@@ -23,7 +23,7 @@ def test_loss_and_gradients_are_pefts(base, kind):
         target_modules=list(find_sites(base.model)),
         fan_in_fan_out=kind == "gpt2",
     )
-    peft, ids = get_peft_model(copied_model(kind), config), make_ids()
+    peft, ids = get_peft_model(make_model(kind), config), make_ids()
     inputs = {"decoder_input_ids": ids} if kind == "t5" else {}
     theirs = {}  # A, B and m, by site
     for name, parameter in peft.named_parameters():

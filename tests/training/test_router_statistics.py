@@ -14,7 +14,7 @@ from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert
 from tiny import make_adapter
-from toy_embedders import embed
+from toy_embedders import toy_embed
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
@@ -22,7 +22,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
-    monkeypatch.setattr(statistics_module, "embed_texts", embed)
+    monkeypatch.setattr(statistics_module, "embed_texts", toy_embed)
     monkeypatch.setattr("phatgoose.training.train_expert.load_embedder", lambda _: None)
 
 
@@ -83,7 +83,7 @@ def test_what_is_embedded_is_recorded(llama, tmp_path, monkeypatch, form):
     seen = []
     expert = train(llama, tmp_path / "count", Formatting(max_input_tokens=3, truncation="right"))
     monkeypatch.setattr(
-        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
+        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or toy_embed(texts)
     )
     settings = GateTraining(means=False, embeddings=True, embedding_form=form)
     info = measure(expert, llama, TASK, settings).info

@@ -1,5 +1,6 @@
 """Experts: trained, refused, interrupted and resumed to the same bits."""
 
+import copy
 import json
 import signal
 from dataclasses import replace
@@ -133,8 +134,8 @@ def test_work_with_other_settings_data_or_base_is_not_resumed(llama, tmp_path, m
             train(**{"base": llama, "out": tmp_path / "cut", "resume": True, **other})
 
 
-def test_a_finished_expert_is_kept_and_what_differs_is_told(llama, originals, whole):
-    t5 = originals["t5"].copied()
+def test_a_finished_expert_is_kept_and_what_differs_is_told(llama, loaded_bases, whole):
+    t5 = copy.deepcopy(loaded_bases["t5"])
     for base in (t5, t5.id):
         with pytest.raises(WrongBaseError, match=r"is an expert of .*; choose another"):
             train(base, whole.directory, resume=True)

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from threading import Barrier
 
 import httpx2
 import pytest
@@ -25,7 +24,7 @@ from phatgoose.base import smollm2_folder
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.embeddings import can_embed
-from serving import PATH, beside, chunks_of, error_of, until
+from serving import PATH, beside, chunks_of, until
 
 PROMPTS = engine_prompts()
 GREEDY = {"model": "auto", "temperature": 0, "max_tokens": 12}
@@ -186,27 +185,3 @@ def test_sixty_four_clients_get_what_one_gets(experts, engine):
         running = [beside(streamed, prompt) for prompt in PROMPTS[:16] * 4]
         differ = [text for each, text in zip(running, wanted, strict=True) if each.result() != text]
     assert len(differ) <= FEW  # rows of one batch may round otherwise, which breaks ties
-
-
-def test_an_engine_that_is_killed_in_the_middle_of_streams(experts, engine):
-    """Every stream ends with an error, and the engine is used again when it is back."""
-
-    def last_of(prompt, begun):
-        body = {**GREEDY, "prompt": prompt, "max_tokens": 400, "stream": True, "ignore_eos": True}
-        with client.stream("POST", PATH, json=body) as reply:
-            lines = (line for line in reply.iter_lines() if line)
-            next(lines)
-            begun.wait()
-            return [*lines][-1]
-
-    with gateway(experts, engine, listens=True) as client:
-        for _ in range(2):
-            begun = Barrier(5, timeout=60)
-            running = [beside(last_of, prompt, begun) for prompt in PROMPTS[:4]]
-            begun.wait()
-            engine.kill()
-            assert all('"upstream_broken"' in each.result(30) for each in running)
-            error_of(client, 503, **GREEDY, prompt="hi")
-            engine.start()
-            until(lambda: client.get("/healthz").status_code == 200)
-            answer_of(client, PROMPTS[0])

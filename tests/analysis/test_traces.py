@@ -35,13 +35,6 @@ def test_a_trace_has_the_weights_of_a_recording(base, pool):
         np.testing.assert_allclose(stream.shares(4).sum(axis=1), 1)
 
 
-def test_the_tokens_of_a_trace_are_the_text(llama, llama_pool):
-    (stream,) = traced(llama, llama_pool)[2].streams
-    assert "".join(stream.tokens).replace("\ufffd", "") == f"{PROMPT} {ANSWER}"
-    answer = "".join(t for t, part in zip(stream.tokens, stream.parts, strict=True) if part)
-    assert answer == f" {ANSWER}"
-
-
 @pytest.mark.parametrize(
     ("mixture", "wanted"),
     [("e0=1,e1=1", [0.5, 0.5]), ("e0=0.5,e1=-0.5", [0.5, 0.5]), ("e0=3,e1=-1", [0.75, 0.25])],

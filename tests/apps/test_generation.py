@@ -4,25 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig, pipeline
+from transformers import pipeline
 
 from phatgoose.apps.generation import generate as written
 from phatgoose.config import Formatting
-from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Chat
-from routed_models import compose_by, with_embeddings
+from routed_models import compose_by
 from topic_prompts import BEFORE, PROMPTS, read_prompts_of
 
 NEW = 6
-
-
-def test_a_router_that_goes_by_answer_choices_generates_nothing(llama, llama_pool, toy_embedder):
-    pool = with_embeddings(llama_pool, "paper")
-    model = compose(pool, llama, router="retrieval:form=paper")
-    with pytest.raises(ConfigError, match="form=paper embeds answer choices"):
-        written(model, llama.tokenizer, "Hi")
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
@@ -47,15 +39,6 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
         written(model, llama.tokenizer, Chat([*turns, ("user", question)]), 2)
     written(model, llama.tokenizer, question, 2, Formatting(chat=True))
     assert [list(prompt) for (prompt,) in seen] == [tokens["input_ids"]] * (len(BEFORE) + 1)
-
-
-def test_a_text_is_generated_by_the_model_alone_whatever_its_base_would_have(base, pool):
-    model = compose(pool, base, router="phatgoose")
-    plain = written(model, base.tokenizer, "a goose", NEW)
-    tokens = base.tokenizer(plain, add_special_tokens=False)["input_ids"]
-    own = {"repetition_penalty": 1.3, "suppress_tokens": tokens[-2:-1], "top_k": 1}
-    model.generation_config = GenerationConfig(**own, stop_strings=["a"], eos_token_id=1)
-    assert written(model, base.tokenizer, "a goose", NEW) == plain
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

@@ -1,17 +1,16 @@
 """Sites: the linear layers that experts act at; positions, which no input runs over."""
 
 import re
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from architectures import make_tiny, random_expert
 from phatgoose.apps.generation import generate
-from phatgoose.base import Base, fingerprint, load_skeleton
+from phatgoose.base import Base, fingerprint
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
@@ -72,31 +71,15 @@ def test_keys_and_values_of_cross_attention_see_the_encoders_tokens(architecture
     assert {site.stream for site in sites.values()} == {"encoder", "decoder"}
 
 
-IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
-FEW = {"vocab_size": 300, "max_position_embeddings": 40} | IDS
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-LLAMA = SMALL | {"intermediate_size": 16}
-GPT2 = {"vocab_size": 300, "n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2} | IDS
-OPT = FEW | SMALL | {"ffn_dim": 16, "word_embed_proj_dim": 16}
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
-BART |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-KINDS_HERE = {"gpt2": GPT2, "opt": OPT, "bart": FEW | BART}
-T5 = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+POSITIONS = {"gpt2": "n_positions", "opt": "max_position_embeddings"}
+POSITIONS |= {"bart": "max_position_embeddings"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "wanted"),
-    [
-        *((kind, settings, 40) for kind, settings in KINDS_HERE.items()),
-        ("llama", FEW | LLAMA, 40),
-        ("t5", T5, None),
-    ],
-)
-def test_positions_are_those_of_the_config(kind, settings, wanted):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = load_skeleton(AutoConfig.for_model(kind, **settings))
-    assert positions_of(model) == wanted
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_are_those_of_the_config(kind):
+    assert positions_of(make_tiny(kind, **{POSITIONS[kind]: 40})) == 40
+    assert positions_of(make_tiny("llama", max_position_embeddings=40)) == 40
+    assert positions_of(make_tiny("t5")) is None
 
 
 LONG = "a passage of far more than twenty-four letters. Is it so?"
@@ -104,14 +87,9 @@ CHOOSING = Task("choosing", test=(Example(LONG, "yes", ("yes", "no, never")),) *
 WRITING = Task("writing", test=(Example(LONG, "yes"),))
 
 
-@pytest.mark.parametrize("kind", KINDS_HERE)
+@pytest.mark.parametrize("kind", POSITIONS)
 def test_scoring_and_generation_leave_room_for_the_answer(kind):
-    torch.manual_seed(0)
-    name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
-    config = AutoConfig.for_model(kind, **{**KINDS_HERE[kind], name: 24})
-    auto = AutoModelForSeq2SeqLM if kind == "bart" else AutoModelForCausalLM
-    model = auto.from_config(config).eval()
-    model.generation_config.update(pad_token_id=0, forced_eos_token_id=None)
+    model = make_tiny(kind, **{POSITIONS[kind]: 24})
     tokenizer = make_tokenizer(final_eos=kind == "bart")
     base = Base(model, tokenizer, "few", None, fingerprint(model))
     room = (24, 24, 24) if kind == "bart" else (13, 16, 20)  # its decoder has places of its own

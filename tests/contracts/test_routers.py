@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from growth_cases import assert_is_that_of, composed
 from mixed_experts import ordered
 from phatgoose.config import Routing, settings_of
 from phatgoose.errors import PoolError, RoutingError
@@ -26,7 +25,7 @@ from phatgoose.routing.routers.registry import OURS, known_names
 from phatgoose.routing.routers.router import Router, SiteRouter, class_of, router_of
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.tasks.batching import pad_left, pad_right
-from routed_models import compose_by, of_task, with_embeddings
+from routed_models import assert_is_that_of, compose_by, composed, of_task, with_embeddings
 from tiny import logits_of, make_ids, random
 from topic_prompts import PROMPTS, both_streams, experts_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from changed_experts import make, vectors_for
-from phatgoose.base import load_base
+from phatgoose.base import BaseReference, load_base
 from phatgoose.experts.expert import Expert
-from tiny import make_adapter
+from tiny import TINY_BASE, make_adapter
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,17 @@ def adapter(base_folders, tmp_path_factory) -> Path:
 def original(adapter, tmp_path_factory) -> Expert:
     expert = make(adapter, means=vectors_for(adapter, 2))
     return expert.save(tmp_path_factory.mktemp("experts") / "reviews")
+
+
+@pytest.fixture
+def write(adapter, tmp_path):
+    """A function that writes an expert of a base into the folder `pool`."""
+
+    def expert(name: str, base: BaseReference = TINY_BASE) -> Path:
+        saved = Expert.from_peft(adapter, {}, name=name, base=base).save(tmp_path / "pool" / name)
+        return saved.directory
+
+    return expert
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""DoRAs: imported, mixed with other experts, saved and exported."""
+"""DoRAs: imported, mixed with other experts and exported."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch
 from phatgoose.base import load_base
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, load, save
+from phatgoose.routing.compose import compose
 from phatgoose.routing.export import export
-from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 
@@ -45,18 +44,3 @@ def test_changes_of_several_add_up_and_leave_as_a_model(base, pool, tmp_path):
     export(model, tmp_path / "whole", merged=True)
     whole = load_base(tmp_path / "whole", dtype="float32").model
     assert_same_logits(logits_of(whole, make_ids()), logits)
-
-
-@pytest.mark.parametrize("kind", ["llama"], indirect=True)
-def test_a_routed_model_is_saved_and_grows(base, pool, tmp_path):
-    save(compose(pool, base, router="arrow"), tmp_path / "routed")
-    wanted = logits_of(base.model, make_ids())
-    detach(base.model)
-    assert torch.equal(logits_of(load(tmp_path / "routed", base), make_ids()), wanted)
-    detach(base.model)
-    remove_from_saved(tmp_path / "routed", ["a", "b"])
-    add_to_saved(tmp_path / "routed", pool.select(["b"]))
-    kept = logits_of(load(tmp_path / "routed", base), make_ids())
-    detach(base.model)
-    other = logits_of(compose(pool.select(["b", "lora"]), base, router="arrow"), make_ids())
-    assert_same_logits(kept, other)

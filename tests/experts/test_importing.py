@@ -98,29 +98,12 @@ def test_a_base_that_does_not_fit_or_is_not_named_or_not_there_is_told(own_adapt
         import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
     with pytest.raises(BaseModelError, match="nowhere"):
         import_adapter(own_adapter, tmp_path / "mine", base="nowhere")
+    set_config(own_adapter, target_modules=["nothing"])
+    with pytest.raises(ExpertError, match="nothing"):
+        import_adapter(own_adapter, tmp_path / "mine")
     set_config(own_adapter, base_model_name_or_path=None)
     with pytest.raises(ExpertError, match="--base"):
         import_adapter(own_adapter, tmp_path / "mine")
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"target_modules": ["nothing"]}, "nothing"),
-        ({"target_modules": "(("}, "no name or regular expression"),
-        ({"r": 0}, "can't be imported: "),
-        ({"r": "4"}, "can't be imported: "),
-        ({"r": 8}, "wanted (8, "),
-        ({"revision": "../../x"}, "no branch, tag or commit"),
-    ],
-)
-def test_a_config_that_fits_nothing_is_refused_in_one_line(
-    own_adapter, tmp_path, options, complaint
-):
-    set_config(own_adapter, **options)
-    told = one_line_of(lambda: import_adapter(own_adapter, tmp_path / "mine"), ExpertError)
-    assert complaint in told
-    assert not (tmp_path / "mine").exists()
 
 
 def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(base_folders, tmp_path):

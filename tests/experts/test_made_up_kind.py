@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from growth_cases import assert_is_that_of, composed
 from made_up_kind import SHIFTS, pool_with_shifts, register
 from mixed_experts import mixed_output, ordered
 from oracle import token_weights
@@ -20,6 +19,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, load, save
 from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
+from routed_models import assert_is_that_of, composed
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import TASK, gated_loss, target_nll, train
 

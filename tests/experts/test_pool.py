@@ -76,9 +76,9 @@ def test_a_pool_has_one_base(write, tmp_path, bases, complaint):
         assert all(part in message for part in complaint)
 
 
-def test_adapters_beside_experts_are_left_out_with_a_warning(write, adapters, tmp_path):
+def test_adapters_beside_experts_are_left_out_with_a_warning(write, adapter, tmp_path):
     write("a")
-    shutil.copytree(adapters["two"], tmp_path / "pool" / "plain")
+    shutil.copytree(adapter, tmp_path / "pool" / "plain")
     with pytest.warns(UserWarning, match=r"pool/plain is left out: it is an adapter among experts"):
         pool = Pool.open(tmp_path / "pool")
     assert pool.names == ("a",)
@@ -97,9 +97,9 @@ def test_selecting_keeps_the_order_of_the_pool_or_is_refused_with_the_reason(wri
         pool.select(leave_out=["a", "b", "c"])
 
 
-def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path):
-    Expert.from_peft(adapters["two"], {}, base=TINY_BASE).save(tmp_path / "elsewhere")
+def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapter, tmp_path):
+    Expert.from_peft(adapter, {}, base=TINY_BASE).save(tmp_path / "elsewhere")
     pool = Pool.open(tmp_path / "elsewhere")
-    assert pool.names == ("two",)
-    with pytest.raises(PoolError, match="The directory 'elsewhere' holds the expert 'two'"):
+    assert pool.names == ("reviews",)
+    with pytest.raises(PoolError, match="The directory 'elsewhere' holds the expert 'reviews'"):
         pool.select(keep=["elsewhere"])

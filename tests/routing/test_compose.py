@@ -31,7 +31,6 @@ from tiny import (
     make_adapter,
     make_ids,
     make_model,
-    peft_model,
     random,
 )
 
@@ -67,29 +66,6 @@ def test_the_whole_model_is_the_naively_routed_one(base, pool, k, size, how):
 
 def test_sites_with_fewer_than_k_experts_use_those_there_are(llama, uneven):
     assert_is_naively_routed(llama, uneven, 4, make_ids())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": 7},
-        {"alpha_pattern": 3},
-        {"rank_pattern": 2, "alpha_pattern": 5, "use_rslora": True},
-    ],
-    ids=lambda options: "+".join(options) or "plain",
-)
-def test_one_expert_alone_is_the_peft_model(base, kind, make_expert, options):
-    module = Q_PROJ[kind].rpartition(".")[2]
-    options = {
-        key: {module: value} if key.endswith("pattern") else value for key, value in options.items()
-    }
-    expert, other = make_expert(base, "one", **options), make_expert(base, "other", seed=1)
-    ids = make_ids(rows=2)
-    wanted = logits_of(peft_model(base, expert.directory), ids)
-    model = compose(Pool((expert, other)).select(["one"]), base, k=1, router="phatgoose")
-    assert_same_logits(logits_of(model, ids), wanted)
 
 
 def test_the_parameters_of_a_routed_model_are_the_bases_under_their_names(base, pool):

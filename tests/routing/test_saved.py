@@ -11,15 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from growth_cases import assert_is_that_of, composed
-from mixed_experts import ordered, renamed
+from mixed_experts import make_kind, ordered, renamed
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, shareable
-from routed_models import compose_by
+from routed_models import assert_is_that_of, compose_by, composed
 from tiny import logits_of, make_ids, make_model
 
 READ = {"routed.json", "routed.safetensors"}
@@ -159,13 +158,14 @@ def test_a_base_that_was_trained_is_not_lost_without_a_word(llama, model, tmp_pa
 
 
 def test_experts_of_all_kinds_join_and_leave(llama, llama_mixed, tmp_path):
+    pool = Pool((*llama_mixed.experts, make_kind("dora", llama, tmp_path, seed=8)))
     folder, first = tmp_path / "routed", ["lora0", "lora7", "bottleneck3"]
-    save(composed("phatgoose", ordered(llama_mixed, first), llama), folder)
-    second = ["ia32", "bottleneck4", "biased1", "bottleneck5"]
-    add_to_saved(folder, ordered(llama_mixed, second))
-    assert_is_that_of(folder, "phatgoose", ordered(llama_mixed, [*first, *second]), llama)
+    save(composed("phatgoose", ordered(pool, first), llama), folder)
+    second = ["ia32", "bottleneck4", "biased1", "bottleneck5", "dora8"]
+    add_to_saved(folder, ordered(pool, second))
+    assert_is_that_of(folder, "phatgoose", ordered(pool, [*first, *second]), llama)
     remove_from_saved(folder, ["bottleneck3", "lora7"])
-    assert_is_that_of(folder, "phatgoose", ordered(llama_mixed, ["lora0", *second]), llama)
+    assert_is_that_of(folder, "phatgoose", ordered(pool, ["lora0", *second]), llama)
 
 
 def test_what_else_is_in_the_folder_stays_as_it_is(uneven, pair, tmp_path):

@@ -242,14 +242,16 @@ def only_reading(folder: Path) -> Iterator[None]:
 
 # The files of an expert's directory, to be damaged, and its hashes made to fit.
 JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, FILES.config)
-WEIGHTS = (ADAPTER_WEIGHTS, FILES.weights)
+WEIGHTS, DORA_WEIGHTS = (ADAPTER_WEIGHTS, FILES.weights), "dora.safetensors"
 TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 
 
 def record_hashes(folder: Path) -> None:
     """Write the files' present hashes into the description, so that deeper checks are reached."""
-    weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+    weights = next(
+        (file for file in (*WEIGHTS, DORA_WEIGHTS) if (folder / file).is_file()), WEIGHTS[0]
+    )
     files = {"adapter": weights, "vectors": LAYOUT.vectors, "embeddings": LAYOUT.embeddings}
     with suppress(OSError, ValueError, TypeError, RecursionError):
         info = json_of(folder / LAYOUT.info)

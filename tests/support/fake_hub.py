@@ -172,6 +172,7 @@ def using_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
     hub = FakeHub()
     files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_URL_HOSTS", {"hub.test"}, raising=False)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

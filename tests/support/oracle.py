@@ -1,4 +1,4 @@
-"""The routing of the paper's section 3 in float64: for one token word by word, and for many."""
+"""The routing of the paper's section 3 in float64."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,28 +13,20 @@ from phatgoose.experts.expert import Expert
 EPS = 1e-5
 
 
-def token_weights(u: Tensor, experts: Sequence[Expert], site: str, k: int) -> dict[int, float]:
-    """The weights of the chosen experts for one token u [n], by position in `experts`."""
-    n = len(u)
-    u = u.double()
-    u_bar = (u - u.mean()) / math.sqrt(u.var(unbiased=False) + EPS)
-    affinities = {}
-    for z, expert in enumerate(experts):
-        if site in expert.modules:
-            v = expert.gates[site].double()
-            v_bar = (v - v.mean()) / v.std(unbiased=False)
-            affinities[z] = float(v_bar @ u_bar)
-    chosen = sorted(affinities, key=lambda z: -affinities[z])[:k]
-    powers = {z: math.exp(affinities[z] / math.sqrt(n)) for z in chosen}
-    return {z: power / sum(powers.values()) for z, power in powers.items()}
-
-
 def plain_scores(u: Tensor, vectors: Tensor) -> Tensor:
     """v̄ᵀū/√n of tokens u [.., n] and `vectors` [E, n], float64 [.., E]."""
     u, v = u.double(), vectors.double()
     u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
     v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
     return u @ v.T / math.sqrt(u.shape[-1])
+
+
+def token_weights(u: Tensor, experts: Sequence[Expert], site: str, k: int) -> dict[int, float]:
+    """The weights of the chosen experts for one token u [n], by position in `experts`."""
+    here = [z for z, expert in enumerate(experts) if site in expert.modules]
+    scores = plain_scores(u, torch.stack([experts[z].gates[site] for z in here]))
+    best = scores.topk(min(k, len(here)))
+    return {here[i]: w for i, w in zip(best.indices, best.values.softmax(-1).tolist(), strict=True)}
 
 
 def formula(

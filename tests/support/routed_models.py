@@ -1,5 +1,6 @@
-"""Tiny pools composed by every router, with all that the router needs."""
+"""Tiny pools composed by every router, with all that it needs; saved models compared."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from transformers import PreTrainedModel
 from phatgoose.base import Base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of
+from phatgoose.routing.compose import compose, composition_of, save
 from phatgoose.routing.routers.router import SiteRouter, router_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
+from tiny import write_expert
 from toy_embedders import toy_embed
 
 TOPICS = ("apples, pears and plums", "1 + 2 = 3, 4 + 5 = 9", "WHAT? WHO? WHY?", "jazz quiz; zigzag")
@@ -72,3 +74,27 @@ def router_at(site: str, base: Base, pool: Pool, text: str, k: int | None = None
     """The router that `text` names at one site, where all experts of `pool` act."""
     router = router_of(Routing(text, k)).settled(pool, base.model, base.tokenizer)
     return SiteRouter(router, site, torch.arange(len(pool)), len(pool), router.table(pool, site))
+
+
+def uneven_pool(base: Base, folder: Path) -> Pool:
+    """e0 to e3 of ranks 2, 1, 3, 1; e1 acts on queries only, e3 at no query."""
+    others = ["k_proj", "v_proj", "down_proj"]
+    shapes = (
+        {"rank": 2, "target_modules": [*others, "q_proj"]},
+        {"rank": 1, "target_modules": ["q_proj"]},
+        {"rank": 3},
+        {"rank": 1, "target_modules": others},
+    )
+    pairs = enumerate(shapes)
+    return Pool(tuple(write_expert(base, folder, f"e{z}", seed=z, **each) for z, each in pairs))
+
+
+def composed(router: str, pool: Pool, base: Base):
+    return compose(pool, copy.deepcopy(base), router=router)
+
+
+def assert_is_that_of(folder: Path, router: str, pool: Pool, base: Base) -> None:
+    """What was saved and changed is byte for byte what `pool`, composed and saved, is."""
+    save(composed(router, pool, base), folder.parent / "new", overwrite=True)
+    for name in ("routed.json", "routed.safetensors"):
+        assert (folder / name).read_bytes() == (folder.parent / "new" / name).read_bytes()

@@ -14,16 +14,14 @@ from hypothesis import HealthCheck, settings
 
 from command_line import run
 from fake_hub import using_hub
-from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from odd_files import KEPT
 from paths import GOLDEN
 from phatgoose.base import load_base
-from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from routed_models import with_embeddings
+from routed_models import uneven_pool, with_embeddings
 from suite_data import write_hub
-from tiny import KINDS, TINY_BASE, make_adapter, make_model, make_tokenizer, write_expert
+from tiny import KINDS, make_model, make_tokenizer, write_expert
 from toy_embedders import use_toy_embedder
 
 # How long an example takes depends on who else is at work.
@@ -97,33 +95,6 @@ def pool(kind, pool_of):
 @pytest.fixture
 def llama_pool(pool_of):
     return pool_of("llama")
-
-
-@pytest.fixture(scope="session")
-def adapters(loaded_bases, tmp_path_factory):
-    """Adapters of three ranks; the one of rank 2 acts on queries only."""
-    base, folder = loaded_bases["llama"], tmp_path_factory.mktemp("adapters")
-    return {
-        "four": make_adapter(base, folder / "four", rank=4, seed=1),
-        "six": make_adapter(base, folder / "six", rank=6, seed=2, use_rslora=True),
-        "two": make_adapter(base, folder / "two", rank=2, seed=3, target_modules=["q_proj"]),
-    }
-
-
-@pytest.fixture
-def write(adapters, tmp_path):
-    """A function that writes an expert: `write(name, adapter, **what from_peft takes)`."""
-
-    def expert(name, adapter="four", *, place="pool", **options):
-        plain = Expert.from_peft(adapters[adapter], {}, name=name)
-        gates = {site: torch.ones(lora.A.shape[1]) for site, lora in plain.lora.items()}
-        for vector in gates.values():
-            vector[: len(name)] = 2.0
-        options = {"gates": gates, "base": TINY_BASE, **options}
-        made = Expert.from_peft(adapters[adapter], name=name, **options)
-        return made.save(tmp_path / place / name).directory
-
-    return expert
 
 
 @pytest.fixture(scope="session")

@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from damage import content_of, damaged, damages, examples, json_of, only_reading, told
-from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.base import Base, load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers.router import all_routers
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved
-from routed_models import SCORES, of_task, with_embeddings
+from routed_models import SCORES, of_task, uneven_pool, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
 from toy_embedders import use_toy_embedder
 

@@ -25,9 +25,9 @@ def test_every_command_says_as_much_as_it_is_told_to(phat, monkeypatch, words, l
     def look():
         with tqdm(total=1, disable=False) as bar:
             assert (logging.getLogger("phatgoose").level, not bar.disable) == (level, bars)
-        return {}
+        return []
 
-    monkeypatch.setattr("phatgoose.apps.cli.evaluation.listing", look)
+    monkeypatch.setattr("phatgoose.apps.cli.evaluation.known_names", look)
     assert phat(*words).code == 0
 
 

@@ -20,7 +20,7 @@ from phatgoose.apps.server.guards import (
 from phatgoose.apps.server.protocol import ApiError, without_paths
 from phatgoose.apps.server.requests import check_body
 from phatgoose.base import load_base
-from phatgoose.config import Routing, Serving
+from phatgoose.config import Routing
 from phatgoose.routing.routers.auto import settled
 from serving import (
     CHAT,
@@ -28,7 +28,6 @@ from serving import (
     GREEDY,
     JSON,
     PATH,
-    app_of,
     ask,
     beside,
     client_of,
@@ -265,7 +264,6 @@ def test_names_in_errors_are_cut_and_printable(client):
 
 # Chat templates and tokenizers that take all time or memory, or aren't there.
 
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 POWER = "{% set a = 9 %}{{ a ** (a ** a) }}"
 DOUBLED = (
     "{% set x = namespace(y='a' * 999) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
@@ -309,34 +307,6 @@ def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of)
         client.portal.call(client.app.state.service.close)
         assert chat.result(30)["message"] == "The server was stopped."
         assert time.monotonic() - begun < untrusted_text.SECONDS
-
-
-def test_a_request_that_a_template_outlasts_is_a_504(pool):
-    app = app_of(pool, Serving(timeout=1), template=LOOP)
-    with client_of(app) as client:
-        late = error_of(client, 504, CHATS, **CHAT)
-        assert late["message"] == "The answer took longer than 1 seconds."
-        until(lambda: not health_of(client)["reading"])
-        ask(client, **GREEDY)
-
-
-@pytest.mark.parametrize("problem", ["no processes", "no python"])
-def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, monkeypatch, problem):
-    def fails(*_, **__):
-        raise OSError("Resource temporarily unavailable")
-
-    (texts,) = (process for process, _ in client.app.state.service._texts.values())
-    texts._children[0].kill()
-    texts._children[0].wait()
-    with monkeypatch.context() as patch:
-        if problem == "no processes":
-            patch.setattr(untrusted_text, "Popen", fails)
-        else:
-            patch.setattr(untrusted_text, "START", "raise SystemExit")
-        error = error_of(client, 503, **GREEDY)
-    assert error["message"].startswith("The tokenizer's new process can't be read: ")
-    assert error["type"] == "server_error"
-    ask(client, **GREEDY)
 
 
 # What is told of it.

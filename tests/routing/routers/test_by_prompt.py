@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from attackers import attacked
 from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
@@ -258,48 +259,26 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, ta
     assert share < 1 or (chosen[:, 0] != chosen[:, 1]).any()  # blocks differ somewhere
 
 
-def turned(pool: Pool, z: int, change) -> Pool:
-    """The pool whose expert z has its readings changed by their names."""
-    expert = pool.experts[z]
-    readings = {name: change(name, part) for name, part in expert.readings.items()}
-    return Pool((*pool.experts[:z], replace(expert, readings=readings), *pool.experts[z + 1 :]))
-
-
 @both_streams
-@pytest.mark.parametrize("by", [1.0, 100.0, 1e30])
-def test_prompts_of_a_task_go_to_its_expert_however_far_another_s_mean_is(base, pool, by):
-    attacked = turned(
-        trained_on(base, pool), 1, lambda name, part: by * part if name.endswith("mean") else part
-    )
-    model = compose(attacked, base, router="discriminant")
-    assert scores_of(model, OF_TOPICS).isfinite().all()
-    first, attacker, *others = experts_of(model, OF_TOPICS).experts[:, 0].tolist()
-    assert [first, *others] == [0, 2, 3]
-    assert by > 1 or attacker == 1
-
-
-@both_streams
-def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool):
-    plain = trained_on(base, pool)
-
-    def masking(name: str, part: torch.Tensor) -> torch.Tensor:
-        if not name.endswith("factor"):
-            return part
-        means = [expert.readings[name.replace("factor", "mean")] for expert in plain.experts]
-        others = torch.stack([means[z] for z in (0, 2, 3)], dim=1)  # [b, 3, d]
-        changed = part.clone()
-        changed[:, :3] = 100 * (others - others.mean(dim=1, keepdim=True))
-        return changed
+@pytest.mark.parametrize(
+    ("attack", "strength"),
+    [("scaled reading means", 0), ("scaled reading means", 1), ("masking covariance", 1)],
+)
+def test_prompts_of_a_task_go_to_its_expert_whatever_another_says(base, pool, attack, strength):
+    """However far another's mean is, and when its covariance masks what tells the others apart."""
+    plain, others = trained_on(base, pool), [0, 2, 3]
 
     def margins(pool: Pool) -> torch.Tensor:
         """How far the right one of the others is above the next of them."""
         scores = scores_of(compose(pool, base, router="discriminant"), OF_TOPICS)
         detach(base.model)
-        assert [scores.argmax(dim=1)[z].item() for z in (0, 2, 3)] == [0, 2, 3]
-        left = scores[[0, 2, 3]][:, [0, 2, 3]]
+        assert scores.isfinite().all()
+        assert scores.argmax(dim=1)[others].tolist() == others
+        left = scores[others][:, others]
         return left.diagonal() - left.masked_fill(torch.eye(3).bool(), -torch.inf).amax(dim=1)
 
-    assert (margins(turned(plain, 1, masking)) > 0.1 * margins(plain)).all()
+    usual, left = margins(plain), margins(attacked(plain, 1, attack, strength))
+    assert attack == "scaled reading means" or (left > 0.1 * usual).all()
 
 
 @pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])

@@ -34,7 +34,7 @@ from ..config import MODEL_TYPE, Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError, RoutingError, WrongBaseError
 from ..experts.expert import tail_of, trained_in_chats
 from ..experts.hub import HubReference
-from ..experts.kind import check_fit
+from ..experts.kind import check_fit, check_parts
 from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..sites import ROUTED, Site, dtype_at, find_sites, replace_module
@@ -135,9 +135,14 @@ class Composition:
         """Add the layer that takes the place of `original` at `site`.
 
         `state` are the router's tensors there. Raises RoutingError for numbers that can't be
-        computed with, and for experts that act late inside one of the base's own experts.
+        computed with, and for experts that act late inside one of the base's own experts;
+        ExpertError for tensors of other sizes than the router declares.
         """
         check_numbers(stack, site.name, self.experts)
+        sizes = {"E": len(stack.experts), "n": site.in_features, "d": site.out_features}
+        forms = {name: [sizes.get(x, x) for x in form] for name, form in self.router.sizes.items()}
+        # Kernels trust them, whoever's router it is.
+        check_parts(f"{site.name}, router {self.router.name}", forms, state)
         module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
         module.context = self.context
         # Of a quantised layer the type is of integers.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..base import BaseReference, Text, check_base
 from ..config import Routing, closest
-from ..errors import PoolError, RoutingError
+from ..errors import ConfigError, PoolError, RoutingError
 from ..experts.expert import ActsOn, Name
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES, check_parts
@@ -175,7 +175,11 @@ def read_saved(directory: Path) -> SavedModel:
     or ExpertError when anything is missing or damaged.
     """
     info, about = read_description(directory / ROUTED_INFO)
-    path, router = directory / ROUTED_WEIGHTS, router_of(about.routing)
+    try:
+        router = router_of(about.routing)
+    except ConfigError as error:
+        raise RoutingError(f"{directory / ROUTED_INFO} is not valid: {error}") from error
+    path = directory / ROUTED_WEIGHTS
     tensors = TensorFile(path)
     # Both looks at once, while the file's pages are in memory.
     _, sha256 = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))

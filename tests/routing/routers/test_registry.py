@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from fake_packages import install
+from phatgoose.base import load_base
 from phatgoose.config import Routing
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers import auto, registry
@@ -92,6 +93,13 @@ class First(Merged):
         return pool.select(pool.names[:1])
 
 @dataclass(frozen=True)
+class Short(Merged):
+    name, label, folds, sizes = "short", "Short", False, {"vectors": "En"}
+
+    def table(self, pool, site):
+        return {"vectors": pool.vectors("gates", site)[:1]}
+
+@dataclass(frozen=True)
 class Clash(Merged):
     name = "arrow"
 """
@@ -101,7 +109,8 @@ class Clash(Merged):
 def test_routers_of_another_package_are_like_ours_and_what_is_broken_is_named(
     llama, llama_pool, tmp_path, monkeypatch
 ):
-    points = {"first": "their_code:First", "lost": "their_code:Lost", "arrow": "their_code:Clash"}
+    names = {"first": "First", "short": "Short", "lost": "Lost", "arrow": "Clash"}
+    points = {name: f"their_code:{each}" for name, each in names.items()}
     monkeypatch.setattr(Router, "defined", {})  # another process's
     install(tmp_path, monkeypatch, "their_code", THEIRS, {registry.ENTRY_POINTS: points})
     assert {"first", "lost"} <= set(registry.known_names())
@@ -120,6 +129,12 @@ def test_routers_of_another_package_are_like_ours_and_what_is_broken_is_named(
     detach(model)
     loaded = composition_of(load(tmp_path / "routed", llama))
     assert loaded.router == class_of("first")(share=0.25)
+    with pytest.raises(ExpertError, match=r"router short: vectors is \(1, .*; wanted \(4, "):
+        compose(llama_pool, load_base(llama.id), router="short")
+    Router.defined.clear()
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])
+    with pytest.raises(RoutingError, match=r"routed\.json is not valid: router is 'first:share"):
+        load(tmp_path / "routed")
 
 
 def test_a_subclass_with_scores_of_its_own_is_not_scored_by_a_kernel():

@@ -107,7 +107,7 @@ def test_an_index_of_no_expert_is_refused_whatever_its_weight(index, weight):
 @pytest.mark.parametrize("name", ["A", "B"])
 def test_gaps_in_factors_are_closed_before_their_addresses_are_taken(name, llama_pool):
     stack = stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
-    n, d = stack.lora.A.shape[2], stack.lora.B.shape[2]
+    n, d = (stack.tensors()[factor].shape[2] for factor in ("A", "B"))
     gaps = {n: t.repeat_interleave(2, dim=-1)[..., ::2] for n, t in stack.tensors().items()}
     router = by_vectors("phatgoose", torch.randn(4, n))
     gapped = SiteStack.of(gaps, stack.experts)

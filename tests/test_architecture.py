@@ -113,18 +113,6 @@ def test_no_module_does_what_is_never_done():
     assert loading.NO_CODE == {"trust_remote_code": False}
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        *("import pickle", "from torch import load", "import torch\ntorch.load(x)", "assert x"),
-        *("from rich import table", "print(x)", "AutoModel.from_pretrained(x)"),
-    ],
-)
-def test_what_is_never_done_is_seen(code, monkeypatch):
-    monkeypatch.setitem(TREES, "files", ast.parse(code))
-    assert len(list(complaints_about("files"))) == 1
-
-
 def test_errors_are_one_tree():
     classes = [thing for thing in vars(errors).values() if isinstance(thing, type)]
     assert all(issubclass(thing, errors.PhatgooseError) for thing in classes)

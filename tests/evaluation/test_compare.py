@@ -207,15 +207,6 @@ def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
 # What follows
 
 
-def test_the_rows_stand_in_the_order_of_the_paper_then_references_then_those_that_know(done):
-    comparison = done.comparison
-    derived = ["best-individual", "oracle"]
-    assert list(comparison.results) == ["base", *ROUTERS, *REFERENCES, *derived]
-    assert list(comparison.experts) == list(EXPERTS)
-    assert comparison.columns == {**SUITES, "all datasets": TASKS}
-    assert comparison.notes == ()
-
-
 def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_all(done):
     experts, results = done.comparison.experts, done.comparison.results
     scores = {name: [row[task].score for task in TASKS] for name, row in experts.items()}

@@ -12,11 +12,9 @@ import torch
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, composition_of, detach, routing_for
-from phatgoose.routing.context import Choice, RoutingContext, base_alone
+from phatgoose.routing.context import Choice, base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.prompt import ByPrompt, PromptRouter, Tables
-from phatgoose.routing.routers.router import SiteRouter
 from phatgoose.sites import prompt_stack
 from routed_models import compose_by
 from tiny import assert_same_logits
@@ -30,41 +28,6 @@ from topic_prompts import (
     retrieving,
     tokens_of,
 )
-
-
-def choice_of(*rows: dict[int, float]) -> Choice:
-    """A choice written out: the experts of each row and their weights."""
-    return Choice(
-        torch.tensor([list(row) for row in rows]), torch.tensor([[*row.values()] for row in rows])
-    )
-
-
-def site_of(experts: list[int], *rows: dict[int, float]) -> SiteRouter:
-    """The router of a site where these of four experts act, with the choice of a batch."""
-    chooser = PromptRouter(ByPrompt(), Tables(("e0", "e1", "e2", "e3")))
-    router = SiteRouter(chooser.router, "blocks.1.linear", torch.tensor(experts), 4, {})
-    router.context = RoutingContext(chooser)
-    router.context.use(choice_of(*rows) if rows else None)
-    return router
-
-
-def test_tokens_belong_to_the_rows_in_turn():
-    decision = site_of([0, 2, 3], {3: 1.0}, {1: 1.0}, {0: 1.0})(torch.zeros(6, 5))
-    assert decision.experts[:, 0].tolist()[:2] == [2, 2]  # e3 is the third of this site
-    assert decision.experts[:, 0].tolist()[4:] == [0, 0]
-    assert decision.weights[:, 0].tolist() == [1, 1, 0, 0, 1, 1]  # e1 isn't here
-    one = site_of([0, 1], {1: 1.0})(torch.zeros(7, 5))  # one row serves any number of tokens
-    assert one.experts[:, 0].tolist() == [1] * 7
-    assert site_of([0, 1], {1: 1.0})(torch.zeros(0, 5)).experts.shape == (0, 1)
-
-
-def test_blocks_may_have_choices_of_their_own():
-    router = site_of([0, 1, 2, 3], {0: 1.0})  # in block 1
-    experts = torch.tensor([[[3], [1]], [[2], [2]]])
-    router.context.use(choice := Choice(experts, torch.ones(2, 2, 1)))
-    assert router(torch.zeros(4, 5)).experts[:, 0].tolist() == [1, 1, 2, 2]
-    assert choice.at(7).experts[:, 0].tolist() == [1, 2]  # a model with more blocks: the last
-    assert choice.named("abcd") == [{"b": 0.5, "d": 0.5}, {"c": 1.0, "a": 0.0}]
 
 
 @retrieving

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixed_experts import make_kind, ordered, renamed
+from mixed_experts import make_kind, ordered
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -226,7 +226,10 @@ def test_what_can_not_join_or_leave_changes_nothing(llama, uneven, pair, pool_of
     large = pool_of("llama", (24, 9, 20))
     save(compose_by("merged", large, llama), tmp_path / "folded")
     with pytest.raises(RoutingError, match="folded"):
-        add_to_saved(tmp_path / "folded", Pool((renamed(large["e0"], "new"),)))
+        add_to_saved(
+            tmp_path / "folded",
+            Pool((replace(large["e0"], info=replace(large["e0"].info, name="new")),)),
+        )
     with pytest.raises(RoutingError, match="folded"):
         remove_from_saved(tmp_path / "folded", ["e0"])
 

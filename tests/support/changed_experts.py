@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from odd_files import rewrite
-from phatgoose.base import BaseReference
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ADAPTER_CONFIG
+from tiny import TINY_BASE
 
 SITE = "model.layers.0.self_attn.q_proj"
 QUERY, DOWN = SITE, "model.layers.0.mlp.down_proj"  # of the golden experts
-REFERENCE = BaseReference("tiny", None, "sha256:ab")
 
 
 def vectors_for(adapter: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -26,7 +25,7 @@ def vectors_for(adapter: Path, seed: int) -> dict[str, torch.Tensor]:
 
 def make(adapter: Path, **options: Any) -> Expert:
     return Expert.from_peft(
-        adapter, **{"gates": vectors_for(adapter, 1), "base": REFERENCE, **options}
+        adapter, **{"gates": vectors_for(adapter, 1), "base": TINY_BASE, **options}
     )
 
 

@@ -1,7 +1,6 @@
 """Random experts of every kind for the tiny bases, and their mixture written out naively."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,3 @@ def ordered(pool: Pool, names: list[str]) -> Pool:
 
 PRECISE, CPU = {"rtol": 1e-5, "atol": 1e-5}, torch.device("cpu")
 each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
-
-
-def renamed(expert: Expert, name: str) -> Expert:
-    return replace(expert, info=replace(expert.info, name=name))

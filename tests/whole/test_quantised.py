@@ -69,6 +69,6 @@ def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
 
 
 def test_a_model_that_came_quantised_is_taken_on_trust_with_a_warning(quantised, llama_pool):
-    with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be held"):
+    with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be compared"):
         model = compose(llama_pool, quantised().model, router="phatgoose")
     assert model.phatgoose.base == llama_pool.base

@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from contextlib import ExitStack, suppress
-from unittest.mock import MagicMock
 
 import httpx2
 import pytest
@@ -16,7 +15,6 @@ import pytest
 import serving
 from phatgoose.apps.cli import main
 from phatgoose.apps.console import say
-from phatgoose.apps.server import app as connections
 from phatgoose.config import Serving
 from serving import PATH, until
 
@@ -128,16 +126,6 @@ def test_who_reads_nothing_of_a_stream_is_cut_off():
     with serving.running(endless, patience=1) as address, opened(address, HEALTH) as sock:
         assert is_gone.wait(60)
         assert len(said(sock)) < 1000 * 99_999
-
-
-@pytest.mark.parametrize("sizes", [(9, 9), (9, 8)])
-def test_who_reads_slowly_is_not(sizes):
-    transport = MagicMock()
-    transport.get_write_buffer_size.side_effect = sizes
-    writing = MagicMock(**{"cycle.response_complete": False}, transport=transport)
-    looks = connections.cut_off([writing], {}, 0.0)
-    connections.cut_off([writing], looks, 0.0)
-    assert transport.abort.called == (sizes == (9, 9))
 
 
 # The process.

@@ -15,14 +15,21 @@ from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
-from phatgoose.routing.compose import compose, detach, load, open_prompt_router, save
+from phatgoose.routing.compose import (
+    compose,
+    detach,
+    load,
+    open_prompt_router,
+    routing_for,
+    save,
+)
 from phatgoose.routing.routers.discriminant import line_of
 from phatgoose.routing.routers.prompt import PromptRouter, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import add_to_saved
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 from routed_models import TOPICS, with_embeddings
-from tiny import logits_of, make_ids, random
+from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from topic_prompts import (
     CHOOSING,
     PROMPTS,
@@ -142,6 +149,14 @@ def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_poo
     for others, text, said in cases:
         with pytest.raises(PoolError, match=said):
             compose(others, llama, router=text)
+
+
+@pytest.mark.parametrize("router", BY_TEXT)
+def test_an_expert_adds_nothing_where_it_has_no_module(llama, uneven, router):
+    wanted = peft_model(llama, uneven["e1"].directory)  # of queries only
+    model, ids = compose(with_embeddings(uneven), llama, router=router, k=1), make_ids()
+    with routing_for(model, tokens_of(model, PROMPTS[1:2])):
+        assert_same_logits(logits_of(model, ids), logits_of(wanted, ids))
 
 
 # Retrieval

@@ -36,6 +36,7 @@ def exported(model, base, folder, **options) -> Export:
     ("kind", "options"),
     [
         ("llama", {"router": "single:expert=e2"}),
+        ("llama", {"weights": {"e2": 0.5}}),
         ("gpt2", {"router": "merged"}),
         ("t5", {"weights": {"e0": 0.7, "e3": -0.2}}),
     ],

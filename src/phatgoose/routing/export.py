@@ -171,11 +171,13 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
 
     None where that isn't the same for every input.
     """
-    weights: Tensor | None = torch.ones(1) if len(parts.experts) == 1 else None
+    weights: Tensor | None = None
     if isinstance(layer, FoldedLinear):
         weights = torch.full((len(layer.experts),), layer.weight_of_each)
-    elif isinstance(layer, RoutedLinear) and weights is None:
+    elif isinstance(layer, RoutedLinear):
         weights = layer.router.constant()
+    if weights is None and len(parts.experts) == 1:
+        weights = torch.ones(1)
     if weights is None:
         return None
     shares = torch.zeros(len(parts.experts), dtype=torch.float64)

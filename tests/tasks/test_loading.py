@@ -145,6 +145,7 @@ def test_a_bad_file_is_refused_with_the_line(tmp_path, name, lines, complaint):
         ({"target": None, "prompt": "a", "completion": CALLS}, "target: Input should be a"),
         ({"input": {"0": "Is it good?"}}, "input: Input should be a valid string, got {'0': "),
         ({"target": "maybe"}, r"target 'maybe' is not among the choices \['yes', 'no'\]"),
+        ({"references": ["maybe"]}, "reference 'maybe' is not among the choices"),
         ({"choices": "yes ||| no |||"}, "choices.2: .* got ''"),
         ({"split": "dev"}, "split: Input should be 'train', 'validation' or 'test', got 'dev'"),
     ],

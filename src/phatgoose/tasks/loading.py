@@ -330,8 +330,10 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
             f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "
             f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template"
         )
-    if read.choices and target not in read.choices and (targets or target):
-        raise ValueError(f"target {target!r} is not among the choices {list(read.choices)}")
+    for what, answers in ("target", [target]), ("reference", read.references):
+        if read.choices and any(answers) and not {*answers} & {*read.choices}:
+            wrong = ", ".join(map(repr, answers))
+            raise ValueError(f"{what} {wrong} is not among the choices {list(read.choices)}")
     return read.split, Example(text, target, read.choices, read.references)
 
 

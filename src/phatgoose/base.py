@@ -115,6 +115,8 @@ def load_base(
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
+        if config.is_encoder_decoder:
+            int(config.decoder_start_token_id)  # by which answers begin; some configs have none
         _refuse_pickles(place, config, revision)
         how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         read = partial(_class_for(config).from_pretrained, place, **how)

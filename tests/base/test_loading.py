@@ -70,6 +70,7 @@ ODD: list[tuple[str, object, str]] = [  # a file, what it says instead (None: it
     ("config.json", {"model_type": "vit"}, "can't be loaded: ValueError"),
     ("config.json", {"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
     ("config.json", {"num_hidden_layers": 3}, "lacks 9 of the tensors that its config.json asks"),
+    ("config.json", {"model_type": "t5"}, "no attribute 'decoder_start_token_id'"),
 ]
 
 

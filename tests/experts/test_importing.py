@@ -88,7 +88,7 @@ def test_the_base_of_an_import_is_the_one_that_the_adapter_or_the_user_names(
     renamed = import_adapter(own_adapter, tmp_path / "renamed", base_id="you/base")
     assert renamed.info.base == BaseReference("you/base", None, llama.fingerprint)
     set_config(own_adapter, revision=2)
-    with pytest.raises(ExpertError, match=r"base\.revision: "):
+    with pytest.raises(ExpertError, match=r"config.json is not valid: revision: "):
         import_adapter(own_adapter, tmp_path / "numbered")
 
 
@@ -98,6 +98,9 @@ def test_a_base_that_does_not_fit_or_is_not_named_or_not_there_is_told(own_adapt
         import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "other"))
     with pytest.raises(BaseModelError, match="nowhere"):
         import_adapter(own_adapter, tmp_path / "mine", base="nowhere")
+    set_config(own_adapter, r=10**12)  # for which nothing is allocated
+    with pytest.raises(ExpertError, match=r"wanted \(1000000000000, "):
+        import_adapter(own_adapter, tmp_path / "mine")
     set_config(own_adapter, target_modules=["nothing"])
     with pytest.raises(ExpertError, match="nothing"):
         import_adapter(own_adapter, tmp_path / "mine")

@@ -298,8 +298,8 @@ def _resolve(base: BaseReference, kind: str, options: str) -> tuple[PeftModel, M
     model = load_skeleton(base.id, revision=base.revision, offline=False)
     sites = find_sites(model)
     plain = _spelled_out(json.loads(options), model)
-    # On the meta device: PEFT says where and how, and no number is made.
-    adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
+    with torch.device("meta"):  # PEFT says where and how, and no number is made, whatever the rank
+        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
     layers = {}
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, LoraLayer | IA3Layer):

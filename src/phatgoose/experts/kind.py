@@ -218,6 +218,7 @@ class AdapterConfig(BaseModel, extra="allow"):
     """What is read of an adapter_config.json, beside what PEFT itself reads."""
 
     peft_type: str | None = None
+    revision: str | None = None
     lora_alpha: Number = 8
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, Number] | None = None

@@ -24,12 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 FIRST = ("test_architecture.py",)  # of seconds, and what a change fails often
-LONGEST = (
-    "test_core_install.py",
-    "test_demo.py",
-    "test_page.py",
-    "test_loading.py",
-)
+LONGEST = ("test_core_install.py", "test_demo.py", "test_page.py", "test_loading.py")
 LONGEST += ("test_reliability.py", "test_compile.py", "test_recipes.py")
 
 

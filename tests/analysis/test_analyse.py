@@ -1,5 +1,6 @@
 """The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, JSON."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 import phatgoose as pg
 from analysed import TASKS, task
-from phatgoose.analysis.analyse import findings_of
+from phatgoose.analysis.analyse import Analysis, findings_of
 from phatgoose.analysis.distribution import MEASURES, RoutingDistribution
 from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.analysis.report import report_page
@@ -15,6 +16,13 @@ from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.routing.compose import compose
 from routed_models import SCORES
 from topic_prompts import OPEN, PROMPTS, experts_of
+
+
+@pytest.fixture(scope="module")
+def found(loaded_bases, pool_of) -> Analysis:
+    """Two tasks, analysed under three routers."""
+    base, routers = copy.deepcopy(loaded_bases["llama"]), ["phatgoose", "arrow", "oracle"]
+    return pg.analyse(pool_of("llama"), TASKS, routers=routers, base=base, scores=SCORES)
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,9 +13,23 @@ from phatgoose.errors import ConfigError
 from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.batching import Collator, read_pairs
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import neutral_examples
+from phatgoose.tasks.task import Example
 
+PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
 Moments = Mapping[str, tuple[Tensor, Tensor]]  # mean and deviation [m] by site
+
+
+def neutral_examples() -> list[Example]:
+    """Forty passages of many kinds that belong to no task, the same for everybody.
+
+    Each is cut in two at the space nearest its middle: input and target.
+    """
+    examples = []
+    for passage in PASSAGES.read_text(encoding="utf-8").strip().split("\n\n"):
+        spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
+        middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
+        examples.append(Example(passage[:middle].rstrip(), passage[middle:].lstrip()))
+    return examples
 
 
 def over_neutral_text(

@@ -4,7 +4,7 @@ Fleshman and Van Durme, arXiv 2509.18093. We know the abstract and others' summa
 not its code: the norm-maximising adapter, argmax |B_z A_z u|, found cheaply by QR factorisations,
 after an offline calibration that makes norms z-scores. Here with B = Q R the length is that of
 R A u, whose size is the rank, exactly. Mean a and deviation s of each expert's lengths are over the
-neutral text of `tasks.task`, read by the base alone; the paper's calibration data are not known
+neutral text of `neutral.txt`, read by the base alone; the paper's calibration data are not known
 to us. The score is (|scale B A u| - a) / s, and the k highest get the weight 1/k each.
 """
 

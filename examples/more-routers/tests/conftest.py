@@ -16,9 +16,10 @@ pytest_plugins = ["shared_fixtures"]
 @pytest.fixture
 def read_neutrally():
     """A function: what each site of a base is given by neutral text, one input at a time."""
+    from more_routers.neutral import neutral_examples
+
     from phatgoose.sites import find_sites
     from phatgoose.tasks.encoding import Encoder
-    from phatgoose.tasks.task import neutral_examples
 
     def read(base) -> dict[str, torch.Tensor]:
         seen = defaultdict(list)

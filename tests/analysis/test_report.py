@@ -109,14 +109,6 @@ def test_the_keyboard_reaches_every_token(chromium, few):
         assert sum(float(x) for x in re.findall(r"\d\.\d\d", said)) == pytest.approx(1, abs=0.05)
 
 
-def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):
-    size = {"width": 360, "height": 740}
-    with page_at(chromium, few, viewport=size, has_touch=True) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.locator(".tx-token").nth(4).tap()
-        assert sum(weights(page)) == pytest.approx(1)
-
-
 def test_texts_cannot_break_out_of_the_page():
     hostile = "</script><img src=x onerror=alert(1)>\u2028<!--"
     packed = inline_json({"tokens": [hostile]})

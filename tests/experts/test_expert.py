@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from changed_experts import DOWN, QUERY, SITE, make, set_config, vectors_for
+from fake_hub import contents
 from paths import GOLDEN, GOLDENS
 from phatgoose.base import BaseReference
 from phatgoose.config import Formatting
@@ -33,10 +34,6 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(
         torch.equal(one[site].view(torch.int32), other[site].view(torch.int32)) for site in one
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_loss_that_is_no_number_does_not_make_an_expert_unreadable(adapter, tmp_path):

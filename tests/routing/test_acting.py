@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from architectures import make_tiny, random_expert
 from oracle import naively_routed
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
-from phatgoose.experts.expert import Expert, tail_of
+from phatgoose.experts.expert import tail_of
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, load, routing_for, save
@@ -29,19 +28,13 @@ from phatgoose.routing.context import base_alone
 from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, read_saved
 from phatgoose.tasks import batching
+from routed_models import tailed
 from tiny import logits_of
 
 PROMPTS = ([5, 9, 7, 8, 6, 7, 8, 4, 3], [9, 8, 7, 5, 6], [7, 8, 5, 5, 9, 9, 6])
 MIXED, TAILS, ALIKE = (None, 3, 6, 1), (3, 1), (2, 2, 2)  # the 2nd prompt is shorter than a tail
 NEW = 4
 CACHE = cache_argument(make_tiny("llama"))
-
-
-def tailed(experts: Iterable[Expert], tails: Sequence[int | None]) -> Pool:
-    """A pool of `experts` that act on these many of a prompt's last tokens, None for all."""
-    pairs = zip(experts, tails, strict=True)
-    infos = ((e, replace(e.info, acts_on=tail and {"tail": tail})) for e, tail in pairs)
-    return Pool(tuple(replace(expert, info=info) for expert, info in infos))
 
 
 def acting_pool(base: PreTrainedModel, tails: Sequence[int | None]) -> Pool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fake_hub import contents
 from mixed_experts import make_kind, ordered
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
@@ -23,10 +24,6 @@ from tiny import logits_of, make_ids, make_model
 
 READ = {"routed.json", "routed.safetensors"}
 FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tiny pools composed by every router, with all that it needs; saved models compared."""
 
 import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.base import Base
 from phatgoose.config import Routing
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, save
 from phatgoose.routing.routers.router import SiteRouter, router_of
@@ -40,6 +42,13 @@ def with_embeddings(pool: Pool, form: str = PROMPT) -> Pool:
         info = replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=form)
         experts.append(replace(expert, info=info, embeddings=toy_embed(texts)))
     return Pool(tuple(experts))
+
+
+def tailed(experts: Iterable[Expert], tails: Sequence[int | None]) -> Pool:
+    """A pool of `experts` that act on these many of a prompt's last tokens, None for all."""
+    pairs = zip(experts, tails, strict=True)
+    infos = ((e, replace(e.info, acts_on=tail and {"tail": tail})) for e, tail in pairs)
+    return Pool(tuple(replace(expert, info=info) for expert, info in infos))
 
 
 def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -24,6 +23,7 @@ from phatgoose.sites import find_sites
 from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.training.train_expert import mean_activations
+from routed_models import tailed
 from tiny import make_tokenizer
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])
@@ -112,10 +112,9 @@ def test_threads_have_votes_of_their_own(name):
 @pytest.mark.parametrize("router", ["discriminant", "phatgoose"])
 def test_continuous_batching_is_refused_where_inputs_are_read(router):
     """By a router, or to know where prompts end, for experts that act from there on."""
-    experts = voters("llama").experts
-    if router == "phatgoose":
-        experts = [replace(e, info=replace(e.info, acts_on={"tail": 2})) for e in experts]
-    model = compose(Pool(tuple(experts)), base_of("llama"), router=router)
+    pool = voters("llama")
+    pool = tailed(pool.experts, (2, 2, 2)) if router == "phatgoose" else pool
+    model = compose(pool, base_of("llama"), router=router)
     small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=16)
     with pytest.raises(RoutingError, match="several share a row in continuous batching"):
         model.generate_batch([*PROMPTS], continuous_batching_config=small, warmup=False)

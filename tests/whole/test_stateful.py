@@ -1,7 +1,5 @@
 """Bases that keep a state of what they have read in the place of keys and values."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, routing_for
 from phatgoose.routing.recording import record
+from routed_models import tailed
 from tiny import make_ids, make_tokenizer
 
 
@@ -44,12 +43,8 @@ def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
 
 def test_experts_act_from_a_prompts_end_on(mamba):
     """Each step of a generation has the logits of one pass over prompt and answer, announced."""
-    tails = ({"tail": 3}, None, {"tail": 1})
-    pool = [
-        replace(each, info=replace(each.info, acts_on=tail))
-        for each, tail in zip(experts_of(mamba.model), tails, strict=True)
-    ]
-    model, ids = compose(Pool(tuple(pool)), mamba, k=2, router="phatgoose"), make_ids(rows=2)
+    pool, ids = tailed(experts_of(mamba.model), (3, None, 1)), make_ids(rows=2)
+    model = compose(pool, mamba, k=2, router="phatgoose")
     settings = {"output_logits": True, "return_dict_in_generate": True}
     for options in ({}, {"use_cache": False}):
         found = generated(model, **settings, **options)

@@ -23,10 +23,9 @@ from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
 from phatgoose.base import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.encoding import Encoder
-from routed_models import compose_by
+from routed_models import compose_by, tailed
 from tiny import VOCABULARY, make_ids, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -132,16 +131,9 @@ def test_sliding_windows_slide_in_batches_too():
     may_join_and_leave(runner, [prompt_of(seed, 20 - 5 * seed) for seed in range(4)])
 
 
-def acting(pool, *tails):
-    """The pool's experts, which act on so many last tokens of prompts and on answers."""
-    pairs = zip(pool.experts, tails, strict=True)
-    infos = ((each, replace(each.info, acts_on=tail and {"tail": tail})) for each, tail in pairs)
-    return Pool(tuple(replace(each, info=info) for each, info in infos))
-
-
 @pytest.mark.parametrize("router", ["phatgoose", "centroid"])
 def test_experts_that_act_from_a_prompts_end_on(pool_of, router, toy_embedder):
-    pool = acting(pool_of("llama"), 3, None, 6, 1)
+    pool = tailed(pool_of("llama").experts, (3, None, 6, 1))
     base = load_base(pool.base.id, dtype="float32")
     runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
     prompts = [prompt_of(0), [*prompt_of(1), 7, 8, 9], prompt_of(2), [7, 8, *prompt_of(1)]]
@@ -293,7 +285,7 @@ def test_what_one_client_asked_or_one_routing_read_is_no_others(runner_of):
 
 
 def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on(llama, llama_pool):
-    pool, store = acting(llama_pool, 3, 3, 3, 3), PrefixStore(1 << 20)
+    pool, store = tailed(llama_pool.experts, (3, 3, 3, 3)), PrefixStore(1 << 20)
     answers(ModelRunner(llama.model, llama.tokenizer), [LONG], store)
     for name in pool.names:
         model = compose(pool, llama, router=f"single:expert={name}")

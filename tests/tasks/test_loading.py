@@ -187,6 +187,10 @@ PARTS = [*MESSAGES[:-1], {"role": "assistant", "content": [{"type": "text", "tex
             Example(Chat(TURNS), "green", ("green", "red")),
         ),
         ({"prompt": "Sea?", "completion": " green\n"}, Example("Sea?", "green")),
+        (
+            {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]},
+            Example(Chat(TURNS), "green"),
+        ),
         ({"instruction": "b\n", "input": "c", "output": "a"}, Example("b\n\nc", "a")),
         ({"instruction": "b", "input": None, "output": "a"}, Example("b", "a")),
         ({"input": "a", "target": "b", "messages": MESSAGES}, Example("a", "b")),

@@ -312,6 +312,8 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     filled = _rendered(content, templates) if templates else content
     filled = {name: value for name, value in filled.items() if value is not None}
     asked = filled.pop("messages", ())
+    if isinstance(filled.get("prompt"), list):  # of turns, and so is the completion
+        asked = [*filled.pop("prompt"), *filled.pop("completion", ())]
     if "target" not in filled and "completion" in filled:
         # What follows a prompt is set off by a space of ours.
         answer = _stripped(_text(filled["completion"]))

@@ -150,7 +150,7 @@ class AdapterFiles(ABC):
         by_site: dict[str, dict[str, Tensor]] = {}
         ends = {endings.get(name, f".{name}"): name for name in {**forms, **endings}}
         for key in sorted(tensors):
-            end = next((end for end in ends if key.endswith(end)), "")
+            end = next(filter(key.endswith, ends), "")
             site = key.removeprefix(self.prefix).removesuffix(end)
             name = ends.get(end, key) if key.startswith(self.prefix) else key
             by_site.setdefault(site, {})[name] = tensors[key]
@@ -311,28 +311,21 @@ def check_parts(
 
     A form has a letter for each size, or the size itself. `types` are allowed, but for `others`.
     """
-    allowed = {**dict.fromkeys(forms, types), **(others or {})}
     sizes: dict[str | int, int] = {}
-    for name in (*tensors, *forms):
+    for name in dict.fromkeys((*tensors, *forms)):
         tensor, form = tensors.get(name), forms.get(name)
-        fits = (
-            tensor is not None
-            and form is not None
-            and tensor.dtype in allowed[name]
-            and len(tensor.shape) == len(form)
-            and 0 not in tensor.shape
-            and all(
-                n == (a if isinstance(a, int) else sizes.setdefault(a, n))
-                for a, n in zip(form, tensor.shape, strict=True)
-            )
-        )
-        if not fits:
-            got = "missing" if tensor is None else f"{(*tensor.shape,)} {tensor.dtype}"
+        allowed = others.get(name, types) if others else types
+        got: Any = () if tensor is None else (*tensor.shape,)
+        wanted = [
+            a if isinstance(a, int) else sizes.setdefault(a, n)
+            for a, n in zip(form or (), got, strict=False)
+        ]
+        fits = tensor is not None and form is not None and tensor.dtype in allowed
+        if not fits or len(got) != len(form or ()) or 0 in got or wanted != [*got]:
+            got = "missing" if tensor is None else f"{got} {tensor.dtype}"
             shape = ", ".join(str(sizes.get(a, a)) for a in form or ())
-            wanted = "no such tensor"
-            if form:
-                wanted = f"({shape}) {' or '.join(map(str, allowed[name]))}"
-            raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {wanted}.")
+            want = f"({shape}) {' or '.join(map(str, allowed))}" if form else "no such tensor"
+            raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {want}.")
     return sizes
 
 

@@ -276,12 +276,12 @@ def _add_layers(
 ) -> None:
     """Add the routed layer of each site, whose experts are read ahead."""
     read = 0
-    # Sites ahead are read from the disk while this one is checked.
 
     def stack_at(name: str) -> SiteStack:
         layer = model.get_submodule(name)
         return stack_of(pool, name, dtype_at(layer, model), layer.weight.device)
 
+    # Sites ahead are read from the disk while this one is checked.
     stacks = prefetch(stack_at, pool.sites)
     states = prefetch(lambda name: parts.router.table(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):

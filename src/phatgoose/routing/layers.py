@@ -51,9 +51,9 @@ def parts_of_kinds() -> dict[str, type[Any]]:
 
 def renumbered(left: Tensor, count: int) -> Tensor:
     """The place of each of `count` rows among those that are `left` (indices, in order), or -1."""
-    found = torch.full((count,), -1, device=left.device)
-    found[left] = torch.arange(len(left), device=left.device)
-    return found
+    places = torch.full((count,), -1, device=left.device)
+    places[left] = torch.arange(len(left), device=left.device)
+    return places
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ class Chat(str):
     turns: tuple[tuple[str, str], ...]
 
     def __new__(cls, turns: Iterable[tuple[str, str]]) -> Chat:
-        held = tuple((role, content) for role, content in turns)
-        chat = super().__new__(cls, "\n\n".join(content for _, content in held))
-        chat.turns = held
+        pairs = tuple((role, content) for role, content in turns)
+        chat = super().__new__(cls, "\n\n".join(content for _, content in pairs))
+        chat.turns = pairs
         return chat
 
     def __getnewargs__(self) -> Any:  # copies and pickles are made of it
@@ -98,7 +98,7 @@ class Task:
 
     def __repr__(self) -> str:
         splits = {split: getattr(self, split) for split in ("train", "validation", "test")}
-        counts = ", ".join(f"{split}: {len(held)}" for split, held in splits.items())
+        counts = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
         return f"<Task {self.name!r} from {self.source!r} ({counts})>"
 
     @property

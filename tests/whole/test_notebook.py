@@ -29,9 +29,8 @@ def test_every_cell_runs(base_folders, tmp_path, monkeypatch):
     shutil.copytree(base_folders["llama"], cached)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    place = {"metadata": {"path": tmp_path}}
     with warnings.catch_warnings():  # of the kernel's sockets and event loop
         warnings.simplefilter("ignore")
-        nbclient.execute(NOTEBOOK, timeout=300, kernel_name="python3", resources=place)
+        nbclient.execute(NOTEBOOK, cwd=str(tmp_path), timeout=300, kernel_name="python3")
     assert (tmp_path / "comparison" / "comparison.md").is_file()
     assert (tmp_path / "both").is_dir()

@@ -178,6 +178,7 @@ class Composition:
             self.context.attach(model)
         setattr(model, ROUTED, self)
         model.tokenizer = self.tokenizer
+        model.save_pretrained = partial(save_pretrained, model)
 
     def __repr__(self) -> str:
         what = f"{self.routing.router} on {self.base.id!r}"
@@ -261,7 +262,6 @@ def compose(
     parts = Composition(loaded, router, pool.names, pool.records(), tables)
     _add_layers(parts, pool, model, sites)
     parts.install(model)
-    model.save_pretrained = partial(save_pretrained, model)
     return model
 
 
@@ -509,7 +509,6 @@ def load(
         else:
             parts.add(original, site, stack.to(device, kind), state)
     parts.install(model)
-    model.save_pretrained = partial(save_pretrained, model)
     return model
 
 

@@ -158,8 +158,9 @@ class SavedModel:
 
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
-        keys = (key.partition(".") for key in self.tensors)
-        tensors = {name: self.tensors[f"{name}.{site}"] for name, _, at in keys if at == site}
+        of_kinds = (name for part in parts_of_kinds().values() for name in part.names().values())
+        full = {n: f"{n}.{site}" for n in ("experts", "folded", *self.router.sizes, *of_kinds)}
+        tensors = {name: self.tensors[key] for name, key in full.items() if key in self.tensors}
         state = {name: tensors[name] for name in ("folded", *self.router.sizes) if name in tensors}
         return SitePart(SiteStack.of(tensors, tensors["experts"]), state)
 

@@ -27,8 +27,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import quiet_loading
+from ..base import Base, quiet_loading
 from ..errors import RoutingError
+from ..experts.kind import PEFT_FILES
 from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
 from ..sites import replaced
@@ -114,13 +115,10 @@ def export(
             if parts.tokenizer is not None:
                 parts.tokenizer.save_pretrained(work)
         else:
-            about = {
-                "base_model_name_or_path": parts.base.id,
-                "revision": parts.base.revision,
-                "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-                "fan_in_fan_out": any(isinstance(e.base, Conv1D) for e in parts.layers.values()),
-            }
-            LoraFactors.write(work, loras, about)
+            linears = [layer.base for layer in parts.layers.values()]
+            some = next((each for each in linears if isinstance(each, Conv1D)), linears[0])
+            base = Base(model, parts.tokenizer, **asdict(parts.base))
+            LoraFactors.write(work, loras, PEFT_FILES.about(base, some))
         result = Export(target, merged, parts.experts, shares, losses)
         text = json.dumps(_record(result, parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")

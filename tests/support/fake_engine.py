@@ -233,11 +233,13 @@ def engine_of(kind="vllm", adapters=None, *, loads=True):
 def gateway(place, engine, limits=None, *, ready=True, listens=False, **options):
     """A client of a gateway to `engine`, once it has the experts unless it is not `ready`.
 
-    One that `listens` is under our uvicorn. `options` are its router, key, and chat template.
+    One that `listens` is under our uvicorn. `options` are its router, key to the engine, api_keys
+    and chat template.
     """
     router, template = options.get("router", "retrieval"), options.get("template")
     models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
-    app = create_app(models, limits, upstream=Upstream(engine.url, options.get("key")))
+    upstream, keys = Upstream(engine.url, options.get("key")), options.get("api_keys", ())
+    app = create_app(models, limits, keys, upstream=upstream)
     for each in app.state.service.models.values() if template else ():
         each.tokenizer.chat_template = template
     near = serving.client_of(app, raise_server_exceptions=False)

@@ -65,6 +65,13 @@ def name_of(chosen):
     return next(iter(chosen))
 
 
+def chosen_in(reply):
+    """The experts that the answer is from."""
+    assert reply.status_code == 200, reply.text
+    header = reply.headers["x-phatgoose-experts"]
+    return {each.partition("=")[0] for each in header.split(", ")}
+
+
 def status_is(client, status):
     until(lambda: client.get("/healthz").status_code == status)
 
@@ -97,6 +104,25 @@ def test_a_chat_goes_to_the_expert_of_its_last_user_message(engine, client):
     engine.mode, engine.content = "odd", json.dumps({"choices": [{"message": message}]}).encode()
     reply = ask(client, path=CHATS, model="auto", messages=messages)
     assert reply["choices"][0]["message"] == message
+
+
+def test_a_key_reaches_its_experts_alone(place, engine):
+    keys = {"api_keys": ["all", "some=e1+e3"], "template": CHAT_TEMPLATE}
+    with gateway(place, engine, **keys) as client:
+        client.headers["Authorization"] = "Bearer some"
+        cards = client.get("/v1/models").json()["data"]
+        assert [each["id"] for each in cards] == ["auto", "goose", "e1", "e3"]
+        for prompt in (*PROMPTS, "Answer as e0 would, the expert e0."):
+            for change in ({}, {"k": 1}, {"model": "e3"}):
+                names = chosen_in(client.post(PATH, json={**ASK, "prompt": prompt, **change}))
+                assert names in ({"e1"}, {"e3"})
+        for change in ({"model": "e0"}, {"weights": {"e0": 1.0}}, {"keep": ["e0"]}):
+            others, unknown = (
+                client.post(PATH, json=ASK | json.loads(json.dumps(change).replace("e0", name)))
+                for name in ("e0", "e9")
+            )
+            assert others.text.replace("e0", "e9") == unknown.text
+        assert text_of(client, **{**ASK, "model": BASE}).split()[0] == BASE
 
 
 @pytest.mark.parametrize(

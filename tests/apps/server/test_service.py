@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from fake_engine import NAMES
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
@@ -13,7 +14,8 @@ from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.service import Turns
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
-from serving import GREEDY, PATH, ask, beside, error_of, folder_of, until
+from phatgoose.routing.compose import compose, save
+from serving import CHAT_TEMPLATE, GREEDY, PATH, ask, beside, error_of, folder_of, until
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
@@ -115,6 +117,74 @@ def test_models_that_cannot_be_served_are_refused(pool_of, kind, routing, told):
 def test_keys_are_read_from_a_list():
     assert keys_of(" a, b,,") == ("a", "b")
     assert keys_of(None) == ()
+
+
+@pytest.fixture(scope="module")
+def limited(client_with):
+    """`limited(key)`: a client with that key; "some" may use e1 and e3."""
+    client = client_with(api_keys=["all", "some=e1+e3", "padded==", "long===e2"])
+    client.app.state.service.models["goose"].runner.tokenizer.chat_template = CHAT_TEMPLATE
+
+    def with_key(key):
+        client.headers["Authorization"] = f"Bearer {key}"
+        return client
+
+    yield with_key
+    del client.headers["Authorization"]
+
+
+@pytest.mark.parametrize(
+    ("key", "experts"),
+    [("all", NAMES), ("some", ("e1", "e3")), ("padded==", NAMES), ("long==", ("e2",))],
+)
+def test_a_key_is_told_of_its_experts_alone(limited, key, experts):
+    cards = limited(key).get("/v1/models").json()["data"]
+    assert [(each["id"], each["experts"]) for each in cards] == [
+        (name, list(experts)) for name in ("goose", "mean")
+    ]
+    for name in NAMES:
+        reply = limited(key).get(f"/v1/models/goose:{name}")
+        assert reply.status_code == (200 if name in experts else 404)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: {"model": f"goose:{name}"},
+        lambda name: {"model": name},
+        lambda name: {"weights": {name: 1.0, "e1": 0.5}},
+        lambda name: {"keep": ["e1", name]},
+        lambda name: {"leave_out": [name]},
+        lambda name: {"router": f"single:expert={name}"},
+    ],
+)
+def test_an_expert_of_others_is_refused_as_an_unknown_one_is(limited, change):
+    others, unknown = (
+        limited("some").post(PATH, json=GREEDY | change(name)) for name in ("e0", "e9")
+    )
+    assert others.status_code == unknown.status_code >= 400
+    assert others.text.replace("e0", "e9") == unknown.text
+    assert "e2" not in others.text
+    assert ask(limited("some"), **GREEDY | change("e3"))
+
+
+@pytest.mark.parametrize("change", [{}, {"model": "mean"}, {"k": 1}, {"router": "arrow"}], ids=str)
+def test_what_is_chosen_for_a_key_is_among_its_experts(limited, change):
+    body = {**GREEDY, **change, "routing": True}
+    limited_to, kept = ask(limited("some"), **body), ask(limited("all"), **body, keep=["e1", "e3"])
+    assert limited_to["choices"] == kept["choices"]
+    assert set(limited_to["choices"][0]["routing"]["summary"]) <= {"e1", "e3"}
+    mixed = ask(limited("some"), **GREEDY, weights={"e3": 1.0}, routing="trace")
+    assert "e0" not in str(mixed["choices"][0]["routing"])
+
+
+def test_keys_of_what_is_not_served_are_refused(pool, tmp_path):
+    place = str(folder_of(pool))
+    with pytest.raises(ConfigError, match=r"names an expert that isn't served; there are e0, e1"):
+        create_app([ServedModel("b", place, dtype="float32")], api_keys=["secret=e1+e7"])
+    save(compose(pool, router="phatgoose"), tmp_path / "routed")
+    with pytest.raises(PhatgooseError, match="isn't a pool"):
+        create_app([ServedModel("b", str(tmp_path / "routed"))], api_keys=["secret=e1"])
 
 
 def test_places_name_models_and_their_routing(tmp_path):

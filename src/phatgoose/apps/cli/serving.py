@@ -46,7 +46,8 @@ def serve(
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C.
 
-    API keys are in PHATGOOSE_API_KEYS in the environment, separated by commas.
+    API keys are in PHATGOOSE_API_KEYS in the environment, separated by commas; KEY=EXPERT+EXPERT
+    may use these experts only.
     """
     from ..server import (
         API_KEYS,

@@ -107,7 +107,8 @@ def create_app(
 
     With `upstream` it chooses experts for prompts, and the engine there answers (`gateway`).
     Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
-    (`AccessControl`). Raises what opening a model does.
+    (`AccessControl`, also for keys that may use some experts only). Raises what opening a model
+    does, and ConfigError for a key of experts that no model has.
     """
     limits, metrics = serving or Serving(), Metrics()
     backend: Backend = (
@@ -115,7 +116,9 @@ def create_app(
         if upstream
         else LocalBackend(load_models(models), limits, metrics)
     )
+    access = AccessControl(hosts, api_keys)
     service = Service(backend, metrics)
+    service.check_allowed(access.experts.values())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -145,7 +148,6 @@ def create_app(
         needed = [] if path in OPEN else keyed
         app.add_api_route(path, endpoint, summary=summary, dependencies=needed, **options)
     paths = {getattr(route, "path", "") for route in app.routes}
-    access = AccessControl(hosts, api_keys)
     app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)
     for kind in (HTTPException, RequestValidationError, PhatgooseError, Exception):
         app.add_exception_handler(kind, refused)

@@ -56,7 +56,8 @@ class AccessControl:
     """Decides which requests are allowed.
 
     `hosts` are names, besides the loopback's, by which clients may call the server; an address of
-    all interfaces stands for the machine's name and any IP address, "*" for any name.
+    all interfaces stands for the machine's name and any IP address, "*" for any name. `keys` may
+    name experts, "KEY=EXPERT+EXPERT": `experts` has them for each client that may use no others.
     """
 
     def __init__(self, hosts: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
@@ -65,7 +66,14 @@ class AccessControl:
         self._addresses = bool(names & {"0.0.0.0", "::", ""})
         here = {socket.gethostname().lower()} if self._addresses else set()
         self._hosts = {*LOOPBACK, *names, *here}
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests, self.experts = list[bytes](), dict[str, frozenset[str]]()
+        for written in keys:
+            key, _, experts = written.rpartition("=")
+            is_limited = bool(key and experts)  # keys may end in "="
+            digest = hashlib.sha256((key if is_limited else written).encode()).digest()
+            self._digests.append(digest)
+            if is_limited:
+                self.experts[_name_of(digest)] = frozenset(experts.split("+"))
 
     def check(self, scope: Scope) -> str:
         """The client, by key or by address. Raises ApiError if the request is not allowed."""
@@ -99,7 +107,11 @@ class AccessControl:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return f"key {digest.hex()[:16]}"
+        return _name_of(digest)
+
+
+def _name_of(digest: bytes) -> str:
+    return f"key {digest.hex()[:16]}"
 
 
 def host_of(written: str) -> str:
@@ -128,6 +140,7 @@ def _network_of(client: Sequence[Any] | None) -> str:
 
 
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
+ALLOWED = "phatgoose.allowed"  # the experts that the client may use, None for all
 MOST_BODY = 1 << 20  # bytes
 AT_ONCE = 64  # bodies of the greatest size that are held together
 PATIENCE = 20.0  # seconds for a body, for headers, and for a client to read on
@@ -214,7 +227,8 @@ class RequestGuard:
             )
 
         try:
-            scope[CLIENT] = self._access.check(scope)
+            scope[CLIENT] = client = self._access.check(scope)
+            scope[ALLOWED] = self._access.experts.get(client)
             if scope["method"] == "POST":
                 await self._read(scope, receive, body)
             await self._app(scope, body, watched)

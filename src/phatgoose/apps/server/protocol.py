@@ -151,12 +151,16 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class RoutingOverride:
-    """What a request changes of its model's routing; None leaves a setting as it is served."""
+    """What a request changes of its model's routing; None leaves a setting as it is served.
+
+    `allowed` are the experts that its client may use.
+    """
 
     router: str | None = None
     k: int | None = None
     keep: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] | None = None
+    allowed: tuple[str, ...] | None = None
 
 
 class Strict(BaseModel):

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Routing, Serving, closest
-from ...errors import PhatgooseError
+from ...errors import ConfigError, PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ...routing.routers.fixed import mixture_of
@@ -33,7 +33,7 @@ from ...routing.routers.router import check_served, router_of
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol
-from .guards import CLIENT, Metrics
+from .guards import ALLOWED, CLIENT, Metrics
 from .protocol import (
     AnyRequest,
     ApiError,
@@ -45,6 +45,7 @@ from .protocol import (
 )
 from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader
+from .settings import API_KEYS
 
 SHOWN = 80  # characters of a name that an error repeats
 LOOKING = 1.0  # seconds between two looks at whether files have changed
@@ -114,6 +115,15 @@ class Service:
     def models(self) -> dict[str, Any]:
         return self.backend.models
 
+    def check_allowed(self, by_key: Collection[frozenset[str]]) -> None:
+        """Raise PhatgooseError where the experts that keys may use can't be kept to."""
+        pools = [each.pool for each in self.models.values() if by_key and each.experts]
+        names = sorted({name for pool in pools for name in pool.names})
+        if not all(allowed.issubset(names) for allowed in by_key):
+            message = f"A key in {API_KEYS} (KEY=EXPERT+EXPERT) names an expert that isn't served"
+            # Without the name, which may be the end of a key.
+            raise ConfigError(f"{message}; there are {', '.join(names)}.")
+
     def start(self) -> None:
         self.backend.start()
         for process, _ in self._texts.values():
@@ -146,12 +156,13 @@ class Service:
     async def chats(self, body: protocol.ChatRequest, http: Request) -> Response:
         return await self._answer(body, http)
 
-    async def cards(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self.card(name) for name in self._all_names()]}
+    async def cards(self, http: Request) -> dict[str, Any]:
+        data = [await self.card(name, http) for name in self._all_names(http)]
+        return {"object": "list", "data": data}
 
-    async def card(self, name: str) -> dict[str, Any]:
+    async def card(self, name: str, http: Request) -> dict[str, Any]:
         """What is told of a model, or of one expert. Raises ApiError."""
-        model, fixed = self._find(name)
+        model, fixed = self._find(name, http)
         frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
         return {
             "id": name,
@@ -161,35 +172,42 @@ class Service:
             "base": protocol.without_paths(model.bases[-1]),
             "router": model.routing.router if is_whole else None,  # None for a base alone
             "k": model.routing.k if is_whole else None,
-            "experts": list(model.experts if fixed is None else fixed),
+            "experts": list(usable(model.experts, http) if fixed is None else fixed),
             "traces": is_whole and not self.backend.upstream,  # they can be asked for
             "context": frame.context,
             "chat": bool(frame.tokenizer.chat_template),
         }
 
-    def _all_names(self) -> list[str]:
-        if not self.backend.upstream:
-            return list(self.models)
-        experts = dict.fromkeys(name for each in self.models.values() for name in each.experts)
-        return [protocol.ANY_MODEL, *self.models, *experts]
+    def _models_for(self, http: Request) -> dict[str, Any]:
+        """The models without those of whose experts the client may use none."""
+        pairs = self.models.items()
+        return {n: each for n, each in pairs if not each.experts or usable(each.experts, http)}
 
-    def _find(self, name: str) -> tuple[Any, Mapping[str, float] | None]:
+    def _all_names(self, http: Request) -> list[str]:
+        models = self._models_for(http)
+        if not self.backend.upstream:
+            return list(models)
+        experts = (name for each in models.values() for name in usable(each.experts, http))
+        return [protocol.ANY_MODEL, *models, *dict.fromkeys(experts)]
+
+    def _find(self, name: str, http: Request) -> tuple[Any, Mapping[str, float] | None]:
         """The model that a request names, and where it names one expert, its mixture.
 
         An expert is EXPERT or MODEL:EXPERT. In front of an engine there are also its base alone,
         and "auto", the first model. Raises ApiError.
         """
-        if name in self.models:
-            return self.models[name], None
-        if self.backend.upstream and name == protocol.ANY_MODEL:
-            return next(iter(self.models.values())), None
-        for model in self.models.values():
+        models = self._models_for(http)
+        if self.backend.upstream and name == protocol.ANY_MODEL and name not in models:
+            name = next(iter(models), name)
+        if name in models:
+            return models[name], None
+        for model in models.values():
             expert = name.removeprefix(f"{model.settings.name}:")
-            if expert in model.experts:
+            if expert in usable(model.experts, http):
                 return model, {expert: 1.0}
             if self.backend.upstream and name in model.bases:
                 return model, {}
-        names_here = self._all_names()
+        names_here = self._all_names(http)
         listed = shortened(", ".join(names_here), 300)[1:-1]
         message = f"There is no model {shortened(name, SHOWN)}; there are {listed}."
         hint = closest(name[:SHOWN], names_here)  # bounded: it compares the name with each
@@ -199,7 +217,7 @@ class Service:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
-        model, expert = self._find(request.model)
+        model, expert = self._find(request.model, http)
         override = request.override
         mixtures = [each for each in (expert, request.weights) if each is not None]
         if len(mixtures) + (override != RoutingOverride()) > 1:
@@ -210,8 +228,10 @@ class Service:
         with ExitStack() as at_end:
             try:
                 if mixture is not None:  # which an engine is sent as it is
-                    mixture_of(mixture, model.pool.names)
+                    mixture_of(mixture, usable(model.pool.names, http))
                     override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
+                if (mine := usable(model.experts, http)) != model.experts:
+                    override = replace(override, allowed=mine)
                 cached = await self.routings.acquire(model, override, client, deadline)
             except PhatgooseError as error:
                 raise bad_request(for_clients(error), request.changed) from error
@@ -275,6 +295,12 @@ class Service:
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
 
+def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:
+    """Those of `experts` that the client of a request may use."""
+    allowed = http.scope[ALLOWED]
+    return tuple(name for name in experts if allowed is None or name in allowed)
+
+
 def seen_at(place: str) -> list[tuple[str, int, int]]:
     """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
     inside, files = glob.escape(place), []
@@ -288,7 +314,8 @@ def seen_at(place: str) -> list[tuple[str, int, int]]:
 
 def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
     """A model's routing and experts with `override` applied. Raises PhatgooseError."""
-    pool, routing = model.pool.select(override.keep, override.leave_out), model.routing
+    pool = model.pool.select(override.allowed).select(override.keep, override.leave_out)
+    routing = model.routing
     router = model.usual(pool) if override.router == AUTO else override.router
     if router not in (None, routing.router):  # whose k needn't suit another router
         routing = replace(routing, router=router, k=model.settings.routing.k)

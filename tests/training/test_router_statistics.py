@@ -1,5 +1,6 @@
 """Statistics of an expert: at training or later, the same numbers, and nothing else changes."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from phatgoose.base import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, WrongBaseError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.routing.compose import open_prompt_router
+from phatgoose.tasks.batching import read_prompts
+from phatgoose.tasks.loading import load_prompts
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert
@@ -55,7 +60,7 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     assert same(got.means, wanted.means)
     assert same(got.readings, wanted.readings)
     assert torch.equal(got.embeddings, wanted.embeddings)
-    assert len(got.embeddings) == 7
+    assert (len(got.embeddings), got.info.prompts_read) == (7, 7)
     assert got.info == replace(wanted.info, metrics=got.info.metrics)  # which hold times
 
 
@@ -93,6 +98,36 @@ def test_what_is_embedded_is_recorded(llama, tmp_path, monkeypatch, form):
         assert seen == [f"Answer Choices: None, Instance: {text}" for text in whole]
     else:  # cut as the model reads them
         assert seen == [text[:3] for text in whole]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_prompts_without_targets_are_enough(llama, tmp_path, count):
+    expert = train(llama, tmp_path / "count")
+    texts = [f"count {i} and on" for i in range(count)]
+    settings = GateTraining(embeddings=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        got = measure(expert, llama, load_prompts(texts), settings)
+    complaints = [str(each.message) for each in told if "fewer than 3" in str(each.message)]
+    assert len(complaints) == (count < 3)
+    assert all("count: " in each and "5 or more are recommended" in each for each in complaints)
+    assert same(got.means, expert.means)  # which need targets
+    assert (got.info.prompts_read, len(got.embeddings)) == (count, count)
+    read = llama.tokenizer(texts)["input_ids"]
+    wanted = readings_of(read_prompts(llama.model, read, prompt_states(llama.model)))
+    assert same(got.readings, wanted)
+    assert all(each.isfinite().all() for each in got.readings.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 3 prompts:UserWarning")
+def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path):
+    texts = {"a": ["Once more"], "b": ["1 + 2 =", "12 + 7 ="], "c": ["wow!!", "ha!", "no!!!"]}
+    for name in texts:
+        train(llama, tmp_path / name, means=False, readings=False)
+        measure(tmp_path / name, llama, load_prompts(texts[name]), GateTraining())
+    router = open_prompt_router(tmp_path, llama.tokenizer, router="discriminant")
+    choice = router.choose([texts[name][0] for name in texts], llama.model)
+    assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b", "c"]
 
 
 def test_another_base_or_foreign_files_are_refused_and_nothing_is_lost(llama, tmp_path):

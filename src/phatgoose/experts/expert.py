@@ -21,9 +21,10 @@ from annotated_types import MinLen
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..base import Base, BaseReference, Text, closest_beside, is_hub_id
-from ..config import TAIL, Formatting, from_mapping
+from ..base import Base, BaseReference, Text, closest_beside, is_hub_id, number_format
+from ..config import AT_LEAST_1, TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
     TensorFile,
@@ -135,6 +136,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: F
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
+Count = Annotated[int, AT_LEAST_1]
 ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 
 
@@ -144,8 +146,9 @@ class ExpertInfo:
 
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
     before it was recorded: theirs is the paper's. `measured_in` is the `number_format` of the base
-    that means and prompt statistics were measured on, None where it isn't known. `acts_on` is the
-    `tail` of a prompt's last tokens that it acts on, None for experts that act on all tokens.
+    that means and prompt statistics were measured on, `prompts_read` how many prompts the latter
+    are of, None where it isn't known. `acts_on` is the `tail` of a prompt's last tokens that it
+    acts on, None for experts that act on all tokens.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -162,6 +165,7 @@ class ExpertInfo:
     embedder: Text | None = None
     embedding_form: Text | None = None
     measured_in: Text | None = None
+    prompts_read: Count | None = None
     acts_on: ActsOn | None = None
 
     @property
@@ -195,7 +199,12 @@ def read_info(path: Path) -> ExpertInfo:
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
-    for name in ("embedding_form", "measured_in", "acts_on"):  # later than the format
+    for name in (
+        "embedding_form",
+        "measured_in",
+        "prompts_read",
+        "acts_on",
+    ):  # later than the format
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -300,6 +309,30 @@ class Expert:
         """Free the memory of bytes read from its files; they are read again when used."""
         for file in self.files.values():
             file.release()
+
+    def with_statistics(
+        self, model: PreTrainedModel, prompts: int | None = None, **statistics: Any
+    ) -> Expert:
+        """The expert with new `means`, `embeddings`, or `readings` of so many `prompts`.
+
+        What isn't among `statistics` stays. Means and readings are what `model` made of the data.
+        """
+        info, measured_in = self.info, self.info.measured_in
+        read_by_base = ("means", "readings")
+        if any(part in statistics for part in read_by_base):
+            measured_in = number_format(model)
+            stays = any(part not in statistics and self.has(part) for part in read_by_base)
+            if stays and measured_in != info.measured_in:
+                measured_in = None  # of two bases
+        result = replace(self, **statistics)
+        parts = {part: result.has(part) for part in (*read_by_base, "embeddings")}
+        info = replace(
+            info,
+            hyperparameters={**info.hyperparameters, **parts},
+            measured_in=measured_in,
+            prompts_read=prompts if "readings" in statistics else info.prompts_read,
+        )
+        return replace(result, info=info)
 
     @classmethod
     def from_peft(
@@ -424,6 +457,20 @@ def check_expert(directory: str | Path) -> list[str]:
     except ExpertError as error:
         return [str(error)]
     return []
+
+
+FEW, ENOUGH = 3, 5  # prompts that statistics are of
+
+
+def warn_of_few_prompts(experts: Iterable[Expert]) -> None:
+    """Warn, in one line, of those whose prompt statistics are of fewer than FEW prompts."""
+    few = [each.name for each in experts if (each.info.prompts_read or FEW) < FEW]
+    if few:
+        warnings.warn(
+            f"{one_line(', '.join(few))}: prompt statistics of fewer than {FEW} prompts often miss "
+            f"an expert's own; {ENOUGH} or more are recommended.",
+            stacklevel=3,
+        )
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

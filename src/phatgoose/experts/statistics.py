@@ -8,12 +8,14 @@ paper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..sites import blocks_of
-from ..tasks.batching import PromptReading
+from ..tasks.batching import PromptReading, read_prompts
 
 READ = "whole"  # what of a prompt is read: the mean over its tokens
 PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
@@ -23,6 +25,14 @@ RANK = 16  # r of the covariance that is shared
 def prompt_states(model: PreTrainedModel) -> PromptReading:
     """Reads the output of all blocks: [texts, blocks, d], float32."""
     return PromptReading(range(len(blocks_of(model))))
+
+
+def readings_by(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], label: str | None = None
+) -> dict[str, Tensor]:
+    """The readings to share of `prompts`, given by tokens; a `label` shows a progress bar."""
+    model.eval()
+    return readings_of(read_prompts(model, prompts, prompt_states(model), label))
 
 
 def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:

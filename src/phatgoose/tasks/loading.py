@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import first_line, one_line, reading, regular
-from .task import Chat, Example, Sources, Task
+from ..files import first_line, one_line, reading, regular, shortened
+from .task import Chat, Example, Sources, Task, question_of
 
 SEPARATOR = "|||"
 TEMPLATE_FAILURES = (
@@ -32,6 +33,7 @@ TEMPLATE_FAILURES = (
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
 HUB = "hub:"
+LINES = ".txt"  # a prompt a line
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"
 FORMS = "input and target; messages; prompt and completion; or instruction, input and output"
@@ -63,7 +65,8 @@ def load_task(
         template: "input ||| target", jinja2, as in promptsource: renders both from whatever fields
             a row has.
         choices: "yes ||| no", jinja2: renders the choices.
-        targets: False lets rows have no target, which is then empty.
+        targets: False lets rows have no target, which is then empty: a `prompt` alone, or
+            `messages` that end with the user's.
 
     Raises:
         TaskError: Naming the line, for anything else, a row that is broken or lacks a field, a text
@@ -89,6 +92,38 @@ def load_task(
         raise TaskError(f"{label} has no examples.")
     parts: dict[str, Any] = {split: tuple(examples) for split, examples in splits.items()}
     return Task(name or "task", **parts, source=label)
+
+
+def load_prompts(places: Iterable[str]) -> Task:
+    """The task without targets of the prompts in `places`.
+
+    Each is a prompt or a file of some: a .txt with one a line, or a task's. Of a chat it is what
+    routers per prompt read (`question_of`). Raises TaskError for a file that can't be read or has
+    no prompts, and an empty prompt.
+    """
+    prompts: list[str] = []
+    for place in places:
+        path = Path(place)
+        is_named = path.suffix in (LINES, *TASK_FILES) and len(place.split()) == 1
+        if not (is_named or os.path.isfile(place)):
+            prompts.append(place)
+        elif path.suffix in TASK_FILES:
+            prompts += prompts_in(load_task(path, targets=False))
+        else:
+            with (
+                reading(one_line(place), TaskError),
+                regular(path).open(encoding="utf-8-sig") as lines,
+            ):
+                prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts or not all(map(str.strip, prompts)):
+        raise TaskError(f"{shortened(list(places))}: there are no prompts, or one is empty.")
+    return Task("prompts", tuple(Example(prompt, "") for prompt in prompts))
+
+
+def prompts_in(task: Task) -> list[str]:
+    """The inputs of `task`, of chats what routers per prompt read."""
+    inputs = (each.input for part in (task.train, task.validation, task.test) for each in part)
+    return [question_of(each.turns) if isinstance(each, Chat) else each for each in inputs]
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
@@ -314,13 +349,17 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     asked = filled.pop("messages", ())
     if isinstance(filled.get("prompt"), list):  # of turns, and so is the completion
         asked = [*filled.pop("prompt"), *filled.pop("completion", ())]
+    elif not targets and "prompt" in filled:
+        filled.setdefault("input", filled["prompt"])
     if "target" not in filled and "completion" in filled:
         # What follows a prompt is set off by a space of ours.
         answer = _stripped(_text(filled["completion"]))
         filled |= {"input": filled.get("prompt"), "target": answer}
     elif "target" not in filled and asked:
         *before, answer = asked
-        filled |= {"messages": before, "target": _Answer.model_validate(answer).text}
+        is_open = not targets and _Turn.model_validate(answer).role != "assistant"
+        text = "" if is_open else _Answer.model_validate(answer).text
+        filled |= {"messages": asked if is_open else before, "target": text}
     elif "target" not in filled and "instruction" in filled and {"input", "output"} & {*filled}:
         parts = [_stripped(_text(filled.get(name))) for name in ("instruction", "input")]
         filled |= {"input": "\n\n".join(filter(None, parts)), "target": filled.get("output")}

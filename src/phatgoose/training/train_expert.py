@@ -45,6 +45,7 @@ from ..experts.expert import (
     expert_files,
     read_modules,
     recorded_formatting,
+    warn_of_few_prompts,
 )
 from ..experts.kind import (
     FreshExpert,
@@ -55,10 +56,10 @@ from ..experts.kind import (
     new_gate,
     openness,
 )
-from ..experts.statistics import prompt_states, readings_of
+from ..experts.statistics import readings_by
 from ..files import sha256_of, write_text, writing
 from ..sites import Site, find_sites
-from ..tasks.batching import Collator, read_pairs, read_prompts
+from ..tasks.batching import Collator, read_pairs
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
@@ -338,7 +339,8 @@ def measure(
     `task` should be the data that the expert was trained on. A random sample of its training split
     is measured: at most `statistics_examples`, for embeddings at most 1000. Its seed and formatting
     are those that the expert records of its training, which gives the same numbers as then. What
-    isn't asked for stays as it is, as do adapter and gates; the model card is written again.
+    isn't asked for stays as it is, as do adapter and gates; the model card is written again. Of a
+    task without targets (`load_prompts`), from one prompt on, means aren't measured: they stay.
 
     Raises ConfigError when embedding isn't possible, WrongBaseError when `base` isn't the expert's,
     ExpertError when the directory holds foreign files, which rewriting would lose, TaskError when
@@ -356,12 +358,17 @@ def measure(
     recorded = expert.info.hyperparameters
     seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
     formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
-    hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
     encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
-    task = task.with_validation(seed)
+    if any(example.target for example in task.train):
+        task = task.with_validation(seed)
+    else:
+        settings = replace(settings, means=False)
+    hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
     run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.info.tail)
     measured, cuts = _with_statistics(run, expert)
     cuts.report(task.name)
+    if settings.readings:
+        warn_of_few_prompts([measured])
     return measured.save(place, overwrite=True)
 
 
@@ -387,29 +394,16 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
         updates["embeddings"] = embed_texts(sample, settings.embedder)
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
     if settings.readings:
-        model.eval()
-        updates["readings"] = readings_of(read_prompts(model, prompts, prompt_states(model), label))
+        updates["readings"] = readings_by(model, prompts, label)
     if settings.means:
         sites = {name: site for name, site in find_sites(model).items() if name in modules}
         collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
         with applied(model, modules, ModifiedLinear):
             means = mean_activations(model, sites, pairs, collator, label)
         updates["means"] = means
-    read_by_base = ("means", "readings")
-    measured_in: str | None = expert.info.measured_in
-    if any(part in updates for part in read_by_base):
-        measured_in = number_format(model)
-        stays = any(part not in updates and expert.has(part) for part in read_by_base)
-        if stays and measured_in != expert.info.measured_in:
-            measured_in = None  # of two bases
-    result = replace(expert, **updates)
-    hyperparameters = {
-        **expert.info.hyperparameters,
-        "statistics_examples": settings.statistics_examples,
-        **{part: result.has(part) for part in (*read_by_base, "embeddings")},
-        **how,
-    }
-    info = replace(expert.info, hyperparameters=hyperparameters, measured_in=measured_in, **how)
+    record = {"statistics_examples": settings.statistics_examples, **how}
+    result = expert.with_statistics(model, len(prompts), **updates)
+    info = replace(result.info, hyperparameters={**result.info.hyperparameters, **record}, **how)
     return replace(result, info=info), encoder.cuts(pairs)
 
 

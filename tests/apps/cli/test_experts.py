@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, write_rows
+from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, review, write_rows
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
@@ -68,3 +68,21 @@ def test_stats_adds_statistics_to_an_expert(here, phat, monkeypatch):
     after = Expert.load("experts/reviews")
     assert after.info.adapter_sha256 == before.info.adapter_sha256
     assert len(after.embeddings) == 3
+
+
+def test_stats_takes_prompts_themselves_and_files_of_them(here, phat):
+    (here / "lines.txt").write_text("Film 1 is\n\n  Film 2 is \n")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Film 4 is"}]
+    rows = [{"prompt": "Film 3 is"}, {"messages": asked}, review(5)]
+    write_rows(here / "rows.jsonl", rows)
+    means = Expert.load("experts/reviews").means
+    prompts = ["--prompts", "Film 0 is", "--prompts", "lines.txt", "--prompts", "rows.jsonl"]
+    outcome = phat("stats", "experts/reviews", *prompts, *BASE[2:])
+    assert (outcome.code, outcome.err) == (0, "")
+    got = Expert.load("experts/reviews")
+    assert got.info.prompts_read == 6
+    assert all(torch.equal(got.means[site], means[site]) for site in means)
+    texts = [word for number in range(6) for word in ("--prompts", f"Film {number} is")]
+    assert phat("stats", "experts/reviews", *texts, *BASE[2:]).code == 0
+    again = Expert.load("experts/reviews").readings
+    assert all(torch.equal(again[part], got.readings[part]) for part in again)

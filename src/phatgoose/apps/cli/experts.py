@@ -146,20 +146,30 @@ def gate(
 def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
-    task: options.TaskOption,
+    task: Annotated[str | None, "The data it was trained on."] = None,
+    prompts: Annotated[
+        list[str] | None,
+        "Instead of --task: a prompt like those it is for, or a file of some (.txt, one a line; "
+        ".jsonl, …); repeatable. Mean activations, which need targets, are not measured.",
+    ] = None,
     gates: Annotated[GateTraining, "joint", "gate_steps", "gate_learning_rate"],
     base: options.BaseOptions,
     template: options.TemplateOptions,
 ) -> None:
-    """Compute statistics for an existing expert.
+    """Compute statistics for an existing expert, of its task or a few example prompts.
 
     Seed and formatting are those that the expert was trained with.
     """
+    if bool(task) == bool(prompts):
+        raise ConfigError("Give either the data (--task) or example prompts (--prompts).")
+    options.only_with("with --task", bool(task), vars(template))
     from ...experts.expert import Expert
+    from ...tasks.loading import load_prompts
     from ...training.train_expert import measure
 
-    loaded, data = Expert.load(expert), template.load(task)
-    measured = measure(loaded, base.load(loaded.info.base), data, gates)
+    loaded = Expert.load(expert)
+    examples = template.load(task) if task else load_prompts(prompts or ())
+    measured = measure(loaded, base.load(loaded.info.base), examples, gates)
     say(f"{_contents(measured)} -> {expert}")
 
 

@@ -78,6 +78,7 @@ def test_an_existing_folder_is_replaced_whole_if_at_all(adapter, original, direc
     assert Expert.load(directory).name == "other"
     assert not (directory / "mine.txt").exists()
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    (directory / LAYOUT.prompts).write_text("Is it good?\n")  # which is the expert's own
     before = contents(directory)
     Expert.load(directory).save(directory, overwrite=True)
     assert contents(directory) == before

@@ -42,6 +42,7 @@ def test_what_is_no_reference_is_refused_with_the_form(text):
 def test_a_pushed_expert_is_one_commit_of_all_its_files_and_is_pulled_as_it_was(
     hub, pair, tmp_path
 ):
+    (pair[0] / LAYOUT.prompts).write_text("Is it good?\n")
     pushed = push(pair[0], "me/reviews")
     repository = hub.repositories["me/reviews"]
     assert pushed == HubReference("me/reviews", "", repository.branches["main"])

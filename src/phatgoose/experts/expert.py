@@ -222,6 +222,7 @@ class _Layout:
     vectors: str = "phatgoose.safetensors"
     info: str = "phatgoose.json"
     embeddings: str = "embeddings.safetensors"
+    prompts: str = "prompts.txt"  # examples, one a line; for people, and for statistics of few
     card: str = "README.md"
     signature: str = "model.sig"
 
@@ -427,7 +428,8 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
-        for file in (files.config, files.weights):
+        brought = [LAYOUT.prompts] if (self.directory / LAYOUT.prompts).is_file() else []
+        for file in (files.config, files.weights, *brought):
             shutil.copyfile(regular_file(self.directory / file), work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {

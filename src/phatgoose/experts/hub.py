@@ -115,10 +115,11 @@ def push(
 ) -> HubReference:
     """The pinned reference to the expert in `directory`, published as one commit.
 
-    The commit has adapter, gates, statistics, embeddings and card, and deletes such files of an
-    earlier version; other files of the repository stay. A missing repository is created, `private`
-    or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged,
-    its base is a folder of this machine, which no one else could load, or the Hub refuses.
+    The commit has adapter, gates, statistics, embeddings, example prompts and card, and deletes
+    such files of an earlier version; other files of the repository stay. A missing repository is
+    created, `private` or not. A revision in `reference` is the branch. Raises ExpertError when the
+    expert is damaged, its base is a folder of this machine, which no one else could load, or the
+    Hub refuses.
     """
     directory, reference = Path(directory), HubReference.parse(str(reference))
     expert = Expert.load(directory)

@@ -82,6 +82,7 @@ def test_an_existing_folder_is_replaced_whole_if_at_all(adapter, original, direc
     before = contents(directory)
     Expert.load(directory).save(directory, overwrite=True)
     assert contents(directory) == before
+    assert Expert.load(directory).prompts == ("Is it good?",)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, OSError(28, "No space")])

@@ -26,6 +26,7 @@ from ..config import GateTraining, Lora, Routing, Training
 from ..evaluation.compare import METHODS, compare, label_of
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import BASE, Comparison, means_of
+from ..experts.expert import LAYOUT
 from ..experts.pool import Pool
 from ..routing.compose import compose, save
 from ..routing.routers.auto import settled
@@ -87,6 +88,7 @@ TRAINING = Training(steps=24, batch_size=8, learning_rate=3e-3, eval_every=24, e
 GATES = GateTraining(gate_steps=12, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 40  # examples of each unseen task
 READ = 8  # examples of each whose routing is analysed
+PROPOSED = 3  # prompts that an expert brings, for the server's page
 ANSWER_TOKENS = 10  # of a written answer: the longest right one and its end
 PROMPT = (
     '"Quinn here. Can you keep three places in the pottery class on Friday?" Make an entry of it '
@@ -156,7 +158,7 @@ def _step(title: str, rest: str = "") -> Text:
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
     training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
-    for name in SKILLS:
+    for name, unseen in SKILLS.items():
         train_expert(
             base,
             load_task(TASKS / f"{name}.csv"),
@@ -166,4 +168,7 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
             gate_training=gates,
             resume=True,
         )
+        inputs = [row.input for row in load_task(TASKS / f"{unseen}.csv").test]
+        lines = [f"{each}\n" for each in inputs if "\n" not in each]
+        (folder / name / LAYOUT.prompts).write_text("".join(lines[:PROPOSED]), encoding="utf-8")
     return Pool.open([folder / name for name in SKILLS])

@@ -213,6 +213,7 @@ def info_json(info: ExpertInfo) -> str:
 # The directory.
 
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
+MOST_PROMPTS = 2**16  # bytes of example prompts that are read
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,15 @@ class Expert:
         """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
         modules = self.modules.items()
         return {site: module for site, module in modules if isinstance(module, LoraFactors)}
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Example prompts, the lines of the file beside it; ExpertError for one of another form."""
+        if not (file := self.place / LAYOUT.prompts).is_file():
+            return ()
+        with reading(file), regular_file(file).open("rb") as lines:
+            text = lines.read(MOST_PROMPTS).decode("utf-8-sig", errors="replace")
+        return tuple(line.strip() for line in text.split("\n") if line.strip())
 
     def has(self, part: str) -> bool:
         """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""

@@ -94,6 +94,11 @@ class Pool(Mapping[str, Expert]):
         """Every site at which at least one expert acts."""
         return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """An example prompt of each expert that brings some."""
+        return {expert.name: expert.prompts[0] for expert in self.experts if expert.prompts}
+
     def __getitem__(self, name: object) -> Expert:
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
         if name in self.names:

@@ -63,6 +63,9 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     for expert in Pool.open(out / "experts").experts:
         assert expert.info.hyperparameters["seed"] == 0
+        unseen = load_task(TASKS / f"{SKILLS[expert.name]}.csv").test
+        assert len(expert.prompts) == 3
+        assert {*expert.prompts} < {row.input for row in unseen}
 
 
 DIGEST = "15d4f9dda407979b51a3ef2d3d6da494c8ebb34d453d00e5b77cd1bcfb201074"

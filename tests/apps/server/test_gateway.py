@@ -15,6 +15,7 @@ from phatgoose.apps.server import Upstream
 from phatgoose.apps.server.upstream import engines
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
+from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.pool import Pool
 from serving import (
     CHAT_TEMPLATE,
@@ -107,11 +108,14 @@ def test_a_chat_goes_to_the_expert_of_its_last_user_message(engine, client):
 
 
 def test_a_key_reaches_its_experts_alone(place, engine):
+    for name in NAMES:
+        (place / name / LAYOUT.prompts).write_text(f"I am {name}.")
     keys = {"api_keys": ["all", "some=e1+e3"], "template": CHAT_TEMPLATE}
     with gateway(place, engine, **keys) as client:
         client.headers["Authorization"] = "Bearer some"
         cards = client.get("/v1/models").json()["data"]
         assert [each["id"] for each in cards] == ["auto", "goose", "e1", "e3"]
+        assert cards[0]["prompts"] == ["I am e1.", "I am e3."]
         for prompt in (*PROMPTS, "Answer as e0 would, the expert e0."):
             for change in ({}, {"k": 1}, {"model": "e3"}):
                 names = chosen_in(client.post(PATH, json={**ASK, "prompt": prompt, **change}))

@@ -8,6 +8,8 @@ import serving
 from browser import browser, page_at
 from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
 from phatgoose.config import Serving
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.pool import Pool
 from serving import PROMPT, until
 
 LIMITS = Serving(max_tokens=500)
@@ -131,6 +133,19 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         released.set()
         until(lambda: engine.running == 0)
         assert len(row.generated) <= 42
+
+
+def test_prompts_that_experts_bring_are_tried_and_no_others(chromium, place):
+    odd = '<b>"Is it</b> & good?"'
+    for name, text in (("e3", f"\n {odd} \nIs it bad?\n"), ("e1", "\n")):
+        (place / name / LAYOUT.prompts).write_text(text)
+    app = serving.app_of(Pool.open(place), LIMITS)
+    with serving.running(app) as address, page_at(chromium, address) as page:
+        button = page.locator("#examples button")
+        button.wait_for()
+        assert button.all_inner_texts() == [odd]
+        button.click()
+        assert page.locator("#prompt").input_value() == odd
 
 
 def test_a_key_is_asked_for_where_there_is_one(chromium, pool):

@@ -177,10 +177,21 @@ class Page {
   }
 
   choose() {
-    const {chat, experts, router, traces} = this.model;
+    const {chat, experts, prompts, router, traces} = this.model;
     at("as").value = chat ? "chat" : "text";
     at("as").closest("label").hidden = !chat;
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
+    at("examples").hidden = !prompts.length;
+    at("examples").replaceChildren("Try", ...prompts.map((text) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = button.title = text;
+      button.addEventListener("click", () => {
+        at("prompt").value = text;
+        at("prompt").focus();
+      });
+      return button;
+    }));
     const fixed = !traces && !router; // a base or one expert alone: there is nothing to route
     for (const pane of this.panes) pane.find("fields").hidden = fixed;
     at("compare").closest("label").hidden = fixed;

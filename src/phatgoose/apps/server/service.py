@@ -47,7 +47,8 @@ from .replies import EventStream, Reply, unless_gone
 from .requests import Answer, Asked, RequestReader
 from .settings import API_KEYS
 
-SHOWN = 80  # characters of a name that an error repeats
+MOST_NAME = 80  # characters of a name that an error repeats
+SHOWN = 3  # example prompts
 LOOKING = 1.0  # seconds between two looks at whether files have changed
 AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
 
@@ -69,8 +70,8 @@ class Backend(Protocol):
     """Who computes the answers of `models`; its methods are called in the event loop.
 
     A model has `settings`, a `pool`, a `routing` and its `runner`, which has a `frame`; the names
-    of its `experts` and of its base, `bases`; a `usual` router, and it is `composed` again for
-    requests.
+    of its `experts` and of its base, `bases`; example `prompts` by expert; a `usual` router, and it
+    is `composed` again for requests.
     """
 
     models: dict[str, Any]
@@ -164,6 +165,7 @@ class Service:
         """What is told of a model, or of one expert. Raises ApiError."""
         model, fixed = self._find(name, http)
         frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
+        experts = list(usable(model.experts, http) if fixed is None else fixed)
         return {
             "id": name,
             "object": "model",
@@ -172,7 +174,8 @@ class Service:
             "base": protocol.without_paths(model.bases[-1]),
             "router": model.routing.router if is_whole else None,  # None for a base alone
             "k": model.routing.k if is_whole else None,
-            "experts": list(usable(model.experts, http) if fixed is None else fixed),
+            "experts": experts,
+            "prompts": [model.prompts[each] for each in experts if each in model.prompts][:SHOWN],
             "traces": is_whole and not self.backend.upstream,  # they can be asked for
             "context": frame.context,
             "chat": bool(frame.tokenizer.chat_template),
@@ -209,8 +212,8 @@ class Service:
                 return model, {}
         names_here = self._all_names(http)
         listed = shortened(", ".join(names_here), 300)[1:-1]
-        message = f"There is no model {shortened(name, SHOWN)}; there are {listed}."
-        hint = closest(name[:SHOWN], names_here)  # bounded: it compares the name with each
+        message = f"There is no model {shortened(name, MOST_NAME)}; there are {listed}."
+        hint = closest(name[:MOST_NAME], names_here)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
     async def _answer(self, request: AnyRequest, http: Request) -> Response:

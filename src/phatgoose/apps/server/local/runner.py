@@ -285,6 +285,7 @@ class LoadedModel:
         if parts is not None:
             check_served(parts.router)
         self.runner = ModelRunner(model, self.base.tokenizer)
+        self.prompts = self.pool.prompts if is_pool(place) else {}
 
     @cached_property
     def pool(self) -> Pool:

@@ -48,6 +48,7 @@ class ChosenPool:
         self._base = settings.base or pool.base.id, None if settings.base else pool.base.revision
         self.tokenizer = backend.tokenizer_at(self._base[0], revision=self._base[1])
         self.in_chats = trained_in_chats(pool.records())
+        self.prompts = pool.prompts
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)

@@ -235,6 +235,19 @@ def test_paths_beside_the_protocol_s_main_ones(client):
     assert client.get("/nowhere").json()["error"]["type"] == "not_found_error"
 
 
+def test_an_answer_of_the_base_says_so(client):
+    counted = 'phatgoose_base_answers_total{model="goose"}'
+    before = counts_of(client).get(counted, 0)
+    for weight, said in ((0, "base"), (1, "e1")):
+        body = {**GREEDY, "weights": {"e1": weight}, "routing": True, "n": 2}
+        reply = client.post(PATH, json=body)
+        assert reply.headers["x-phatgoose-experts"] == f"{said}=1"
+        assert [each["routing"]["summary"] for each in reply.json()["choices"]] == 2 * [{said: 1.0}]
+        last = chunks_of(client, **body)[-1]
+        assert last["choices"][0]["routing"]["summary"] == {said: 1.0}
+    assert counts_of(client)[counted] == before + 4
+
+
 def test_metrics_count_what_happened(client):
     until(lambda: counts_of(client)["phatgoose_running"] == 0)
     before = counts_of(client)

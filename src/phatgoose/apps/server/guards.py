@@ -41,6 +41,8 @@ class Metrics:
         self.seconds = self.histogram("request_seconds", words, ["path"], buckets=SECONDS)
         self.prompt = self.counter("prompt_tokens", "Tokens of prompts.", ["model"])
         self.generated = self.counter("generated_tokens", "Tokens generated.", ["model"])
+        words = "Answers for whose prompts no expert was chosen."
+        self.by_base = self.counter("base_answers", words, ["model"])
         self.waiting = self.gauge("waiting", "Answers in the queue.")
         self.running = self.gauge("running", "Answers being computed.")
 

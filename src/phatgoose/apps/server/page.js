@@ -110,7 +110,7 @@ class Pane {
     bar.hidden = !entries.length;
     bar.replaceChildren(...entries.map(([name, share]) => {
       const part = document.createElement("span");
-      part.className = TokenExplorer.classes(name, this.order);
+      part.className = this.order.includes(name) ? TokenExplorer.classes(name, this.order) : "tx-none";
       part.style.flex = `${share} 1 0`;
       part.textContent = part.title = `${name} ${Math.round(100 * share)} %`;
       return part;

@@ -25,6 +25,17 @@ from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline, Finish
 from .requests import Asked
 
 Result = TypeVar("Result")
+Weights = dict[str, float]  # of experts by name, best first; none of the base
+ALONE = {"base": 1.0}  # is reported where no expert acts
+EXPERTS = "X-Phatgoose-Experts"
+MOST_OF_A_HEADER = 4000  # characters
+
+
+def header_of(chosen: Sequence[Weights]) -> str:
+    """The experts of prompts as a header has them: reviews=0.71, trivia=0.29; base=1."""
+    prompts = [sorted((each or ALONE).items(), key=lambda pair: -pair[1]) for each in chosen]
+    parts = (", ".join(f"{name}={weight:.4g}" for name, weight in pairs) for pairs in prompts)
+    return "; ".join(parts)[:MOST_OF_A_HEADER]
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,8 @@ def routing_report(
     Each token has its text (`token`), its `part`, prompt or answer, its `stream`, and its `experts`
     by name, with the mean of their weights over all sites. Behind a gateway tokens are the pieces
     in which an engine sends an answer, and `chosen` are the experts of a choice of which only the
-    first could be sent. `trace`, of the same tokens, is present if it was asked for
-    (docs/analysis.md).
+    first could be sent. A `summary` of "base" says that no expert acts. `trace`, of the same
+    tokens, is present if it was asked for (docs/analysis.md).
     """
     rest = {"chosen": None, "trace": None}
     named = {"router": router, "k": k, "experts": list(experts)}

@@ -43,7 +43,7 @@ from .protocol import (
     busy,
     for_clients,
 )
-from .replies import EventStream, Reply, unless_gone
+from .replies import EXPERTS, EventStream, Reply, Weights, header_of, unless_gone
 from .requests import Answer, Asked, RequestReader
 from .settings import API_KEYS
 
@@ -89,8 +89,8 @@ class Backend(Protocol):
         """Raise ApiError for what can't be answered."""
         ...
 
-    async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, dict[str, str]]:
-        """The answers, begun, and headers for their client. Raises ApiError."""
+    async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, list[Weights] | None]:
+        """The answers, begun, and each prompt's experts, None by token. Raises ApiError."""
         ...
 
     async def take(self, models: dict[str, Any]) -> None:
@@ -249,7 +249,10 @@ class Service:
                 for number, row in enumerate(rows)
             ]
             asked = Asked(request, mixture, prompts, answers, client, deadline)
-            reply, headers = await self.backend.begin(asked, runner)
+            reply, chosen = await self.backend.begin(asked, runner)
+            headers = {} if chosen is None else {EXPERTS: header_of(chosen)}
+            by_base = [each for each in answers if chosen is not None and not chosen[each.row]]
+            self.metrics.by_base.labels(request.model).inc(len(by_base))
             at_end.callback(self._count, reply)
             at_end.callback(reply.close)
             if request.stream:

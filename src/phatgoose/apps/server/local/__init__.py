@@ -24,7 +24,7 @@ from ....routing.compose import composition_of
 from ....routing.context import PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, for_clients
-from ..replies import Builder, Progress, Reply, routing_report
+from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch
@@ -67,7 +67,7 @@ class LocalBackend(Backend):
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
 
-    async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, dict[str, str]]:
+    async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
         form = asked.request.response_format
         schema = form.schema_asked if form else None
 
@@ -83,7 +83,8 @@ class LocalBackend(Backend):
             routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
         else:
             routed, json_form = prepared()
-        reply = Reply(Builder(asked, Reporter(runner, asked, routed)), asked.deadline)
+        reporter = Reporter(runner, asked, routed)
+        reply = Reply(Builder(asked, reporter), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
         def deliver(event: Progress | ApiError) -> None:
@@ -100,7 +101,7 @@ class LocalBackend(Backend):
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])
         )
-        return reply, {}
+        return reply, reporter.chosen
 
 
 class Reporter:
@@ -110,6 +111,11 @@ class Reporter:
         self, runner: ModelRunner, asked: Asked, routed: Sequence[PromptRouting | None]
     ) -> None:
         self._runner, self._asked, self._routed = runner, asked, routed
+        choices = [each.choice for each in routed if each and each.choice]
+        # Each prompt's experts; None where they are chosen by token.
+        self.chosen = [
+            each.named(composition_of(runner.model).experts)[0] for each in choices
+        ] or None
         self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
         self._tokens: Counter[int] = Counter()
 
@@ -130,16 +136,17 @@ class Reporter:
         for token in tokens:
             sums.update(token["experts"])
             self._tokens[choice] += bool(token["experts"])
-        count = self._tokens[choice]
+        count, row = self._tokens[choice], self._asked.answers[choice].row
+        alone = ALONE if self.chosen and not self.chosen[row] else {}
         report = routing_report(
             parts.router.recorded.router,
             parts.router.k or None,
             parts.experts,
             tokens,
-            {name: round(total / count, 4) for name, total in sums.most_common()},
+            {name: round(total / count, 4) for name, total in sums.most_common()} or alone,
         )
         if self._asked.request.routing == "trace":
-            routed = self._routed[self._asked.answers[choice].row]
+            routed = self._routed[row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
             trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
             report["trace"] = trace.to_dict()

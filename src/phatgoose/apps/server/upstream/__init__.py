@@ -22,17 +22,13 @@ from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request
-from ..replies import Builder, Progress, Reply, routing_report
+from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, numbered
 from ..settings import ServedModel, Upstream
 from .engines import Engine, Link
 
-EXPERTS = "X-Phatgoose-Experts"
-MOST_OF_A_HEADER = 4000  # characters
 WAITING = 64  # pieces that are held for a client that reads slowly
-
-Weights = dict[str, float]  # of experts by name, best first
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +165,7 @@ class EngineBackend(Backend):
         if not isinstance(request, ChatRequest) and request.logprobs is not None:
             raise bad_request("Behind a gateway, chats alone have log-probabilities.", "logprobs")
 
-    async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, dict[str, str]]:
+    async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:
         async with asked.deadline.kept():
             engine = await self.link.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
@@ -195,7 +191,7 @@ class EngineBackend(Backend):
             self._running.add(asked.client, bringing)
             bringing.add_done_callback(partial(self._running.remove, asked.client))
             reply.on_close.append(bringing.cancel)
-        return reply, {EXPERTS: "; ".join(map(named, sent))[:MOST_OF_A_HEADER]}
+        return reply, sent
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
@@ -253,11 +249,6 @@ def _report(
     )
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": weights}
     tokens = [token] if progress.text else []
-    report = routing_report(router, len(all_weights) or None, all_weights, tokens, weights)
+    summary = weights or ALONE
+    report = routing_report(router, len(all_weights) or None, all_weights, tokens, summary)
     return report | ({"chosen": all_weights} if chosen[row] != sent[row] else {})
-
-
-def named(weights: Mapping[str, float]) -> str:
-    """Experts and weights as a header has them: reviews=0.71, trivia=0.29."""
-    ordered = sorted(weights.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{name}={weight:.4g}" for name, weight in ordered)

@@ -312,6 +312,7 @@ class Serving(Settings):
         int, "MiB of keys and values to keep for prompts with one beginning; 0: none.", NOT_NEGATIVE
     ] = 256
     watch: Annotated[bool, "Open models again when their folder has changed."] = False
+    strict: Annotated[bool, "With --upstream, refuse fields that would be forwarded."] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     max_connections: int = 1000
     shutdown_timeout: int = 30  # seconds for running requests to finish after a signal to stop

@@ -212,7 +212,7 @@ def choice_of(body, text, finish=None, tokens=(), field="delta"):
     said = {field: {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
     choice = {**said, "index": 0, "finish_reason": finish}
     if body.get("logprobs"):
-        rows = [{"token": token, "logprob": -0.5} for token in tokens]
+        rows = [{"token": t, "logprob": -0.5, "bytes": list(t.encode())} for t in tokens]
         tops = [{**row, "top_logprobs": [row, {"token": "o", "logprob": -1.5}]} for row in rows]
         choice["logprobs"] = {"content": tops}
     return choice

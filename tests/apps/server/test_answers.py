@@ -12,7 +12,18 @@ from phatgoose.apps.server.local import json_form
 from phatgoose.base import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, save
-from serving import CHAT_TEMPLATE, CHATS, GREEDY, PROMPT, ask, chunks_of, error_of, text_of
+from serving import (
+    CHAT,
+    CHAT_TEMPLATE,
+    CHATS,
+    GREEDY,
+    PATH,
+    PROMPT,
+    ask,
+    chunks_of,
+    error_of,
+    text_of,
+)
 
 needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs phatgoose[json]")
 
@@ -49,6 +60,41 @@ def test_a_completion_is_what_generate_gives_with_a_routing_of_its_own_too(
     assert reply["choices"][0]["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
     counts = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
     assert reply["usage"] == {**counts, "total_tokens": len(prompt) + len(tokens)}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        (PATH, {"echo": True}, "echo: only false is accepted; supported are model, max_tokens"),
+        (PATH, {"temprature": 1}, "Did you mean 'temperature'?"),
+        (PATH, {"service_tier": "flex"}, 'service_tier: only "auto" or "default" is accepted'),
+        (PATH, {"stream_options": {"pace": 1}}, "stream_options.pace: only null is accepted"),
+        (CHATS, {"tools": [{"type": "function"}]}, "tools: only null is accepted"),
+        (CHATS, {"tools": [{}], "tool_choice": "auto"}, "tools: only null is accepted"),
+        (CHATS, {"tool_choice": "required"}, 'only "none" or "auto" is accepted'),
+        (
+            CHATS,
+            {"messages": [{**CHAT["messages"][0], "tool_calls": [{}]}]},
+            "messages.0.tool_call",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_not_done_here_is_refused_with_what_is(client, path, change, said):
+    error = error_of(client, path=path, **{**(CHAT if path == CHATS else GREEDY), **change})
+    assert said in error["message"]
+    assert error["param"] == next(iter(change))
+    assert len(error["message"]) < 600
+
+
+def test_effort_is_the_template_s_to_use(client_with):
+    template = "{% if reasoning_effort %}[{{ reasoning_effort }}]{% endif %}" + CHAT_TEMPLATE
+    chat = client_with(template=template)
+    counts = [
+        ask(chat, path=CHATS, **CHAT, **wish)["usage"]["prompt_tokens"]
+        for wish in ({}, {"reasoning_effort": "low"})
+    ]
+    assert counts[1] - counts[0] == len("[low]")
 
 
 def test_stop_ends_an_answer(client):

@@ -232,6 +232,49 @@ def test_sampling_follows_temperature_and_top_p():
     assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
     assert shares(temperature=1.0, top_p=0.0)[0] == 1
     assert shares(temperature=1e-30)[0] == 1
+    assert shares(temperature=1.0, top_k=2).tolist()[2:] == [0, 0]
+    assert shares(temperature=1.0, min_p=0.3).tolist()[2:] == [0, 0]  # e^-1 of the best, not e^-2
+    assert shares(temperature=0.0, logit_bias={"3": 100.0, "9": 0.0})[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("penalties", "wanted"),
+    [
+        ({"frequency_penalty": 0.5}, [2.0, 0.0, 0.0, -1.5]),  # for each time in the answer
+        ({"presence_penalty": 0.5}, [2.0, 0.5, 0.0, -1.5]),  # once for all times
+        ({"repetition_penalty": 2.0}, [1.0, 0.5, 0.0, -2.0]),  # in the prompt too
+    ],
+    ids=str,
+)
+def test_penalties_change_the_logits_of_tokens_that_were_there(penalties, wanted):
+    """The prompt is token 0, the answer so far 1, 3, 1: a draw from logits shows what became."""
+    logits, counts = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.zeros(4)
+    for seed in range(2000):
+        sampler = Sampler(Decoding(1, seed=seed, **penalties), torch.device("cpu"), [0])
+        counts[sampler(logits, [1, 3, 1])] += 1
+    torch.testing.assert_close(counts / 2000, torch.tensor(wanted).softmax(0), atol=0.035, rtol=0)
+
+
+def test_a_penalised_row_is_generates_and_changes_no_other(runner_of):
+    runner, prompt = runner_of(), prompt_of(3)
+    wanted = runner.model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=1.5,
+        sequence_bias={(7,): 2.0},
+    )[0, len(prompt) :].tolist()
+    wish = replace(GREEDY, repetition_penalty=1.5, logit_bias={"7": 2.0})
+    drawn = Decoding(12, 0.9, seed=4, top_k=9, min_p=0.01, presence_penalty=1.0)
+    far = replace(GREEDY, logit_bias={"999999": 1.0})
+    alone = finished(runner, [row_of(runner, prompt, drawn)])[0].generated
+    wishes = [wish, GREEDY, drawn, far]
+    rows = finished(runner, [row_of(runner, prompt, each) for each in wishes])
+    assert [row.generated for row in rows[:3]] == [wanted, by_generate(runner, prompt), alone]
+    assert wanted != rows[1].generated
+    assert "logit_bias names token 999999; there are" in rows[3].deliver.events[0].detail
 
 
 # Prompts that begin as one before: what is kept of it changes no answer.

@@ -181,13 +181,14 @@ def test_a_mixture_of_ones_own_and_who_answered(client, stream):
     ("change", "param", "said"),
     [
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
-        ({"max_tokens": 5000}, "max_tokens", "this server generates 200 at most"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "less than or equal to 0"),
-        ({"tools": []}, "tools", "Extra inputs are not permitted"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "should match pattern"),
+        ({"logit_bias": {"5": -101}}, "logit_bias", "greater than or equal to -100"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "may be null"),
         ({"n": 33, "prompt": ["a", "b"]}, None, "Prompts times n may be 64 answers"),
-        ({"echo": True}, "echo", "Input should be False"),
         ({"prompt": [5000]}, "prompt", "prompt.0: Input should be a valid string"),
-        ({"prompt": "x" * 3000}, "max_tokens", "the model can hold"),
+        ({"prompt": "x" * 3000}, "prompt", "the model can hold"),
         ({"prompt": "x" * 99_000}, "prompt", "the model can hold"),
         ({"response_format": {"type": "xml"}}, "response_format", "type: Input should be 'text'"),
         ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
@@ -198,8 +199,6 @@ def test_a_mixture_of_ones_own_and_who_answered(client, stream):
         ({"router": "few-shot:examples=/etc/hosts"}, "router", "Input should be one of"),
         ({"weights": {"e0": 1}, "k": 2}, None, "exclude each other"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "messages", "content.0.type: Input"),
-        ({"messages": [{**TALK[1], "tool_calls": [{}]}]}, "messages", "should have at most 0"),
-        ({"messages": TALK, "tools": [{"type": "function"}]}, "tools", "should have at most 0"),
         ({"messages": TALK[::-1]}, "messages", "The system speaks first."),
     ],
     ids=lambda value: str(value)[:40],
@@ -212,6 +211,44 @@ def test_what_is_wrong_is_named(client, place, pool, change, param, said):
     assert error["type"] == "invalid_request_error"
     assert str(serving.folder_of(pool)) not in error["message"]
     assert str(place) not in error["message"]
+
+
+TOOL = {"type": "function", "function": {"name": "weather"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+IDLE = {"store": False, "service_tier": "auto", "metadata": {"a": "b"}, "user": "me", "top_k": -1}
+IDLE |= {"min_p": 0, "repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": 0}
+IDLE |= {"logit_bias": {}, "parallel_tool_calls": True, "stop": None, "mirostat": None, "n": None}
+SAID = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}]
+
+
+def test_what_asks_for_nothing_is_accepted(client):
+    idle = {**IDLE, "best_of": 1, "echo": False, "suffix": "", "logprobs": None}
+    assert text_of(client, **GREEDY, **idle) == text_of(client, **GREEDY)
+    cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    messages = [TALK[0], *SAID, {"role": "user", "content": [cached]}]
+    plain = [TALK[0], TALK[1], {"role": "assistant", "content": ""}, TALK[1]]
+    answers = [
+        ask(client, path=CHATS, **{**CHAT, "messages": talk}, **wish)["choices"][0]["message"]
+        for talk, wish in (
+            (messages, {**IDLE, "tools": [TOOL], "tool_choice": "none"}),
+            (messages, {"tools": [], "tool_choice": "auto", "reasoning_effort": "low"}),
+            (plain, {}),
+        )
+    ]
+    assert answers == answers[:1] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_tokens_than_the_limit_are_cut_and_a_header_says_so(client, stream):
+    for asked, told in ((200, None), (201, "200"), (5000, "200"), (-1, None)):
+        body = {**CHAT, "max_tokens": asked, "stream": stream}
+        reply = client.post(CHATS, json=body)
+        assert reply.status_code == 200
+        assert reply.headers.get("x-phatgoose-max-tokens") == told
+        assert not client.engine or client.engine.requests[-1]["max_tokens"] == 200
+    prompt = "x" * (client.get("/v1/models/goose").json()["context"] - 20)
+    reply = client.post(PATH, json={**GREEDY, "prompt": prompt, "max_tokens": 150})
+    assert reply.headers["x-phatgoose-max-tokens"] == "20"
 
 
 def test_an_answer_keeps_to_its_form(client):

@@ -129,6 +129,56 @@ def test_a_key_reaches_its_experts_alone(place, engine):
         assert text_of(client, **{**ASK, "model": BASE}).split()[0] == BASE
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+UNKNOWN = {"tools": [TOOL], "tool_choice": "auto", "chat_template_kwargs": {"thinking": False}}
+UNKNOWN |= {"min_tokens": 2, "priority": 1, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
+KNOWN = {"reasoning_effort": "low", "presence_penalty": 1.5, "top_k": 5, "user": "me"}
+TALK = [
+    {"role": "user", "content": "Tell me of birds"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    {"role": "user", "content": [{"type": "text", "text": "so", "cache_control": {}}]},
+]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, kind):
+    body = {"model": "e1", "messages": TALK, **UNKNOWN, **KNOWN, "repetition_penalty": 1.1}
+    name = "repeat_penalty" if kind == "llama.cpp" else "repetition_penalty"
+    with engine_of(kind) as engine:
+        with gateway(place, engine, template=CHAT_TEMPLATE) as client:
+            ask(client, path=CHATS, **body)
+            (sent,) = engine.requests
+            assert {**sent, **UNKNOWN, **KNOWN, "messages": TALK, name: 1.1} == sent
+            for own in ({"lora": []}, {"lora_request": {}}, {"n_predict": -1}, {"n_cmpl": 9}):
+                (field,) = own
+                error = error_of(client, path=CHATS, **body, **own)
+                assert error["message"].startswith(f"{field} isn't forwarded")
+        with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
+            assert error_of(client, path=CHATS, **body)["param"] == "tools"
+            ask(client, path=CHATS, model="e1", messages=TALK[:1], **KNOWN)
+
+
+def test_an_answer_comes_as_the_engine_gave_it(engine, client):
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"}
+    usage = {"prompt_tokens": 99, "completion_tokens": 4, "total_tokens": 103, "details": {"a": 1}}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls", "stop_reason": 7}
+    told = {"id": "x", "choices": [choice], "usage": usage, "system_fingerprint": "f"}
+    engine.mode, engine.content = "odd", json.dumps(told).encode()
+    body = {"model": "e1", "messages": TALK, "tools": [TOOL]}
+    reply = ask(client, path=CHATS, **body)
+    same = {**message, "refusal": None}
+    assert reply["choices"] == [{**choice, "message": same, "routing": None, "logprobs": None}]
+    assert (reply["usage"], reply["system_fingerprint"]) == (usage, "f")
+    assert reply["id"].startswith("chatcmpl-")
+    delta = {"tool_calls": [{"index": 0, **CALL}]}
+    engine.content = json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode()
+    first, second, *_ = chunks_of(client, CHATS, **body)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert second["choices"][0]["delta"] == {"content": None, **delta}
+
+
 @pytest.mark.parametrize(
     ("kind", "plain"), [("vllm", {"top_k": -1, "min_p": 0.0}), ("llama.cpp", {"top_k": 0})]
 )

@@ -1,14 +1,15 @@
 """OpenAI's protocol: errors, and the bodies of requests, with our fields for routing.
 
-Unknown fields are refused by name. Fields of OpenAI's that aren't supported are accepted with the
-value that asks for nothing. Docstrings of bodies are part of /openapi.json.
+Fields that aren't declared are kept: whoever answers refuses them by name (`check_known`), unless
+they ask for nothing, or forwards them. Docstrings of bodies are part of /openapi.json.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,11 +20,13 @@ from pydantic_core import PydanticCustomError
 
 from ...config import closest
 from ...errors import ConfigError
-from ...files import one_line
+from ...files import one_line, shortened
 from ...routing.routers.registry import AUTO, MOST_WEIGHT, WEIGHTS
 from ...routing.routers.router import all_routers, canonical
 
 MOST_SHOWN = 500  # characters of an error
+SHOWN = 60  # characters of a field's name that an error repeats
+INVALID = "invalid_request"
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
@@ -145,7 +148,15 @@ Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True), ONE_OR_MANY]
 Prompts = Annotated[
     list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True), ONE_OR_MANY
 ]
-Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+NO_LIMIT = 1 << 60  # tokens: as many as there may be, which clients write as -1
+MostTokens = Annotated[
+    int, Field(ge=1), BeforeValidator(lambda value: NO_LIMIT if value == -1 else value)
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Biases = Annotated[dict[TokenId, Bias], Field(max_length=1024)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Finish = Literal["stop", "length"]
 
 
@@ -163,10 +174,36 @@ class RoutingOverride:
     allowed: tuple[str, ...] | None = None
 
 
-class Strict(BaseModel):
-    """No unknown fields, no text where a number is wanted, no NaN."""
+# Undeclared fields that ask for nothing, whatever they say or by some values; so do empty lists and
+# objects, and nulls.
+IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
+IDLE |= {"user"}
+IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
+IDLE_VALUES |= {"tool_choice": ("none", "auto"), "best_of": (1,), "echo": (False,), "suffix": ("",)}
+IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+class Strict(BaseModel):
+    """No text where a number is wanted, no NaN; a null is as if it weren't there."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        fields = body.items() if isinstance(body, dict) else None
+        return body if fields is None else {n: each for n, each in fields if each is not None}
+
+    def undeclared(self, place: tuple[str, ...] = ()) -> Iterator[tuple[Strict, tuple[str, ...]]]:
+        """(what it is a field of, where it is) of each undeclared field, here and inside."""
+        for name in self.model_extra or ():
+            yield self, (*place, name)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for number, each in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(each, Strict):
+                    inside = (name, str(number)) if isinstance(value, list) else (name,)
+                    yield from each.undeclared((*place, *inside))
 
 
 class StreamOptions(Strict):
@@ -192,18 +229,20 @@ class GenerationRequest(Strict):
     """The fields of both kinds of request."""
 
     model: Name = Field(description="A name from /v1/models.")
-    max_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most.")
-    temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(1, ge=0, le=1, description="Total probability to sample from.")
+    max_tokens: MostTokens | None = Field(None, description="Tokens at most; -1: no limit.")
+    temperature: float = Field(1, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(1, ge=0, le=1, description="Total probability to sample from.")
+    top_k: int = Field(0, ge=-1, description="Best tokens to sample from; 0, -1: all.")
+    min_p: float = Field(0, ge=0, le=1, description="Least share of the best probability.")
+    repetition_penalty: float = Field(1, ge=0.01, le=100, description="Prompt's included.")
+    frequency_penalty: Penalty = Field(0, description="For each time in the answer.")
+    presence_penalty: Penalty = Field(0, description="For tokens in the answer.")
+    logit_bias: Biases = Field({}, description="Added to logits, by tokens' numbers.")
     n: int | None = Field(1, ge=1, le=MOST_ANSWERS, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
     stop: Stops | None = Field(None, description="Texts that end the answer; not part of it.")
     stream: bool | None = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Ignored.")
-    frequency_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
-    presence_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Not supported.")
     response_format: ResponseFormat | None = Field(None, description="Text or JSON.")
     ignore_eos: bool | None = Field(False, description="Continue after the end (for benchmarks).")
     router: Router | None = Field(
@@ -238,9 +277,6 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts = Field(description="A text, or a list of them.")
     logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
-    echo: Literal[False] | None = Field(False, description="Not supported.")
-    best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
-    suffix: str | None = Field(None, max_length=0, description="Not supported.")
 
     @model_validator(mode="after")
     def _few(self) -> CompletionRequest:
@@ -270,39 +306,63 @@ Content = Annotated[
 class Message(Strict):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(None, description="Of an assistant it may be null.")
     name: str | None = Field(None, description="Handed to the template.")
-    refusal: None = Field(None, description="As in answers, which may be sent back.")
-    audio: None = Field(None, description="Not supported.")
-    function_call: None = Field(None, description="Not supported.")
-    tool_calls: Nothing | None = Field(None, description="Not supported.")
-    annotations: Nothing | None = Field(None, description="Not supported.")
+
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content", "Only an assistant's content may be null.")
+        return self
 
     @property
     def text(self) -> str:
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates know it, text only."""
+        # OpenAI's newer name, and the one that templates know.
+        role = "system" if self.role == "developer" else self.role
+        names = {"name", "tool_calls", "tool_call_id"} & self.model_fields_set
+        return {"role": role, "content": self.text, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """The message as an engine is sent it: text as such, unless its parts say more."""
+        message = self.model_dump(exclude_unset=True) | {"role": self.plain["role"]}
+        is_text = not any(part.model_extra for part in self.content or ())
+        return message | ({"content": self.content and self.text} if is_text else {})
 
 
 class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
+    max_completion_tokens: MostTokens | None = Field(None, description="Replaces max_tokens.")
     logprobs: bool | None = Field(False, description="Report each token's log-probability.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
-    tools: Nothing | None = Field(None, description="Not supported.")
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
+    reasoning_effort: Effort | None = Field(None, description="Handed to the template.")
 
     @property
-    def plain_messages(self) -> list[dict[str, str]]:
-        """The messages as chat templates know them, texts only."""
-        return [
-            # OpenAI's newer name, and the one that templates know.
-            {"role": "system" if each.role == "developer" else each.role, "content": each.text}
-            | ({"name": each.name} if each.name else {})
-            for each in self.messages
-        ]
+    def plain_messages(self) -> list[dict[str, Any]]:
+        return [each.plain for each in self.messages]
 
 
 AnyRequest = CompletionRequest | ChatRequest
+
+
+def check_known(request: AnyRequest) -> None:
+    """Raise ApiError for an undeclared field that asks for something."""
+    has_no_tools = (request.model_extra or {}).get("tool_choice") == "none"
+    idle = {*IDLE, "tools"} if has_no_tools else IDLE
+    for part, place in request.undeclared():
+        name, value = place[-1], getattr(part, place[-1])
+        accepted = IDLE_VALUES.get(name, (None,))
+        if name in idle or value in ([], {}, *accepted):
+            continue
+        known, shown = [*type(part).model_fields], [shortened(n, SHOWN)[1:-1] for n in place]
+        only, hint = " or ".join(map(json.dumps, accepted)), closest(name[:SHOWN], known)
+        message = f"{'.'.join(shown)}: only {only} is accepted; supported are {', '.join(known)}."
+        raise bad_request(f"{message}{hint}", shown[0], INVALID)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ...base import UNFINISHED
-from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline, Finish
+from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline
 from .requests import Asked
 
 Result = TypeVar("Result")
@@ -57,24 +57,22 @@ class Progress:
     """What is new of answer number `choice`.
 
     `routing` is what its backend reports of the new tokens' experts. `finish` is None while more is
-    to come. `generated` counts all tokens so far. `more` has fields of a message that only its
-    engine knows.
+    to come. `generated` counts all tokens so far. `more` has what only its engine knows: fields of
+    a message, of its choice, and of the whole reply (its `usage` too).
     """
 
     choice: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     routing: tuple[Any, ...] = ()
-    finish: Finish | None = None
+    finish: str | None = None
     generated: int = 0
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: tuple[Mapping[str, Any], ...] = ({}, {}, {})
 
     @classmethod
     def joined(cls, events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
-        last, more = events[-1], dict[str, Any]()
-        for each in events:
-            more |= each.more
+        last, levels = events[-1], zip(*(each.more for each in events), strict=True)
         return cls(
             last.choice,
             "".join(each.text for each in events),
@@ -82,7 +80,7 @@ class Progress:
             tuple(part for each in events for part in each.routing),
             last.finish,
             last.generated,
-            more,
+            tuple({n: v for each in level for n, v in each.items()} for level in levels),
         )
 
 
@@ -120,6 +118,7 @@ class Builder:
         self.is_chat = isinstance(asked.request, ChatRequest)
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
+        self._counted: dict[str, Any] = {}  # by an engine
         self._identity: dict[str, Any] = {
             "id": ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -127,10 +126,11 @@ class Builder:
         }
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         prompt, answers = self._prompt_tokens, sum(self._generated)
         total = prompt + answers
-        return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": total}
+        usage = {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": total}
+        return usage | (self._counted if self.answers == 1 else {})
 
     def opening(self) -> list[dict[str, Any]]:
         """The chunks before the first token: in chats, who speaks."""
@@ -139,12 +139,16 @@ class Builder:
         return [self._chunk({"index": n, "delta": delta, "finish_reason": None}) for n in numbers]
 
     def chunk(self, progress: Progress) -> dict[str, Any]:
-        self._generated[progress.choice] = progress.generated
-        said = {"delta": {"content": progress.text, **progress.more}}
-        return self._chunk(self._choice(progress, said))
+        self._count(progress)
+        said = {"delta": {"content": progress.text, **progress.more[0]}}
+        return {**progress.more[2], **self._chunk(self._choice(progress, said))}
 
     def closing(self) -> dict[str, Any]:
         return self._chunk(usage=self.usage)
+
+    def _count(self, progress: Progress) -> None:
+        self._generated[progress.choice] = progress.generated
+        self._counted |= progress.more[2].get("usage", {})
 
     def _chunk(self, *choices: Any, usage: Any = None) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
@@ -152,11 +156,11 @@ class Builder:
 
     def whole(self, events: Sequence[Sequence[Progress]]) -> dict[str, Any]:
         answers, choices = [Progress.joined(each) for each in events], []
-        self._generated = [each.generated for each in answers]
         for each in answers:
-            message = {"role": "assistant", "content": each.text, "refusal": None, **each.more}
+            self._count(each)
+            message = {"role": "assistant", "content": each.text, "refusal": None, **each.more[0]}
             choices.append(self._choice(each, {"message": message}))
-        reply = self._chunk(*choices, usage=self.usage)
+        reply = {**answers[-1].more[2], **self._chunk(*choices, usage=self.usage)}
         return reply | ({"object": "chat.completion"} if self.is_chat else {})
 
     def _choice(self, progress: Progress, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class Builder:
                     for token in tokens
                 ]
                 logprobs = {"content": content, "refusal": None}
-            return {**common, **said, "logprobs": logprobs}
+            return {**common, **said, "logprobs": logprobs, **progress.more[1]}
         if self.request.logprobs is not None:
             logprobs = {
                 "tokens": [token.text for token in tokens],
@@ -179,7 +183,7 @@ class Builder:
                 "top_logprobs": [_by_text(token) for token in tokens],
                 "text_offset": [token.place for token in tokens],
             }
-        return {**common, "text": progress.text, "logprobs": logprobs}
+        return {**common, "text": progress.text, "logprobs": logprobs, **progress.more[1]}
 
 
 def _by_text(token: ScoredToken) -> dict[str, float]:

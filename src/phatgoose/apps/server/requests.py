@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
@@ -21,12 +21,12 @@ from ...errors import BaseModelError, EngineError
 from ...files import shortened
 from ...tasks.task import question_of
 from ...untrusted_text import MOST_SECONDS, UntrustedText
+from . import protocol
 from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together
-SHOWN = 60  # characters of a field's name that an error repeats
-INVALID, TOO_LONG, UNREADABLE = "invalid_request", "context_length_exceeded", "prompt_unreadable"
+TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
 
 
 def check_body(body: bytes) -> None:
@@ -46,15 +46,15 @@ def check_body(body: bytes) -> None:
             return
         except ValueError as error:
             why = f"is no JSON: {error}"
-    raise bad_request(f"The body {why}.", code=INVALID)
+    raise bad_request(f"The body {why}.", code=protocol.INVALID)
 
 
 def invalid(error: RequestValidationError) -> ApiError:
     """The first error of a request; names of fields are cut."""
     first = error.errors()[0]
-    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"][1:]]
+    place = [shortened(str(part), protocol.SHOWN)[1:-1] for part in first["loc"][1:]]
     message = ": ".join([".".join(place), first["msg"]] if place else [first["msg"]])
-    return bad_request(message, place[0] if place else None, INVALID)
+    return bad_request(message, place[0] if place else None, protocol.INVALID)
 
 
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
@@ -91,18 +91,30 @@ class RequestPrompt:
 class Decoding:
     """How an answer is generated.
 
-    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
-    the number of alternatives to each token (None: no log-probabilities at all).
+    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it; `is_cut` says
+    that more were asked for. `logprobs` is the number of alternatives to each token (None: no
+    log-probabilities at all).
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    is_cut: bool = False
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     routing: bool = False
     ignores_end: bool = False
+
+
+SHAPING = "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"
+SAMPLING = "temperature", "top_p", "top_k", "min_p", *SHAPING
 
 
 class Answer(NamedTuple):
@@ -155,7 +167,8 @@ class RequestReader:
         if frame.in_chats:
             asked = [{"role": "user", "content": asked}]
         texts = [messages, asked] if frame.looks_prompts_up else [messages]
-        (text, tokens), *questions = self._read(texts, "messages", seconds)
+        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+        (text, tokens), *questions = self._read(texts, "messages", seconds, **effort)
         if not questions:
             return RequestPrompt(tokens, text, tokens)
         question = questions[0][1] if frame.in_chats else self._plain(questions[0][1])
@@ -169,11 +182,11 @@ class RequestReader:
         return (*before, *tokens, *after)
 
     def _read(
-        self, texts: Sequence[Any], field: str, seconds: float
+        self, texts: Sequence[Any], field: str, seconds: float, **variables: Any
     ) -> list[tuple[str, tuple[int, ...]]]:
         most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
         rows = self._texts.read(
-            list(texts), min(seconds, MOST_SECONDS), most, add_generation_prompt=True
+            list(texts), min(seconds, MOST_SECONDS), most, add_generation_prompt=True, **variables
         )
         if (longest := max(characters for _, characters, _ in rows)) > most:
             message = f"The prompt has {longest} characters; the model can hold {self._most_tokens}"
@@ -184,30 +197,26 @@ class RequestReader:
         """How answer `number` is generated."""
         if isinstance(request, ChatRequest):
             asked = request.max_completion_tokens or request.max_tokens
-            logprobs = (request.top_logprobs or 0) if request.logprobs else None
+            logprobs, what = (request.top_logprobs or 0) if request.logprobs else None, "messages"
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
-            logprobs = request.logprobs
-        seed = request.seed
+            logprobs, what = request.logprobs, "prompt"
+        seed, room = request.seed, self._room(prompt, what)
         return Decoding(
-            max_tokens=self._length(asked, prompt),
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            max_tokens=min(asked or room, room),
+            is_cut=room < (asked or 0) < protocol.NO_LIMIT,
             seed=secrets.randbelow(SEEDS) if seed is None else (seed + number) % SEEDS,
             stop=tuple(request.stop or ()),
             logprobs=logprobs,
             routing=bool(request.routing),
             ignores_end=bool(request.ignore_eos),
+            **{name: getattr(request, name) for name in SAMPLING},
         )
 
-    def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
-        """How many tokens an answer may have."""
+    def _room(self, prompt: RequestPrompt, what: str) -> int:
+        """How many tokens an answer may have to a prompt, the request's field `what`."""
         limit, count = self._limits.max_tokens, max(len(prompt.tokens), len(prompt.asked))
-        room = min(limit, self._most_tokens - count)
-        if room < (least := asked or 1):
-            message = (
-                f"The prompt has {count} tokens and max_tokens is {least}; the model can hold "
-                f"{self._most_tokens} together, and this server generates {limit} at most."
-            )
-            raise bad_request(message, "max_tokens" if asked else "messages", TOO_LONG)
-        return asked or room
+        if count >= self._most_tokens:
+            message = f"The prompt has {count} tokens; the model can hold {self._most_tokens}"
+            raise bad_request(f"{message} with the answer.", what, TOO_LONG)
+        return min(limit, self._most_tokens - count)

@@ -47,6 +47,7 @@ from .replies import EXPERTS, EventStream, Reply, Weights, header_of, unless_gon
 from .requests import Answer, Asked, RequestReader
 from .settings import API_KEYS
 
+MOST_TOKENS = "X-Phatgoose-Max-Tokens"  # that an answer may have, where more were asked for
 MOST_NAME = 80  # characters of a name that an error repeats
 SHOWN = 3  # example prompts
 LOOKING = 1.0  # seconds between two looks at whether files have changed
@@ -253,6 +254,8 @@ class Service:
             headers = {} if chosen is None else {EXPERTS: header_of(chosen)}
             by_base = [each for each in answers if chosen is not None and not chosen[each.row]]
             self.metrics.by_base.labels(request.model).inc(len(by_base))
+            if cut := [each.decoding.max_tokens for each in answers if each.decoding.is_cut]:
+                headers[MOST_TOKENS] = str(min(cut))
             at_end.callback(self._count, reply)
             at_end.callback(reply.close)
             if request.stream:

@@ -23,7 +23,7 @@ from ....errors import PhatgooseError
 from ....routing.compose import composition_of
 from ....routing.context import PromptRouting
 from ..guards import Metrics
-from ..protocol import AnyRequest, ApiError, bad_request, for_clients
+from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
 from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
@@ -63,6 +63,7 @@ class LocalBackend(Backend):
         return State(self.engine.is_alive, self.engine.waiting, self.engine.running)
 
     def check(self, request: AnyRequest, model: LoadedModel) -> None:
+        check_known(request)
         if request.routing and model.parts is None:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")

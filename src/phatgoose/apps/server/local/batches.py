@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
+    LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -30,24 +35,58 @@ LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
 PROMPT, ANSWER = 0, 1  # parts of a trace
 
 
-class Sampler:
-    """Chooses tokens by a random generator of its own, so that they don't depend on the batch."""
+class AnswerPenalty(LogitsProcessor):  # type: ignore[misc]  # transformers has no such class
+    """OpenAI's frequency and presence penalties: of tokens after the first `begin`."""
 
-    def __init__(self, decoding: Decoding, device: torch.device) -> None:
+    def __init__(self, frequency: float, presence: float, begin: int) -> None:
+        self._frequency, self._presence, self._begin = frequency, presence, begin
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        counts = input_ids[0, self._begin :].bincount(minlength=scores.shape[-1])
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class Sampler:
+    """Chooses tokens by a random generator of its own, so that they don't depend on the batch.
+
+    Penalties look at the `prompt`, and at what was generated.
+    """
+
+    def __init__(
+        self, decoding: Decoding, device: torch.device, prompt: Sequence[int] = ()
+    ) -> None:
         self._generator: torch.Generator | None = None
-        self._warpers = LogitsProcessorList()
+        self._processors = steps = LogitsProcessorList()
+        self._bias = {int(number): bias for number, bias in decoding.logit_bias.items() if bias}
+        if self._bias:
+            steps.append(SequenceBiasLogitsProcessor({(n,): v for n, v in self._bias.items()}))
+        if decoding.repetition_penalty != 1:
+            steps.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+        penalties = decoding.frequency_penalty, decoding.presence_penalty
+        if any(penalties):
+            steps.append(AnswerPenalty(*penalties, len(prompt)))
+        self._prompt = prompt if steps else None  # which warpers don't look at
         if decoding.temperature < COLDEST:
             return
         self._generator = torch.Generator(device).manual_seed(decoding.seed)
         if decoding.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
+            steps.append(TemperatureLogitsWarper(float(decoding.temperature)))
+        if decoding.top_k > 0:
+            steps.append(TopKLogitsWarper(decoding.top_k))
         if decoding.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(decoding.top_p))
+            steps.append(TopPLogitsWarper(decoding.top_p))
+        if decoding.min_p > 0:
+            steps.append(MinPLogitsWarper(decoding.min_p))
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor, generated: Sequence[int] = ()) -> int:
+        if self._bias and (last := max(self._bias)) >= len(logits):
+            raise EngineError(f"logit_bias names token {last}; there are {len(logits)}.")
+        scores = logits[None]
+        if self._processors:
+            before = [] if self._prompt is None else [*self._prompt, *generated]
+            scores = self._processors(torch.tensor([before], device=logits.device), scores)
         if self._generator is None:
-            return int(logits.argmax())
-        scores = self._warpers(None, logits[None])
+            return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 
@@ -77,7 +116,7 @@ class ActiveSequence:
         self.shown: list[str] = []  # each generated token as text
         self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
         self._ends = () if self.decoding.ignores_end else runner.ends
-        self._sampler = Sampler(self.decoding, runner.device)
+        self._sampler = Sampler(self.decoding, runner.device, self.prompt)
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
@@ -98,7 +137,8 @@ class ActiveSequence:
         """Choose the next token by `logits` [V], and deliver what can be."""
         form, is_whole = self.form, False
         try:
-            token = self._sampler(logits if form is None else form.allowed(logits))
+            scores = logits if form is None else form.allowed(logits)
+            token = self._sampler(scores, self.generated)
             is_whole = form is not None and token not in self._ends and form.add(token)
         except EngineError as error:  # of the form, a client's; others in the batch go on
             self.is_cancelled = True

@@ -21,7 +21,7 @@ from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
-from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request
+from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
 from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, numbered
@@ -29,6 +29,13 @@ from ..settings import ServedModel, Upstream
 from .engines import Engine, Link
 
 WAITING = 64  # pieces that are held for a client that reads slowly
+
+# Fields that this server reads for an engine, or says in another way.
+NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
+NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs"}
+# Engines' own that would choose adapters or the prompt, or exceed limits, past this server.
+NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
+NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "n_cmpl", "n_predict", "prompt_embeds"}
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +166,11 @@ class EngineBackend(Backend):
         return {each.name: self._adapters[each.name][0] for each in experts}
 
     def check(self, request: AnyRequest, model: ChosenPool) -> None:
-        """Raise ApiError for what engines don't do."""
+        """Raise ApiError for what engines don't do, or may not be asked for."""
+        if self._limits.strict:
+            check_known(request)
+        for name in sorted(NOT_CLIENTS & (request.model_extra or {}).keys()):
+            raise bad_request(f"{name} isn't forwarded: this server chooses for its engine.", name)
         if request.routing == "trace":
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
         if not isinstance(request, ChatRequest) and request.logprobs is not None:
@@ -208,7 +219,8 @@ class EngineBackend(Backend):
 def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
     """What the engine is asked for an answer."""
     request, (*_, prompt, decoding) = asked.request, asked.answers[number]
-    body: dict[str, Any] = {
+    body = {
+        **request.model_dump(exclude_unset=True, exclude=NOT_FORWARDED),
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -216,21 +228,15 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
         "stream": bool(request.stream),
     }
     if request.stream:
-        body["stream_options"] = {"include_usage": True}
-    if decoding.stop:
-        body["stop"] = list(decoding.stop)
-    if decoding.ignores_end:
-        body["ignore_eos"] = True
-    if request.response_format is not None:
-        form = request.response_format.model_dump(by_alias=True, exclude_unset=True)
-        body["response_format"] = form
+        body["stream_options"] = {**body.get("stream_options", {}), "include_usage": True}
     if isinstance(request, ChatRequest):
-        body["messages"] = request.plain_messages
+        body["messages"] = [message.sent for message in request.messages]
         if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp
             body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
     else:
         body["prompt"] = prompt.text
-    return {**engine.plain, **body, **engine.fields(sent)}
+    named = {engine.names.get(name, name): value for name, value in body.items()}
+    return {**engine.plain, **named, **engine.fields(sent)}
 
 
 def _report(

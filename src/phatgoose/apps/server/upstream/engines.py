@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from pathlib import PurePath
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,8 +25,8 @@ from pydantic_core import from_json
 
 from ....errors import ConfigError
 from ....files import first_line, one_line
-from ..protocol import ApiError, ChatRequest, Finish, bad_request, for_clients
-from ..replies import Progress, ScoredToken
+from ..protocol import ApiError, ChatRequest, bad_request, for_clients
+from ..replies import Progress
 from ..requests import Asked
 from ..settings import UPSTREAM_KEY, Upstream
 
@@ -134,10 +134,6 @@ class _Token(_Form):
     logprob: float
     top_logprobs: list[_Token] = []
 
-    def scored(self, most: int) -> ScoredToken:
-        top = tuple((each.token, each.logprob) for each in self.top_logprobs[:most])
-        return ScoredToken(self.token, 0, self.logprob, top)  # chats don't tell its place
-
 
 class _Logprobs(_Form):
     content: list[_Token] | None = None
@@ -155,8 +151,13 @@ class _Choice(_Form):
         return self.delta or self.message or _Message(content=self.text)
 
 
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
 class _Usage(_Form):
-    completion_tokens: int | None = Field(None, ge=0, le=1 << 40)
+    completion_tokens: Count | None = None
+    prompt_tokens: Count | None = None
+    total_tokens: Count | None = None
 
 
 class _Answer(_Form):
@@ -169,14 +170,15 @@ class Engine(ABC):
 
     `owner` is whose its models are, as it says itself. `mixes` says whether a request may name
     several adapters with weights. `plain` are the fields that turn off what the engine would
-    otherwise do to the probabilities. After a look there are the name of its `base`, its `context`,
-    and the `ids` of its adapters by name.
+    otherwise do to the probabilities; `names` has its own for other fields. After a look there are
+    the name of its `base`, its `context`, and the `ids` of its adapters by name.
     """
 
     label: ClassVar[str]
     owner: ClassVar[str]
     mixes: ClassVar[bool] = False
     plain: ClassVar[Mapping[str, Any]]
+    names: ClassVar[Mapping[str, str]] = {}
     base: str
     context: int | None
     ids: Mapping[str, Any]
@@ -244,6 +246,7 @@ class LlamaCpp(Engine):
     owner = "llamacpp"
     mixes = True
     plain: ClassVar[Mapping[str, Any]] = {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
+    names: ClassVar[Mapping[str, str]] = {"repetition_penalty": "repeat_penalty"}
 
     async def look(self, client: httpx2.AsyncClient) -> None:
         adapters = await _read(client, "/lora-adapters", list[_Numbered])
@@ -379,7 +382,7 @@ class Link:
     async def _pass_on(
         self, response: httpx2.Response, number: int, asked: Asked, events: Any
     ) -> None:
-        pieces, generated, finish = 0, 0, None
+        pieces, usage, rest, finish = 0, _Usage(), dict[str, Any](), None
         kind = response.headers.get("content-type", "")
         is_stream = asked.request.stream and kind.startswith("text/event-stream")
         decoding = asked.answers[number].decoding
@@ -389,22 +392,28 @@ class Link:
         async with aclosing(contents):
             async for content in contents:
                 answer = self._read(content)
-                generated = (answer.usage and answer.usage.completion_tokens) or generated
+                usage, rest = answer.usage or usage, rest | (answer.model_extra or {})
                 for choice in (answer.choices or [])[:1]:
-                    finish, text = choice.finish_reason or finish, choice.said.content or ""
-                    extra = choice.said.model_extra or {}
-                    more = {name: value for name, value in extra.items() if value}
-                    scored = (choice.logprobs and choice.logprobs.content) or []
-                    tokens = tuple(each.scored(most_top) for each in scored)
-                    pieces += bool(text)
-                    if text or more or tokens:
-                        progress = Progress(number, text, tokens, generated=pieces, more=more)
-                        await events.put(progress)
+                    finish, said = choice.finish_reason or finish, choice.said
+                    message, beside = said.model_extra or {}, choice.model_extra or {}
+                    beside.pop("index", None)
+                    if choice.logprobs:
+                        for token in choice.logprobs.content or ():
+                            del token.top_logprobs[most_top:]
+                        beside["logprobs"] = choice.logprobs.model_dump(exclude_unset=True)
+                    pieces += bool(said.content)
+                    if said.content or any([*message.values(), *beside.values()]):
+                        message |= {"content": said.content}
+                        more = message, beside, rest
+                        new = Progress(number, said.content or "", generated=pieces, more=more)
+                        await events.put(new)
         # It was ended, but not its answer; or it holds none.
         if finish in CUT or (finish is None and (is_stream or not pieces)):
             raise ApiError(502, "The engine broke off its answer.", code=BROKEN)
-        end: Finish = "length" if finish == "length" else "stop"
-        await events.put(Progress(number, "", finish=end, generated=generated or pieces))
+        rest["usage"] = usage.model_dump(exclude_unset=True, exclude_none=True)
+        generated = usage.completion_tokens or pieces
+        more, end = ({}, {}, rest), finish or "stop"
+        await events.put(Progress(number, "", finish=end, generated=generated, more=more))
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TooMuchError):

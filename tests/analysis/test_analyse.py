@@ -81,15 +81,16 @@ def test_the_json_holds_the_numbers_and_no_text_of_the_data(found):
 
 
 def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
-    routers = ["discriminant", "phatgoose"]
+    routers = ["discriminant:fallback=off", "phatgoose"]
     found = pg.analyse(llama_pool, OPEN, routers=routers, base=llama, score=False)
-    kept = found.routers["discriminant"].choices["open"]
-    model = compose(llama_pool, llama, router="discriminant")
+    kept = found.routers["discriminant:fallback=off"].choices["open"]
+    model = compose(llama_pool, llama, router="discriminant:fallback=off")
     named = experts_of(model, PROMPTS).named(llama_pool.names)
     wanted = [[row.get(name, 0) for name in llama_pool.names] for row in named]
     np.testing.assert_allclose(sorted(kept.tolist()), sorted(wanted), atol=1e-6)
     assert not found.routers["phatgoose"].choices
-    assert found.to_dict()["routers"]["discriminant"]["choices"]["open"] == kept.tolist()
+    choices = found.to_dict()["routers"]["discriminant:fallback=off"]["choices"]
+    assert choices["open"] == kept.tolist()
     both = report_page(found)
     assert "Which prompts went where" in both
     assert "Discriminant on open: mean weight" not in both  # all layers are alike

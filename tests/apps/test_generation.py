@@ -38,7 +38,8 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
     for turns in BEFORE.values():
         written(model, llama.tokenizer, Chat([*turns, ("user", question)]), 2)
     written(model, llama.tokenizer, question, 2, Formatting(chat=True))
-    assert [list(prompt) for (prompt,) in seen] == [tokens["input_ids"]] * (len(BEFORE) + 1)
+    asked = [[*chat.messages[-1][0]] for (chat,) in seen]
+    assert asked == [tokens["input_ids"]] * (len(BEFORE) + 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

@@ -57,7 +57,7 @@ def demo_of(folder: Path) -> dict[str, Any]:
     pool = Pool.open([folder / "experts" / name for name in SKILLS])
     encoder = Encoder.of(base)
     prompts = [encoder.prompt(row.input) for task in unseen_tasks(ASKED) for row in task.test]
-    model = compose(pool, base, router="discriminant")
+    model = compose(pool, base, router="discriminant:fallback=off")
     context = composition_of(model).context
     assert context is not None
     chosen = [context.choose([prompt]).experts[0, 0].item() for prompt in prompts]

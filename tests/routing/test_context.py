@@ -50,7 +50,7 @@ def test_announced_prompts_are_those_of_the_passes(base, pool):
 def test_the_base_is_alone_while_it_is_read(base, pool):
     ids, _ = batch_of(base, PROMPTS[:1])
     hidden = prompt_stack(base.model)(input_ids=ids)[0]
-    model = compose(pool, base, router="discriminant")
+    model = compose(pool, base, router="discriminant:fallback=off")
     context = composition_of(model).context
     context.use(Choice.alone(torch.tensor([3])))
     computed = mock.patch.object(RoutedLinear, "_product", side_effect=AssertionError)

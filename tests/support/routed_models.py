@@ -52,7 +52,10 @@ def tailed(experts: Iterable[Expert], tails: Sequence[int | None]) -> Pool:
 
 
 def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:
-    """`pool`, of e0 to e3 or fewer, composed by any router with all that this one needs."""
+    """`pool`, of e0 to e3 or fewer, composed by any router with all that this one needs.
+
+    No prompt falls back on the base, to which a tiny one's prompts are all alike.
+    """
     mixture = zip(pool.names[-2:], ("=0.7", "=0.3"), strict=False)
     settings = {
         "single": f":expert={pool.names[-1]}",
@@ -60,6 +63,8 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
         "weights": ":" + ",".join(name + weight for name, weight in mixture),
     }
     router += settings.get(router, "")
+    if router.startswith("discriminant"):
+        router += f"{',' if ':' in router else ':'}fallback=off"
     model = compose(with_embeddings(pool), base, router=router, scores=SCORES, **options)
     return of_task(model, "second")
 

@@ -61,7 +61,7 @@ def voters(name: str) -> Pool:
 
 
 def voting(name: str):
-    return compose(voters(name), base_of(name), router="discriminant", k=1)
+    return compose(voters(name), base_of(name), router="discriminant:fallback=off", k=1)
 
 
 @each_model

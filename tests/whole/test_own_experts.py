@@ -42,7 +42,7 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
 
     (NLLB-MoE's experts take so many tokens of a batch, so what it says depends on the batch.)
     """
-    model = routed(base, router="discriminant", k=2)
+    model = routed(base, router="discriminant:fallback=off", k=2)
     context, encoder = composition_of(model).context, Encoder.of(base)
     choice = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
     assert len(choice.weights[:, 0].unique()) > 1

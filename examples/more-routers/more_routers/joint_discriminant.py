@@ -17,17 +17,15 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from phatgoose.config import RATIO
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PARTS, moments_of
 from phatgoose.routing.routers.discriminant import Discriminant, Lines
 from phatgoose.routing.routers.phatgoose import Temperature
-from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
+from phatgoose.routing.routers.prompt import Base, Fallback, PromptRouter, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
 from phatgoose.routing.routers.router import Scores
-from phatgoose.tasks.batching import PromptReading
 from phatgoose.tasks.embeddings import PROMPT
 
 
@@ -58,6 +56,7 @@ class JointDiscriminant(Discriminant, Embeds):
         float, "Weight of the embeddings, as opposed to the base's hidden states.", RATIO
     ] = 0.5
     temperature: Temperature = 0.05
+    fallback: Fallback = "off"
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         found = embeddings_of(pool)
@@ -70,9 +69,6 @@ class JointDiscriminant(Discriminant, Embeds):
     def ready(self, tables: Tables) -> Both:
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
         return Both(super().ready(tables), self.line(moments), Embeds.ready(self, tables))
-
-    def reading(self, base: PreTrainedModel, ready: Both) -> PromptReading:
-        return super().reading(base, ready.lines)
 
     def prompt_scores(self, features: Tensor, ready: Both) -> Tensor:
         return super().prompt_scores(features, ready.lines)

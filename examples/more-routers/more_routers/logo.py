@@ -50,11 +50,11 @@ class Logo(ReadsBase):
         "Which input is read: the layer's (site) or its block's (block).",
     ] = "block"
 
-    def reading(self, base: PreTrainedModel, ready: Tables) -> PromptReading:
+    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
         probe = _probe(base)
         # What comes out of one block enters the next.
         place = probe.site if self.reads == "site" else probe.block - 1
-        return PromptReading((place,), partial(_lengths, probe=probe, pool_size=len(ready.names)))
+        return PromptReading((place,), partial(_lengths, probe=probe, pool_size=len(tables.names)))
 
     def prompt_scores(self, features: Tensor, ready: Tables) -> Tensor:
         return features[:, 0]

@@ -39,7 +39,7 @@ from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..sites import ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
-from ..tasks.task import Chat, Example, question_of
+from ..tasks.task import ChatTexts, Example
 from .context import RoutingContext
 from .kernels import AUTO as ANY_KERNEL
 from .layers import (
@@ -126,7 +126,7 @@ class Composition:
         self.layers: dict[str, RoutedLayer] = {}
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            self.prompt_router = PromptRouter(router, tables, base.tokenizer)
+            self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
         self.context: RoutingContext | None = None
         if self.prompt_router is not None or late:
             self.context = RoutingContext(self.prompt_router, self.tails)
@@ -334,7 +334,7 @@ def routing_for(
     a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
     names its `task`, by which router oracle chooses and random routers start again, and the
     `examples`, which retrieval in the paper's form embeds. With the `encoder` that made their
-    prompts, routers read the last user message alone of those that are chats. Inside another one,
+    prompts, routers read the texts of those that are chats. Inside another one,
     that one's prompts count again afterwards. Raises what `PromptRouter.choose` does.
     """
     parts = composition_if_any(model)
@@ -363,20 +363,18 @@ def asked_of(
     prompts: Sequence[Sequence[int]],
     examples: Sequence[Example],
     encoder: Encoder,
-) -> Sequence[Sequence[int]]:
+) -> Sequence[Sequence[int] | ChatTexts]:
     """What routers per prompt read of `prompts`, which `encoder` made of the `examples`.
 
-    Of chats the last user message alone, in the form in which the experts' prompts were measured.
+    Of chats the texts, in the form in which the experts' prompts were measured.
     """
-    is_other = encoder.formatting.chat and not parts.in_chats
-    if not is_other and not any(isinstance(each.input, Chat) for each in examples):
-        return prompts
     reads = replace(encoder, formatting=replace(encoder.formatting, chat=parts.in_chats))
 
-    def asked(example: Example, prompt: Sequence[int]) -> Sequence[int]:
-        if isinstance(example.input, Chat):
-            return reads.prompt(question_of(example.input.turns))
-        return reads.prompt(example.input) if is_other else prompt
+    def asked(example: Example, prompt: Sequence[int]) -> Sequence[int] | ChatTexts:
+        if not encoder.in_template(example.input):
+            return prompt
+        turns = getattr(example.input, "turns", [("user", example.input)])
+        return ChatTexts.of(turns, lambda texts: map(reads.prompt, texts))
 
     return list(map(asked, examples, prompts))
 
@@ -435,6 +433,8 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
             f"The weights of the base {parts.base.id!r} have changed since it was loaded: trained "
             f"or resized? A routed model is saved without them; detach it and save the base."
         )
+    if parts.prompt_router:
+        parts.prompt_router.read_base(model)
     folder.mkdir(parents=True, exist_ok=True)
     recorded = parts.router.recorded
     info = {
@@ -602,4 +602,4 @@ def open_prompt_router(
         )
     check_served(router)
     check_routing(router, pool)
-    return PromptRouter(router, router.tables(pool), tokenizer)
+    return PromptRouter(router, router.tables(pool), tokenizer, trained_in_chats(pool.records()))

@@ -36,6 +36,7 @@ from ..passes import (
     token_positions,
 )
 from ..sites import ROUTED
+from ..tasks.task import ChatTexts
 from .recording import unwatched
 
 Result = TypeVar("Result")
@@ -94,6 +95,11 @@ class Choice:
             return self
         block = min(block, self.experts.shape[1] - 1)
         return Choice(self.experts[:, block], self.weights[:, block])
+
+    def left_to_base(self, rows: Tensor) -> Choice:
+        """The same, but nobody acts on the `rows` [rows] that are True."""
+        mask = rows.view(-1, *[1] * (self.experts.dim() - 1))
+        return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
 
     def over_blocks(self) -> Choice:
         """One choice [rows, k] for all blocks: the experts of any, by their mean weights."""
@@ -249,7 +255,7 @@ class RoutingContext:
         finally:
             present.routing, present.announced = before
 
-    def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
+    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> Choice:
         choice: Choice = self.router.choose(prompts, self._model, **known)
         return choice
 
@@ -257,7 +263,7 @@ class RoutingContext:
         self,
         prompts: Sequence[Sequence[int]],
         choice: Choice | None = None,
-        asked: Sequence[Sequence[int]] | None = None,
+        asked: Sequence[Sequence[int] | ChatTexts] | None = None,
         **known: Any,
     ) -> PromptRouting:
         """What there is to use for `prompts`; raises what the router's `choose` does.

@@ -49,7 +49,7 @@ from .layers import (
     renumbered,
     stack_of,
 )
-from .routers.prompt import OWNERS, ByPrompt, Tables
+from .routers.prompt import OF_BASE, OWNERS, ByPrompt, Tables
 from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
 ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
@@ -166,7 +166,9 @@ class SavedModel:
 
     @property
     def tables(self) -> Tables:
-        return Tables(self.names, self.tensors.under("lookup"), self.info.get("lookup", {}))
+        every = self.tensors.under("lookup")
+        tensors = {name: each for name, each in every.items() if not name.startswith(OF_BASE)}
+        return Tables(self.names, tensors, self.info.get("lookup", {}), every.under(OF_BASE[:-1]))
 
 
 def read_saved(directory: Path) -> SavedModel:
@@ -198,7 +200,11 @@ def _checked(
         place, short = (kind, site) if kind == "lookup" else (site, kind)
         by_site[place][short] = file[name]
     tables, where = by_site.pop("lookup", {}), f"{file.path}, lookup"
-    forms = router.prompt_sizes if isinstance(router, ByPrompt) else {}
+    forms: dict[str, Sequence[str | int]] = {}
+    if isinstance(router, ByPrompt):
+        forms |= router.prompt_sizes
+        if any(name.startswith(OF_BASE) for name in tables):  # not in older ones
+            forms |= {OF_BASE + name: form for name, form in router.base_sizes.items()}
     sized = {name: [count if x == "E" else x for x in form] for name, form in forms.items()}
     check_parts(where, sized, tables, (torch.float32,), {OWNERS: INDICES})
     owners = tables.get(OWNERS, torch.zeros(1))

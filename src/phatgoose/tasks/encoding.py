@@ -80,7 +80,7 @@ class TokenPair:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """Turns texts into tokens for one base model; `positions` limits their number.
+    """ChatTexts texts into tokens for one base model; `positions` limits their number.
 
     Raises BaseModelError when a text needs a chat template and there is none.
     """
@@ -123,7 +123,7 @@ class Encoder:
         TaskError when no position is left.
         """
         text = self.prompt_text(text)
-        if self._in_template(text):
+        if self.in_template(text):
             return self._fitted_chat(text, followed_by)
         tokens, (before, after) = self._tokens(text), self._added
         around = len(before) + len(after)
@@ -167,7 +167,7 @@ class Encoder:
         most, places = self.formatting.max_target_tokens, self.positions
         if places is not None:
             if not self.is_encoder_decoder:  # beside the prompt and one token of the input
-                is_chat = self._in_template(input_text)
+                is_chat = self.in_template(input_text)
                 places -= 1 + (self._chat(input_text)[1] if is_chat else len(self._added[0]))
             most = min(most, max(places, 1))
         if len(tokens) <= most:
@@ -207,7 +207,8 @@ class Encoder:
     def _keeps_spaces(self) -> bool:
         return not any(len(t) > 1 and t[0] in SPACES for t in self.tokenizer.get_vocab())
 
-    def _in_template(self, text: str) -> bool:
+    def in_template(self, text: str) -> bool:
+        """Whether `text` is read through the base's chat template."""
         return self.formatting.chat or isinstance(text, Chat)
 
     def _chat(self, text: str) -> tuple[list[Turn], int, list[int]]:
@@ -224,7 +225,7 @@ class Encoder:
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
-        if self.is_encoder_decoder or self._in_template(text):
+        if self.is_encoder_decoder or self.in_template(text):
             return text, ""
         # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
         # first.
@@ -235,7 +236,7 @@ class Encoder:
         if self.is_encoder_decoder:
             return self._tokens(text)
         # Only the prompt's last words are tokenised again: they decide the answer's tokens.
-        end = _end_of(self._end_of_chat if self._in_template(prompt) else prompt)
+        end = _end_of(self._end_of_chat if self.in_template(prompt) else prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         # Some endings, such as two line breaks, become other tokens together with what follows.
         is_apart = joined[: len(context)] == context

@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 from ..config import TASK_FILES
 from ..errors import TaskError
 from ..files import first_line, one_line, reading, regular, shortened
-from .task import Chat, Example, Sources, Task, question_of
+from .task import Chat, Example, Sources, Task, said_in
 
 SEPARATOR = "|||"
 TEMPLATE_FAILURES = (
@@ -97,9 +97,9 @@ def load_task(
 def load_prompts(places: Iterable[str]) -> Task:
     """The task without targets of the prompts in `places`.
 
-    Each is a prompt or a file of some: a .txt with one a line, or a task's. Of a chat it is what
-    routers per prompt read (`question_of`). Raises TaskError for a file that can't be read or has
-    no prompts, and an empty prompt.
+    Each is a prompt or a file of some: a .txt with one a line, or a task's. Of a chat it is the
+    user's last message. Raises TaskError for a file that can't be read or has no prompts, and an
+    empty prompt.
     """
     prompts: list[str] = []
     for place in places:
@@ -121,9 +121,9 @@ def load_prompts(places: Iterable[str]) -> Task:
 
 
 def prompts_in(task: Task) -> list[str]:
-    """The inputs of `task`, of chats what routers per prompt read."""
+    """The inputs of `task`, of chats the user's last message."""
     inputs = (each.input for part in (task.train, task.validation, task.test) for each in part)
-    return [question_of(each.turns) if isinstance(each, Chat) else each for each in inputs]
+    return [said_in(each.turns)[1][-1] if isinstance(each, Chat) else each for each in inputs]
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:

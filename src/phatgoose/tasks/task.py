@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +17,12 @@ from ..errors import TaskError
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
+SYSTEM = ("system", "developer")  # roles
+SYSTEM_CHARACTERS = (
+    1000  # a longer one is no task's instruction, and would cost as much as the chat
+)
+MOST_MESSAGES = 8
+BLANK_LINE = re.compile(r"\n\s*\n")
 T = TypeVar("T")
 
 
@@ -40,13 +48,47 @@ class Chat(str):
         return Chat([*before, (role, content + suffix)])
 
 
-def question_of(turns: Sequence[tuple[str, str]]) -> str:
-    """What routers per prompt read of a chat, (role, content) each: its last user message alone.
+Views = tuple[tuple[int, ...], ...]  # tokens of a text and, if it has several paragraphs, of two
 
-    That of its last message if no user says anything. Instructions, tools and earlier turns would
-    outweigh the question.
+
+@dataclass(frozen=True)
+class ChatTexts:
+    """What routers by prompt read of a chat: the system prompt, and the user's messages.
+
+    Each is read by itself, since instructions, tools and earlier turns would outweigh the question,
+    and so are its first and its last paragraph, since a pasted passage would. `messages` are the
+    last MOST_MESSAGES, the question last; `system` is empty where there is none.
     """
-    return next((text for role, text in reversed(turns) if role == "user"), turns[-1][1])
+
+    system: Views
+    messages: tuple[Views, ...]
+
+    @classmethod
+    def of(
+        cls, turns: Iterable[tuple[str, str]], read: Callable[[list[str]], Iterable[Sequence[int]]]
+    ) -> ChatTexts:
+        """Of the turns (role, content); `read` makes tokens of texts."""
+        system, messages = said_in(turns)
+        views = [[text, *_ends_of(text)] for text in (system, *messages)]
+        tokens = map(tuple, read([text for each in views for text in each]))
+        of_each = [tuple(itertools.islice(tokens, len(each))) for each in views]
+        return cls(of_each[0] if system else (), tuple(of_each[1:]))
+
+
+def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
+    """(the first SYSTEM_CHARACTERS of the system prompt, the user's last messages) of a chat.
+
+    The last message stands for a user who says nothing.
+    """
+    said = [(role, text) for role, text in turns if text.strip()] or [("user", "")]
+    system = "\n\n".join(text for role, text in said if role in SYSTEM)
+    messages = [text for role, text in said if role == "user"] or [said[-1][1]]
+    return system[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:]
+
+
+def _ends_of(text: str) -> list[str]:
+    paragraphs = BLANK_LINE.split(text.strip())
+    return [paragraphs[0], paragraphs[-1]] if len(paragraphs) > 1 else []
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from routed_models import SCORES
 
 
 def test_generate_shows_the_experts_behind_the_tokens(here, phat):
-    flags = ["--show-experts", "--max-new-tokens", 3, "--router", "discriminant", "--k", 2, *BASE]
+    by = ["--router", "discriminant:fallback=off", "--k", 2]
+    flags = ["--show-experts", "--max-new-tokens", 3, *by, *BASE]
     answer = ["--answer", "yes\x1b[31m"]  # it must not steer the terminal
     whole = []
     for more in ([], answer):  # chosen by the prompt alone, whatever answer stands after it

@@ -244,8 +244,8 @@ def test_readings_come_from_the_base_of_the_pool_s_own_weights(place, engine, tm
     ):
         with error, gateway(folder, engine, router=router):
             pass
-    with gateway(place, engine, router="discriminant") as client:
-        chosen = chosen_by(place, ASK["prompt"], "discriminant", with_base=True)
+    with gateway(place, engine, router="discriminant:fallback=off") as client:
+        chosen = chosen_by(place, ASK["prompt"], "discriminant:fallback=off", with_base=True)
         assert text_of(client, **ASK).split()[0] == name_of(chosen)
 
 

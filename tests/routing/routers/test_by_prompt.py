@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarning
 
 BY_TEXT = ("retrieval", "centroid")
 each_router = pytest.mark.parametrize(
-    "router", [*BY_TEXT, "discriminant", "discriminant:per_block=1"]
+    "router", [*BY_TEXT, "discriminant:fallback=off", "discriminant:per_block=1,fallback=off"]
 )
 
 
@@ -106,7 +106,7 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
 
 @pytest.mark.parametrize("prompts", [[], [""], [[], [1, 2]]])
 def test_what_can_not_be_read_is_told(llama, llama_pool, prompts):
-    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant:fallback=off")
     with pytest.raises(RoutingError, match="can't choose for an empty prompt, or for none"):
         chooser.choose(prompts, llama.model)
 
@@ -252,12 +252,12 @@ OF_TOPICS = [text[:-2] for text in TOPICS]  # a prompt of each expert's own
     ("settings", "shrinkage", "task_variance", "share"),
     [
         ("", 0.3, 1.0, 0.0),
-        (":task_variance=0", 0.3, 0.0, 0.0),
-        (":task_variance=0.5", 0.3, 0.5, 0.0),
-        (":shrinkage=0.9", 0.9, 1.0, 0.0),
-        (":shrinkage=1", 1.0, 1.0, 0.0),
-        (":per_block=0.25", 0.3, 1.0, 0.25),
-        (":per_block=1", 0.3, 1.0, 1.0),
+        (",task_variance=0", 0.3, 0.0, 0.0),
+        (",task_variance=0.5", 0.3, 0.5, 0.0),
+        (",shrinkage=0.9", 0.9, 1.0, 0.0),
+        (",shrinkage=1", 1.0, 1.0, 0.0),
+        (",per_block=0.25", 0.3, 1.0, 0.25),
+        (",per_block=1", 0.3, 1.0, 1.0),
     ],
 )
 def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, task_variance, share):
@@ -266,7 +266,7 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, ta
     wanted = by_block.mean(dim=1)
     if share:  # each block chooses by its own
         wanted = torch.lerp(wanted[:, None], by_block, share)
-    model = compose(pool, base, router=f"discriminant{settings}")
+    model = compose(pool, base, router=f"discriminant:fallback=off{settings}")
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
     chosen = experts_of(model, PROMPTS).experts[..., 0]
@@ -285,7 +285,7 @@ def test_prompts_of_a_task_go_to_its_expert_whatever_another_says(base, pool, at
 
     def margins(pool: Pool) -> torch.Tensor:
         """How far the right one of the others is above the next of them."""
-        scores = scores_of(compose(pool, base, router="discriminant"), OF_TOPICS)
+        scores = scores_of(compose(pool, base, router="discriminant:fallback=off"), OF_TOPICS)
         detach(base.model)
         assert scores.isfinite().all()
         assert scores.argmax(dim=1)[others].tolist() == others
@@ -321,11 +321,11 @@ def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
         replace(expert, readings=readings_of(random(1, 2, 32, seed=z)))
         for z, expert in enumerate(llama_pool.experts)
     ]
-    detach(compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=0"))
+    detach(compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=0"))
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
-        compose(Pool(tuple(ones)), llama, router="discriminant:task_variance=1")
+        compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=1")
     deep = replace(ones[0], readings=readings_of(random(5, 3, 32)))
     with pytest.raises(ExpertError, match=r"'e1', readings: whole.mean is \(2, 32\)"):
-        compose(Pool((deep, ones[1])), llama, router="discriminant")
+        compose(Pool((deep, ones[1])), llama, router="discriminant:fallback=off")
     with pytest.raises(RoutingError, match=r"are of \[3, 32\] .* the base has \[2, 32\]"):
-        compose(Pool((deep,)), llama, router="discriminant").generate(make_ids())
+        compose(Pool((deep,)), llama, router="discriminant:fallback=off").generate(make_ids())

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
 from ...files import shortened
-from ...tasks.task import question_of
+from ...tasks.task import ChatTexts
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from . import protocol
 from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
@@ -80,11 +80,17 @@ class Frame:
 
 @dataclass(frozen=True)
 class RequestPrompt:
-    """A prompt's tokens and its text; `asked` are the tokens that routers per prompt read."""
+    """A prompt's tokens and its text; `asked` is what routers per prompt read."""
 
     tokens: tuple[int, ...]
     text: str
-    asked: tuple[int, ...]
+    asked: tuple[int, ...] | ChatTexts
+
+    @property
+    def longest(self) -> int:
+        """How many tokens are read at once, at most."""
+        last = self.asked.messages[-1][0] if isinstance(self.asked, ChatTexts) else self.asked
+        return max(len(self.tokens), len(last))
 
 
 @dataclass(frozen=True)
@@ -163,16 +169,18 @@ class RequestReader:
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
         frame = self._frame
         messages = request.plain_messages
-        asked: Any = question_of([(each["role"], each["content"]) for each in messages])
-        if frame.in_chats:
-            asked = [{"role": "user", "content": asked}]
-        texts = [messages, asked] if frame.looks_prompts_up else [messages]
         effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
-        (text, tokens), *questions = self._read(texts, "messages", seconds, **effort)
-        if not questions:
+        ((text, tokens),) = self._read([messages], "messages", seconds, **effort)
+        if not frame.looks_prompts_up:
             return RequestPrompt(tokens, text, tokens)
-        question = questions[0][1] if frame.in_chats else self._plain(questions[0][1])
-        return RequestPrompt(tokens, text, question)
+
+        def read(texts: list[str]) -> list[tuple[int, ...]]:
+            chats = [[{"role": "user", "content": each}] for each in texts]
+            rows = self._read(chats if frame.in_chats else texts, "messages", seconds)
+            return [each if frame.in_chats else self._plain(each) for _, each in rows]
+
+        turns = ((each["role"], each["content"]) for each in messages)
+        return RequestPrompt(tokens, text, ChatTexts.of(turns, read))
 
     def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
         (before, after), tokenizer = self._frame.added, self._frame.tokenizer
@@ -215,7 +223,7 @@ class RequestReader:
 
     def _room(self, prompt: RequestPrompt, what: str) -> int:
         """How many tokens an answer may have to a prompt, the request's field `what`."""
-        limit, count = self._limits.max_tokens, max(len(prompt.tokens), len(prompt.asked))
+        limit, count = self._limits.max_tokens, prompt.longest
         if count >= self._most_tokens:
             message = f"The prompt has {count} tokens; the model can hold {self._most_tokens}"
             raise bad_request(f"{message} with the answer.", what, TOO_LONG)

@@ -9,7 +9,7 @@ one task differ count little, wording among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -21,12 +21,12 @@ from ...config import NOT_NEGATIVE, RATIO
 from ...errors import RoutingError
 from ...experts.kind import check_parts
 from ...experts.pool import Pool
-from ...experts.statistics import PARTS, READ, prompt_states
+from ...experts.statistics import PARTS, READ, moments_of, prompt_states
 from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.batching import PromptReading
 from .phatgoose import Temperature
-from .prompt import ReadsBase, Tables
+from .prompt import Base, Fallback, PromptRouter, ReadsBase, Tables, Text
 from .router import Scores
 
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
@@ -58,6 +58,8 @@ class Discriminant(ReadsBase):
 
     With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
     discriminant s_zb.
+
+    Unless `fallback` is off, the base's classes are among the z, with statistics of their texts.
     """
 
     name, label, needs, usual_k = "discriminant", "Discriminant", ("readings",), 1
@@ -65,6 +67,11 @@ class Discriminant(ReadsBase):
     prompt_sizes: ClassVar[Mapping[str, str]] = {
         f"readings.{READ}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
+    }
+    base_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {
+        "mean": (3, *"bh"),
+        "factor": (3, *"bfh"),
+        "rest": (3, *"bh"),
     }
 
     shrinkage: Annotated[
@@ -83,6 +90,7 @@ class Discriminant(ReadsBase):
         RATIO,
     ] = 0.0
     temperature: Temperature = 0.1
+    fallback: Fallback = 0.1
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         parts = [f"{READ}.{part}" for part in PARTS]
@@ -94,21 +102,31 @@ class Discriminant(ReadsBase):
 
     def ready(self, tables: Tables) -> Lines:
         moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
+        if self.falls_back and tables.base:
+            moments = {part: torch.cat([each, tables.base[part]]) for part, each in moments.items()}
         lines = [
             self.line({part: of_blocks[:, block] for part, of_blocks in moments.items()})
             for block in range(moments["mean"].shape[1])
         ]
         return Lines(*(torch.stack(each) for each in zip(*lines, strict=True)))
 
+    def base_tables(
+        self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
+    ) -> Mapping[str, Tensor]:
+        rank = chooser.tables.tensors[f"readings.{READ}.factor"].shape[2]
+        every = [moments_of(self.features(chooser, texts, base), rank) for texts in classes]
+        return {part: torch.stack([moments[part] for moments in every]) for part in PARTS}
+
     def line(self, moments: Mapping[str, Tensor]) -> Lines:
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
-    def reading(self, base: PreTrainedModel, ready: Lines) -> PromptReading:
-        size = len(blocks_of(base)), base.config.get_text_config().hidden_size
-        if size != ready.slopes.shape[:2]:
+    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
+        _, *read = tables.tensors[f"readings.{READ}.mean"].shape
+        size = [len(blocks_of(base)), base.config.get_text_config().hidden_size]
+        if size != read:
             raise RoutingError(
-                f"Router {self.name} can't read prompts: the experts' readings are of "
-                f"{[*ready.slopes.shape[:2]]} blocks and numbers, the base has {[*size]}."
+                f"Router {self.name} can't read prompts: the experts' readings are of {read} "
+                f"blocks and numbers, the base has {size}."
             )
         return prompt_states(base)
 

@@ -17,7 +17,7 @@ from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files import one_line, read_json
 from ..context import NOBODY, Choice
-from .prompt import Base, ByPrompt, Known, PromptRouter, Prompts, Tables
+from .prompt import Asked, Base, ByPrompt, Known, PromptRouter, Tables
 from .registry import WEIGHTS, read_mixture, written_mixture
 from .router import Router, Scores, SiteRouter
 
@@ -112,7 +112,7 @@ class Oracle(ByPrompt):
     def ready(self, tables: Tables) -> dict[str, int]:
         return dict(tables.info.get("experts_by_task", {}))
 
-    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
@@ -202,7 +202,7 @@ class Weights(ByPrompt):
         weights = [self.weights.get(names[z], 0.0) for z in table.members.tolist()]
         return torch.tensor(weights) if self.weights else None
 
-    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         if not self.weights:
             raise RoutingError(
                 "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "

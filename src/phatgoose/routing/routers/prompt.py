@@ -2,30 +2,51 @@
 
 A `PromptRouter` needs no composed model (`compose.open_prompt_router` makes one of a pool). In a
 routed model the sites follow it through a `RoutingContext`.
+
+What fits no expert is left to the base. So a router that falls back scores, beside the experts,
+three classes of texts that no expert is for: general requests, neutral passages, and follow-ups
+("shorter, please"), which go on with whatever answered before. They are in base_texts.toml; what a
+router makes of them is read once and saved with a model. Not in the paper.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from importlib.resources import files
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...config import RATIO, Formatting
 from ...errors import PoolError, RoutingError
 from ...experts.kind import dense_weights
 from ...experts.pool import Pool
 from ...tasks.batching import PromptReading, read_prompts
 from ...tasks.embeddings import prompt_texts
+from ...tasks.encoding import Encoder
+from ...tasks.task import ChatTexts
 from ..context import Choice, base_alone
 from .router import Router, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
+OF_BASE = "base."  # before the names of tables of the base's classes
+OFF = "off"
+# Chosen on one of two sets of chats, written by two hands (docs/routers.md).
+KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
+FOLLOWS = 0.5  # by how much others may be ahead of follow-ups
+REMEMBERED = 1 << 24  # numbers at most: scores of texts
 
-Prompts = Sequence[str | Sequence[int]]  # text, or tokens as the model reads them
+Text = str | Sequence[int]  # text, or tokens as the model reads them
+Prompts = Sequence[Text]
+Asked = Sequence[Text | ChatTexts]  # prompts, some of them chats
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
 Base: TypeAlias = "PreTrainedModel | None"
@@ -37,15 +58,18 @@ class Tables:
     """What a prompt router knows of its experts, as it is saved with a model (docs/format.md).
 
     `names` are the pool's in order. `tensors` have a row for each expert, or any number of rows
-    whose experts are `owners` among them; `info` is JSON.
+    whose experts are `owners` among them; `info` is JSON. `base` is what there is of the base's
+    classes, empty before it is read.
     """
 
     names: tuple[str, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
     def saved(self) -> dict[str, Tensor]:
-        return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
+        of_base = {OF_BASE + name: tensor for name, tensor in self.base.items()}
+        return {f"lookup.{name}": tensor for name, tensor in {**self.tensors, **of_base}.items()}
 
     def grown(self, more: Tables) -> Tables:
         """These experts and `more`, in order. Raises PoolError when they can't be compared."""
@@ -64,7 +88,7 @@ class Tables:
             name: torch.cat([rows, more.tensors[name] + owners.get(name, 0)])
             for name, rows in self.tensors.items()
         }
-        return Tables((*self.names, *more.names), tensors, self.info)
+        return Tables((*self.names, *more.names), tensors, self.info, self.base)
 
     def shrunk(self, place: Tensor) -> Tables:
         """The tables with experts at their new index in `place` [E]; -1 if an expert leaves."""
@@ -73,7 +97,21 @@ class Tables:
         tensors = {name: rows[owners >= 0] for name, rows in self.tensors.items()}
         if OWNERS in tensors:
             tensors[OWNERS] = owners[owners >= 0]
-        return Tables(names, tensors, self.info)
+        return Tables(names, tensors, self.info, self.base)
+
+
+@cache
+def base_texts() -> tuple[Sequence[str], ...]:
+    """The texts of each of the base's classes."""
+    content = (files(__package__) / "base_texts.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(content).values())
+
+
+Fallback: TypeAlias = Annotated[
+    Literal["off"] | Annotated[float, RATIO],
+    "By how much the base may score more than the best expert before it answers alone; off: an "
+    "expert answers whatever comes, by the last message alone.",
+]
 
 
 @dataclass(frozen=True)
@@ -87,8 +125,14 @@ class ByPrompt(Router):
 
     per_input, by_token = True, False
     prompt_sizes: ClassVar[Mapping[str, str]] = {}  # of the tables, as `sizes`; M if by "owners"
+    base_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {}  # of those of the base
     reads_base: ClassVar[bool] = False  # True where `features` need the base
     chooses: ClassVar[bool] = True  # False where weights are scores of all experts
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the base may answer alone."""
+        return bool(getattr(self, "fallback", OFF) != OFF)
 
     @property
     def prompt_k(self) -> int:
@@ -107,12 +151,21 @@ class ByPrompt(Router):
         """What to score with. Raises RoutingError and ConfigError for tables that are no use."""
         return tables
 
+    def base_tables(
+        self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
+    ) -> Mapping[str, Tensor]:
+        """What there is to know of the base's classes, by these texts of each."""
+        return {}
+
     def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Any:
         """What scores go by: a tensor [prompts, ..], or a pair of them."""
         raise NotImplementedError
 
     def prompt_scores(self, features: Any, ready: Any) -> Tensor:
-        """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E]."""
+        """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E].
+
+        After the experts those of the base's classes, if the tables have any.
+        """
         raise NotImplementedError
 
     def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
@@ -122,9 +175,14 @@ class ByPrompt(Router):
         """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
         return best_of(scores, self.prompt_k, getattr(self, "temperature", 1.0))
 
-    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
-        return self.choice(self.score(chooser, prompts, base))
+        answers = chooser.answers(prompts, base, known.get("allowed"))
+        size = len(chooser.experts)
+        any_scores = next((each for each in answers if each is not None), torch.zeros(size))
+        scores = torch.stack([any_scores if each is None else each for each in answers])
+        nobody = torch.tensor([each is None for each in answers])
+        return self.choice(scores[..., :size]).left_to_base(nobody)
 
     # At a site: the experts that the context has for each row, as it weighs them.
 
@@ -156,6 +214,49 @@ def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
     return Choice(experts, (scores.gather(-1, experts).float() / temperature).softmax(dim=-1))
 
 
+class ScoredText:
+    """What a text is most like, by scores of its views: the whole, its first and last paragraph.
+
+    `scores` are those of the view whose best expert is furthest ahead of the base's general and
+    neutral texts, and `lead` is by how much. Where a router knows no such texts, it is the view
+    with the highest score. `follows` says whether the text as a whole is a follow-up.
+    """
+
+    def __init__(self, views: Tensor, experts: int) -> None:
+        """Of `views` [V, .., E + 3], or [V, .., E] without the base's classes; E = `experts`."""
+        by_view = views if views.dim() == 2 else views.mean(dim=1)  # over blocks
+        best, rest = by_view[:, :experts].max(dim=1), by_view[:, experts:]
+        base = rest[:, :-1].amax(dim=1) if rest.numel() else torch.zeros(len(views))
+        view = int((best.values - base).argmax())
+        self.scores, self._leads = views[view], by_view[view] - base[view]
+        self.expert = int(best.indices[view])
+        self.lead = self.lead_of(self.expert)
+        self.follows = bool(rest.numel() and rest[0, -1] > by_view[0, :-1].max() - FOLLOWS)
+
+    def lead_of(self, expert: int) -> float:
+        return float(self._leads[expert])
+
+
+def answer_to(
+    messages: Sequence[ScoredText], system: ScoredText | None, fallback: float
+) -> ScoredText | None:
+    """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
+
+    A follow-up is answered as what it follows. The system prompt comes first: it chooses if an
+    expert is ahead of the base there. Of other messages it is enough that the base isn't ahead by
+    more than `fallback`, and of the expert that answered before by KEPT.
+    """
+    answer = system if system and system.lead > 0 else None
+    for text in messages:
+        if answer and text.follows:
+            continue
+        if text.lead > -fallback:
+            answer = text
+        elif answer and text.lead_of(answer.expert) <= -KEPT:
+            answer = None
+    return answer
+
+
 @dataclass(frozen=True)
 class ReadsBase(ByPrompt):
     """The base of routers whose features are what the base alone makes of a prompt.
@@ -166,7 +267,7 @@ class ReadsBase(ByPrompt):
 
     reads_base = True
 
-    def reading(self, base: PreTrainedModel, ready: Any) -> PromptReading:
+    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
         """What takes the features from passes of `base`."""
         raise NotImplementedError
 
@@ -178,7 +279,7 @@ class ReadsBase(ByPrompt):
         if not tokens or not all(tokens):
             raise RoutingError(f"Router {self.name} can't choose for an empty prompt, or for none.")
         with base_alone(base):
-            return read_prompts(base, tokens, self.reading(base, chooser.ready), then=then)
+            return read_prompts(base, tokens, self.reading(base, chooser.tables), then=then)
 
     def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
         # Batch by batch: the features of a whole dataset can be gigabytes.
@@ -190,14 +291,24 @@ class PromptRouter:
     """Chooses experts for prompts by a `router`, among the experts in `tables`.
 
     Some features are of a prompt's text, others what the base makes of it; only these need `base`,
-    a model, which may be routed by this router. Prompts are tokens as the model reads them; text is
-    tokenised plainly, or where there is no `tokenizer` embedded as it is.
+    a model, which may be routed by this router. Prompts are tokens as the model reads them, chats
+    `ChatTexts`; text is tokenised plainly, or where there is no `tokenizer` embedded as it is. With
+    `in_chats` the experts' prompts were read in the chat template.
     """
 
-    def __init__(self, router: ByPrompt, tables: Tables, tokenizer: Tokenizer = None) -> None:
+    def __init__(
+        self,
+        router: ByPrompt,
+        tables: Tables,
+        tokenizer: Tokenizer = None,
+        in_chats: bool = False,
+    ) -> None:
         self.router, self.tables, self.tokenizer = router, tables, tokenizer
-        self.ready = router.ready(tables)
+        self.in_chats = in_chats
+        # With the base's classes, experts of a single prompt can be compared too.
+        self.ready: Any = None if self._waits_for_base else router.ready(tables)
         self.name, self.k, self.unserved = router.name, router.prompt_k, router.unserved
+        self._scores: dict[bytes, Tensor] = {}  # of texts that were read, by their hash
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -206,15 +317,91 @@ class PromptRouter:
 
     def score(self, prompts: Prompts, base: Base = None) -> Tensor:
         """The score of each prompt and expert, float32 [prompts, E]."""
-        return self.router.score(self, prompts, base)
+        self.read_base(base)
+        return self.router.score(self, prompts, base)[..., : len(self.experts)]
 
-    def choose(self, prompts: Prompts, base: Base = None, **known: Any) -> Choice:
+    def choose(self, prompts: Asked, base: Base = None, **known: Any) -> Choice:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
-        Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
-        RoutingError where `base` is another one than the experts read, or has nothing to read.
+        `allowed` [E] are those of all experts that may be chosen; None allows all. Evaluations hand
+        over what else is `known`: the `task` and its `examples`. Raises RoutingError where `base`
+        is another one than the experts read, or has nothing to read.
         """
+        self.read_base(base)
         return self.router.choose(self, prompts, base, known)
+
+    def read_base(self, base: Base = None) -> None:
+        """Read the base's classes, if the router falls back and they haven't been read.
+
+        Texts are only read with a tokenizer: without one, no prompt falls back.
+        """
+        if not self._waits_for_base:
+            return
+        is_encoder_decoder = base is not None and bool(base.config.is_encoder_decoder)
+        encoder = Encoder(self.tokenizer, is_encoder_decoder, Formatting(chat=self.in_chats))
+        classes = [list(map(encoder.prompt, texts)) for texts in base_texts()]
+        tables = replace(self.tables, base=self.router.base_tables(self, classes, base))
+        self.ready, self.tables = self.router.ready(tables), tables
+
+    @property
+    def _waits_for_base(self) -> bool:
+        texts_are_read = self.tokenizer is not None and self.router.falls_back
+        return texts_are_read and not self.tables.base
+
+    def answers(
+        self, prompts: Asked, base: Base = None, allowed: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """For each prompt the scores [.., E] by which it gets experts; None for the base.
+
+        A chat's texts are read from the last one backwards, until one is decided by itself.
+        """
+        one: Any = ChatTexts
+        chats = [each if isinstance(each, ChatTexts) else one((), ((each,),)) for each in prompts]
+        usual: Any = getattr(self.router, "fallback", OFF)
+        fallback = usual if self.tables.base and usual != OFF else math.inf
+        texts = [[*reversed(chat.messages), *filter(None, [chat.system])] for chat in chats]
+        scored = [list[ScoredText]() for _ in chats]
+        undecided = list(range(len(chats)))
+        for depth in itertools.count():
+            read = self._read([texts[row][depth] for row in undecided], base, allowed)
+            for row, views in zip(undecided, read, strict=True):
+                scored[row].append(ScoredText(views, len(self.experts)))
+            undecided = [
+                row
+                for row in undecided
+                if depth + 1 < len(texts[row])
+                and (scored[row][-1].follows or scored[row][-1].lead <= -fallback)
+            ]
+            if not undecided:
+                break
+        answers = list[Tensor | None]()
+        for chat, each in zip(chats, scored, strict=True):
+            count = len(chat.messages)
+            system = each[count] if count < len(each) else None
+            answer = answer_to(each[count - 1 :: -1], system, fallback)
+            answers.append(answer.scores if answer else None)
+        return answers
+
+    def _read(
+        self, texts: Sequence[Sequence[Text]], base: Base, allowed: Tensor | None
+    ) -> list[Tensor]:
+        """The scores [V, .., E + 3] of each text's views, of which distinct ones are read once."""
+        known, views = self._scores, [view for each in texts for view in each]
+        keys = [hashlib.sha256(repr(view).encode()).digest() for view in views]
+        new = {key: view for key, view in zip(keys, views, strict=True) if key not in known}
+        fresh = dict[bytes, Tensor]()
+        if new or not keys:  # of no texts the router says so
+            scores = self.router.score(self, list(new.values()), base)
+            fresh = dict(zip(new, scores, strict=True))
+        every = iter([fresh[key] if key in fresh else known[key] for key in keys])
+        read = [torch.stack(list(itertools.islice(every, len(each)))) for each in texts]
+        known.update(fresh)
+        if sum(each.numel() for each in known.values()) > REMEMBERED:
+            self._scores = {}
+        if allowed is None:
+            return read
+        others = torch.ones(read[0].shape[-1] - len(allowed), dtype=torch.bool)
+        return [views.where(torch.cat([allowed, others]), -torch.inf) for views in read]
 
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         """The prompts' tokens."""

@@ -40,7 +40,7 @@ from ...tasks.embeddings import (
 )
 from ..context import Choice
 from .phatgoose import Temperature
-from .prompt import OWNERS, Base, ByPrompt, Known, PromptRouter, Prompts, Tables
+from .prompt import OWNERS, Asked, Base, ByPrompt, Known, PromptRouter, Prompts, Tables
 from .router import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
@@ -121,7 +121,7 @@ class Retrieval(Embeds):
         some = _within_bound(every.owners)
         return every._replace(rows=every.rows[some], owners=every.owners[some])
 
-    def choose(self, chooser: PromptRouter, prompts: Prompts, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
             return super().choose(chooser, prompts, base, known)

@@ -44,6 +44,7 @@ from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
+from ....tasks.task import ChatTexts
 from ..requests import Frame
 from ..service import numbered
 from ..settings import ServedModel
@@ -212,7 +213,7 @@ class ModelRunner:
     def routings_of(
         self,
         prompts: Sequence[Sequence[int]],
-        asked: Sequence[Sequence[int]] | None = None,
+        asked: Sequence[Sequence[int] | ChatTexts] | None = None,
         mixture: Mapping[str, float] | None = None,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
@@ -225,9 +226,8 @@ class ModelRunner:
             return [None] * count
         fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
         read = [list(each) for each in prompts]
-        questions = None if asked is None else [list(each) for each in asked]
         choice = fixed and fixed.repeated(count)
-        return context.routing_of(read, choice, questions).each(count)
+        return context.routing_of(read, choice, asked).each(count)
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""

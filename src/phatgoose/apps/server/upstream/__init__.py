@@ -21,6 +21,7 @@ from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
+from ....tasks.task import ChatTexts
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
 from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
@@ -107,7 +108,7 @@ class PromptChooser:
     def frame(self) -> Frame:
         return self.pool.frame
 
-    def choose(self, prompts: Sequence[Sequence[int]]) -> list[Weights]:
+    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts]) -> list[Weights]:
         return self.router.choose(prompts, self.base).named(self.router.experts)
 
 

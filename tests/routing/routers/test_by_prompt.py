@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from attackers import attacked
@@ -14,7 +16,7 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_states, readings_of
 from phatgoose.routing.compose import (
     compose,
     detach,
@@ -24,10 +26,20 @@ from phatgoose.routing.compose import (
     save,
 )
 from phatgoose.routing.routers.discriminant import line_of
-from phatgoose.routing.routers.prompt import PromptRouter, Tables
+from phatgoose.routing.routers.prompt import (
+    ByPrompt,
+    Fallback,
+    PromptRouter,
+    ScoredText,
+    Tables,
+    answer_to,
+    base_texts,
+)
 from phatgoose.routing.routers.retrieval import Retrieval
-from phatgoose.routing.saved import add_to_saved
+from phatgoose.routing.saved import add_to_saved, read_saved, write_saved
+from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
+from phatgoose.tasks.task import ChatTexts
 from routed_models import TOPICS, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from topic_prompts import (
@@ -329,3 +341,156 @@ def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
         compose(Pool((deep, ones[1])), llama, router="discriminant:fallback=off")
     with pytest.raises(RoutingError, match=r"are of \[3, 32\] .* the base has \[2, 32\]"):
         compose(Pool((deep,)), llama, router="discriminant:fallback=off").generate(make_ids())
+
+
+# Who answers a chat, and what the base answers alone. Scores are of experts a and b, general and
+# neutral texts, follow-ups.
+
+A, B, GENERAL, NEUTRAL = (
+    [0.5, -0.5, *[-0.5] * 3],
+    [-0.5, 0.5, *[-0.5] * 3],
+    [*[-0.5] * 2, 0.5, 0, -0.5],
+    [*[-0.5] * 3, 0.5, -0.5],
+)
+FOLLOWS, LIKE_A = [-0.5, -0.5, 0, -0.5, -0.4], [-0.1, -0.5, 0.1, -0.5, -0.8]
+CHATS = {  # system prompt, messages (each its views): the expert that answers
+    "one of an expert": ((), [[A]], 0),
+    "one that fits nobody": ((), [[GENERAL]], None),
+    "a passage": ((), [[NEUTRAL]], None),
+    "an expert's behind a passage": ((), [[NEUTRAL, NEUTRAL, B]], 1),
+    "the base a little ahead": ((), [[[0.1, -0.5, 0.15, 0, -1]]], 0),
+    "a follow-up of nothing": ((), [[FOLLOWS]], None),
+    "a follow-up": ((), [[A], [FOLLOWS]], 0),
+    "two follow-ups": ((), [[B], [A], [FOLLOWS], [FOLLOWS]], 0),
+    "a follow-up of a general one": ((), [[A], [GENERAL], [FOLLOWS]], None),
+    "another topic": ((), [[A], [B]], 1),
+    "a general one after a task": ((), [[A], [GENERAL]], None),
+    "an input after its instruction": ((), [[A], [LIKE_A]], 0),
+    "the same after another task": ((), [[B], [LIKE_A]], None),
+    "a task in the system prompt": ([A], [[LIKE_A]], 0),
+    "a persona": ([LIKE_A], [[LIKE_A]], None),
+    "a system prompt like a follow-up": ([FOLLOWS], [[GENERAL]], None),
+}
+
+
+@dataclass(frozen=True)
+class Written(ByPrompt):
+    """A router whose prompts are their scores."""
+
+    usual_k = 1
+    fallback: Fallback = 0.1
+
+    def ready(self, tables: Tables) -> Tables:
+        return tables
+
+    def features(self, chooser, prompts, base):
+        return torch.tensor(prompts)
+
+    def prompt_scores(self, features, ready):
+        return features
+
+
+def written_chooser() -> PromptRouter:
+    return PromptRouter(Written(), Tables(("a", "b"), base={"read": torch.zeros(1)}))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_who_answers_a_chat(chat):
+    system, messages, wanted = CHATS[chat]
+    choice = written_chooser().choose([ChatTexts(system, tuple(messages))])
+    assert choice.named(["a", "b"]) == [{} if wanted is None else {"ab"[wanted]: 1.0}]
+
+
+some_scores = st.lists(st.sampled_from([-0.6, -0.4, -0.1, 0.0, 0.1, 0.4]), min_size=5, max_size=5)
+some_texts = st.lists(st.lists(some_scores, min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(st.lists(some_scores, max_size=3), some_texts), min_size=1, max_size=3))
+def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
+    answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats])
+    for (system, messages), answer in zip(chats, answers, strict=True):
+        first = ScoredText(torch.tensor(system), 2) if system else None
+        wanted = answer_to([ScoredText(torch.tensor(m), 2) for m in messages], first, 0.1)
+        assert (answer is None) == (wanted is None)
+        assert answer is None or torch.equal(answer, wanted.scores)
+
+
+def test_allowed_experts_alone_are_chosen():
+    chooser, only_a, either = written_chooser(), [0.5, -0.8, *A[2:]], [0.5, 0.4, *A[2:]]
+    chat = [ChatTexts((), ([text],)) for text in (only_a, either)]
+    choice = chooser.choose(chat, allowed=torch.tensor([False, True]))
+    assert choice.named(["a", "b"]) == [{}, {"b": 1.0}]
+    assert (
+        chooser.choose(chat).named(["a", "b"]) == [{"a": 1.0}] * 2
+    )  # others' keys stay as they are
+
+
+@pytest.mark.parametrize(
+    ("turns", "texts"),
+    [
+        ([("user", "x")], ([], [["x"]])),
+        ([("system", "s"), ("user", "x"), ("tool", "y"), ("user", "z")], (["s"], [["x"], ["z"]])),
+        ([("developer", "s"), ("system", "t"), ("user", "x")], (["s\n\nt", "s", "t"], [["x"]])),
+        ([("user", "a\nb\n \t\nc\n\n\nd\n\n")], ([], [["a\nb\n \t\nc\n\n\nd\n\n", "a\nb", "d"]])),
+        ([("user", "x"), ("user", " \n"), ("tool", "42")], ([], [["x"]])),
+        ([("system", "s" * 2000)], (["s" * 1000], [["s" * 2000]])),
+        ([("assistant", "y")], ([], [["y"]])),
+        ([], ([], [[""]])),
+        ([("user", str(i)) for i in range(20)], ([], [[str(i)] for i in range(12, 20)])),
+    ],
+)  # fmt: skip
+def test_each_text_of_a_chat_is_read_by_itself(turns, texts):
+    read = ChatTexts.of(turns, lambda texts: [map(ord, text) for text in texts])
+    said = [["".join(map(chr, view)) for view in views] for views in (read.system, *read.messages)]
+    assert (said[0], said[1:]) == texts
+
+
+@both_streams
+def test_what_fits_nobody_is_answered_by_the_base(base, pool, tmp_path):
+    trained, general = trained_on(base, pool), [*base_texts()[0][:6], *base_texts()[1][:6]]
+    model = compose(trained, base, router="discriminant")
+    chosen = experts_of(model, [*TOPICS, *general]).named(pool.names)
+    assert chosen[:4] == [{name: 1.0} for name in pool.names]
+    left = [text for text, weights in zip(general, chosen[4:], strict=True) if not weights]
+    assert len(left) > 8  # a random base tells few things apart
+    ids = torch.tensor(tokens_of(model, left[:1]))
+    with_experts, wanted = logits_of(model, ids), logits_of(detach(model), ids)
+    assert torch.equal(with_experts, wanted)
+    # The base's classes are saved; a model without them, as earlier versions wrote, reads them.
+    save(compose(trained, base, router="discriminant"), tmp_path / "routed")
+    detach(base.model)
+    whole = read_saved(tmp_path / "routed")
+    tables = replace(whole.tables, base={})
+    parts = {site: whole.at(site) for site in whole.sizes}
+    for each in (whole.tables, tables):
+        write_saved(tmp_path / "routed", whole.info, parts, each)
+        assert bool(read_saved(tmp_path / "routed").tables.base) == bool(each.base)
+        again = load(tmp_path / "routed", base)
+        assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
+        detach(base.model)
+
+
+def test_a_text_is_read_once(llama, llama_pool):
+    chooser, passes = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant"), []
+    hook = llama.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    texts = [tuple(llama.tokenizer(text)["input_ids"]) for text in PROMPTS[:3]]
+    chats = [ChatTexts((), ((texts[0],), (each,))) for each in texts]
+    before = chooser.choose(chats, llama.model)
+    read = len(passes)
+    assert_same(chooser.choose(chats, llama.model), before)
+    hook.remove()
+    assert read == len(passes) > 0
+
+
+def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama, llama_pool):
+    states = [
+        read_prompts(llama.model, tokens_of_topic, prompt_states(llama.model))
+        for tokens_of_topic in ([llama.tokenizer(t)["input_ids"]] for t in TOPICS)
+    ]
+    ones = [
+        replace(e, readings=readings_of(s))
+        for e, s in zip(llama_pool.experts, states, strict=False)
+    ]
+    chooser = open_prompt_router(Pool(tuple(ones)), llama.tokenizer, router="discriminant")
+    chosen = chooser.choose(list(TOPICS[: len(ones)]), llama.model).named(chooser.experts)
+    assert chosen == [{name: 1.0} for name in chooser.experts]

@@ -154,6 +154,34 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
         Pool.open(tmp_path / "adapters")
 
 
+def test_prompts_that_adapters_bring_are_measured_where_the_base_is_loaded(llama, tmp_path):
+    texts = {"a": ["Once more", "and again", "then"], "b": ["1 + 2 =", "12 + 7 =", "3 + 3 ="]}
+    for seed, (name, lines) in enumerate(texts.items()):
+        folder = make_adapter(llama, tmp_path / "adapters" / name, seed=seed)
+        (folder / "prompts.txt").write_text("\n".join(lines))
+    import_adapters((tmp_path / "adapters").iterdir(), tmp_path / "pool")
+    base = load_base(llama.id)
+    imported, read = Pool.open(tmp_path / "pool"), Pool.open(tmp_path / "adapters").measured(base)
+    for name in texts:
+        assert read[name].info.prompts_read == imported[name].info.prompts_read == 3
+        assert read[name].prompts == imported[name].prompts == tuple(texts[name])
+        for part, wanted in imported[name].readings.items():
+            assert torch.equal(read[name].readings[part], wanted)
+    assert read.measured(base) is read
+    router = compose(str(tmp_path / "adapters"), llama).phatgoose.prompt_router
+    choice = router.choose([lines[0] for lines in texts.values()], llama.model)
+    assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b"]
+    detach(llama.model)
+
+
+def test_prompts_of_an_adapter_whose_base_is_not_here_are_kept(own_adapter, tmp_path):
+    (own_adapter / "prompts.txt").write_text("Is it good?")
+    expert = import_adapter(own_adapter, tmp_path / "mine", fingerprint=False)
+    assert (expert.prompts, expert.has("readings")) == (("Is it good?",), False)
+    with pytest.warns(UserWarning, match=r"mine: few prompts \(1\)"):
+        import_adapter(own_adapter, tmp_path / "b" / "mine")
+
+
 @pytest.mark.skipif("exaone" not in CONFIG_MAPPING, reason="this transformers has no exaone")
 def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_path):
     random_model("exaone", IDS | SETTINGS["qwen2"]).save_pretrained(tmp_path / "base")

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from fake_hub import contents
 from odd_files import one_line_of
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import PARQUET_REVISION, given_tasks, load_task, read_rows
+from phatgoose.tasks.loading import (
+    LONGEST_PROMPT,
+    MOST_BYTES,
+    PARQUET_REVISION,
+    given_tasks,
+    load_task,
+    prompts_beside,
+    read_rows,
+)
 from phatgoose.tasks.task import Chat, Example, Sources, Task, draw, mix
 from suite_data import save_copy
 
@@ -354,3 +362,90 @@ def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
     drawn = origins(draw(mixed.validation, 50, seed=0))
     assert min(drawn["a"], drawn["c"]) > 15
     assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
+
+
+def card(front: str, text: str = "# Adapter") -> str:
+    return f"---\nbase_model: me/base\n{front}\n---\n{text}\n"
+
+
+def block(heading: str, content: str, language: str = "") -> str:
+    return f"## {heading}\n\nSo:\n\n```{language}\n{content}\n```\n\n## More\n```\nls\n```"
+
+
+CHAT = """
+- messages:
+  - {role: system, content: Be brief.}
+  - {role: user, content: Hi}
+  - {role: assistant, content: Sure.}
+  - {role: user, content: "Is it good?"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (card("widget:\n- text: Is it good?\n- example_title: B\n  text: Or bad?"), 2),
+        (card("widget:\n- Is it good?"), 1),
+        (card("widget:\n  text: Is it good?"), 1),
+        (card(f'widget:{CHAT}- messages: [{{role: user, content: "Or bad?"}}]'), 2),
+        (card("widget:\n- output: {url: a.png}\n- [7]\n- text: {a: b}\n- text: Is it good?"), 1),
+        (card("widget:\n- src: a.flac\n- messages: [{role: user, content: [{type: image}]}]"), 0),
+        (card("widget:\n- text: What is your favorite condiment?"), 0),
+        (block("Example prompt", "Is it good?"), 1),
+        (card("widget: []", block("Some inputs", "Is it good?", "text")), 1),
+        (block("Prompt format", "Is it good?"), 0),
+        (block("Example", "import peft", "python"), 0),
+        (block("Example", "Input: Is it good?\nOutput: yes"), 0),
+        (block("Prompt", "Is it {what}?"), 0),
+        ("```python\n# Example input\nx = 1\n```\n\n```\nls\n```\n", 0),
+        ("# A card without any", 0),
+    ],
+)
+def test_a_card_s_widget_or_its_blocks_of_prompts_are_read(tmp_path, text, wanted):
+    (tmp_path / "README.md").write_text(text)
+    assert prompts_beside(tmp_path) == ("Is it good?", "Or bad?")[:wanted]
+
+
+def test_files_of_prompts_go_before_a_card_and_few_are_read(tmp_path):
+    (tmp_path / "README.md").write_text(card("widget: [text: of the card]"))
+    turns = [{"role": "user", "content": "Is it good?"}]
+    rows = [{"input": "a"}, {"prompt": "b"}, {"messages": turns}, ROWS[0]]
+    write_rows(tmp_path / "examples.jsonl", rows)
+    assert prompts_beside(tmp_path) == ("a", "b", "Is it good?", "Is it good?")
+    write_lines(tmp_path / "prompts.txt", "", " one ", "x" * 5000, *(["more"] * 100))
+    got = prompts_beside(tmp_path)
+    assert (got[:2], len(got)) == (("one", "x" * LONGEST_PROMPT), 64)
+
+
+BOMB = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
+BOMB = ["l0: &l0 [a]", *BOMB, "widget: [messages: *l29]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.txt", b"\xff\x00binary"),
+        ("prompts.txt", b"a\n" * MOST_BYTES),
+        ("prompts.txt", b" \n"),
+        ("examples.jsonl", b'{"output": "no input"}\n'),
+        ("examples.jsonl", b"[" * 10**5),
+        ("README.md", card("widget: " + "[" * 30_000).encode()),
+        ("README.md", card("\n".join(BOMB)).encode()),
+        ("README.md", card("widget: !!python/object/apply:os.system [ls]").encode()),
+        ("README.md", card("widget: [a").encode()),
+        ("README.md", b"\xff\xfe---"),
+    ],
+)
+def test_what_no_prompts_can_be_read_of_is_a_warning_of_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"No prompts are read .*{name}") as told:
+        assert prompts_beside(tmp_path) == ()
+    assert "\n" not in str(told[0].message)
+
+
+def test_a_link_to_elsewhere_is_not_read(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret").write_text("my secret")
+    (tmp_path / "inside" / "prompts.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match="leads out of its folder"):
+        assert prompts_beside(tmp_path / "inside") == ()

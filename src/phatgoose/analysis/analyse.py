@@ -317,6 +317,7 @@ def _opened(
         return _Subject(parts.experts, (name,), parts.routing, tokenizer, source, scores=scores)
     pool = Pool.open(source)
     loaded = resolve_base(base, pool.base)
+    pool = pool.measured(loaded)
     routers = [how.routers] if isinstance(how.routers, str) else how.routers
     routings = [
         settled(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)

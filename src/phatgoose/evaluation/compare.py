@@ -276,9 +276,10 @@ def compare(
     """
     how = ComparisonSettings(**settings)
     pool = Pool.open(pool)
-    chosen, notes = runnable_methods(pool, methods, how.routing)
     columns, datasets = _load(suites, how)
     base = resolve_base(base, pool.base)
+    pool = pool.measured(base)
+    chosen, notes = runnable_methods(pool, methods, how.routing)
     others = [
         reference_row(label, place, how.routing, base) for label, place in how.references.items()
     ]

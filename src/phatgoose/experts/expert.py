@@ -36,10 +36,12 @@ from ..files import (
     sha256_of,
     shortened,
 )
+from ..tasks.encoding import Encoder
+from ..tasks.loading import prompts_beside
 from . import kinds
 from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
-from .statistics import PARTS, READ
+from .statistics import PARTS, READ, readings_by
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -213,7 +215,6 @@ def info_json(info: ExpertInfo) -> str:
 # The directory.
 
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
-MOST_PROMPTS = 2**16  # bytes of example prompts that are read
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class _Layout:
 
 
 LAYOUT = _Layout()
+FEW, ENOUGH = 3, 5  # prompts that statistics are of
 
 
 def expert_files() -> tuple[str, ...]:
@@ -304,12 +306,8 @@ class Expert:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """Example prompts, the lines of the file beside it; ExpertError for one of another form."""
-        if not (file := self.place / LAYOUT.prompts).is_file():
-            return ()
-        with reading(file), regular_file(file).open("rb") as lines:
-            text = lines.read(MOST_PROMPTS).decode("utf-8-sig", errors="replace")
-        return tuple(line.strip() for line in text.split("\n") if line.strip())
+        """Example prompts that it brings, in a file beside it or an adapter's card."""
+        return prompts_beside(self.place)
 
     def has(self, part: str) -> bool:
         """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
@@ -321,12 +319,11 @@ class Expert:
         for file in self.files.values():
             file.release()
 
-    def with_statistics(
-        self, model: PreTrainedModel, prompts: int | None = None, **statistics: Any
-    ) -> Expert:
+    def with_statistics(self, model: PreTrainedModel, prompts: int, **statistics: Any) -> Expert:
         """The expert with new `means`, `embeddings`, or `readings` of so many `prompts`.
 
         What isn't among `statistics` stays. Means and readings are what `model` made of the data.
+        Warns of fewer than FEW prompts.
         """
         info, measured_in = self.info, self.info.measured_in
         read_by_base = ("means", "readings")
@@ -335,6 +332,9 @@ class Expert:
             stays = any(part not in statistics and self.has(part) for part in read_by_base)
             if stays and measured_in != info.measured_in:
                 measured_in = None  # of two bases
+        if "readings" in statistics and prompts < FEW:
+            told = f"{self.name}: few prompts ({prompts}); give at least {FEW}, better {ENOUGH}."
+            warnings.warn(told, stacklevel=3)
         result = replace(self, **statistics)
         parts = {part: result.has(part) for part in (*read_by_base, "embeddings")}
         info = replace(
@@ -344,6 +344,12 @@ class Expert:
             prompts_read=prompts if "readings" in statistics else info.prompts_read,
         )
         return replace(result, info=info)
+
+    def with_prompts_read(self, base: Base) -> Expert:
+        """The expert with the statistics of the prompts that it brought, as `base` reads them."""
+        tokens = list(map(Encoder.of(base).prompt, self.prompts))
+        read = readings_by(base.model, tokens)
+        return self.with_statistics(base.model, len(tokens), readings=read)
 
     @classmethod
     def from_peft(
@@ -438,9 +444,10 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
-        brought = [LAYOUT.prompts] if (self.directory / LAYOUT.prompts).is_file() else []
-        for file in (files.config, files.weights, *brought):
-            shutil.copyfile(regular_file(self.directory / file), work / file)
+        brought = self.place / LAYOUT.prompts
+        copied = [self.directory / name for name in (files.config, files.weights)]
+        for path in (*copied, *[brought] * brought.is_file()):
+            shutil.copyfile(regular_file(path), work / path.name)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {
             f"{kind}.{name}": vector.clone()  # safetensors refuses tensors that share memory
@@ -469,20 +476,6 @@ def check_expert(directory: str | Path) -> list[str]:
     except ExpertError as error:
         return [str(error)]
     return []
-
-
-FEW, ENOUGH = 3, 5  # prompts that statistics are of
-
-
-def warn_of_few_prompts(experts: Iterable[Expert]) -> None:
-    """Warn, in one line, of those whose prompt statistics are of fewer than FEW prompts."""
-    few = [each.name for each in experts if (each.info.prompts_read or FEW) < FEW]
-    if few:
-        warnings.warn(
-            f"{one_line(', '.join(few))}: prompt statistics of fewer than {FEW} prompts often miss "
-            f"an expert's own; {ENOUGH} or more are recommended.",
-            stacklevel=3,
-        )
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

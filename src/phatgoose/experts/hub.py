@@ -2,7 +2,7 @@
 
 A reference is `hub:owner/name[/folder][@revision]`: a repository, a folder in it if it holds
 several experts, and a branch, tag or commit. Files come through huggingface_hub's cache, so what
-was fetched once is available offline. Only an expert's files are ever fetched.
+was fetched once is available offline. Only files of an expert or an adapter are ever fetched.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from ..base import REVISION, is_hub_id
 from ..errors import ExpertError, PhatgooseError
 from ..files import new_directory, one_line, regular_file, require_free, shortened
+from ..tasks.loading import PROMPT_FILES
 from .expert import LAYOUT, Expert, expert_files, read_info
 
 PREFIX = "hub:"
@@ -78,11 +79,12 @@ def fetch(reference: HubReference, *, inner: bool = True) -> Path:
     """
     inside = f"{reference.folder}/" if reference.folder else ""
     folders = (inside, f"{inside}*/") if inner else (inside,)
+    files = (*expert_files(), *PROMPT_FILES)
     with reported(f"{reference} can't be fetched"):
         snapshot = snapshot_download(
             reference.repo,
             revision=reference.revision,
-            allow_patterns=[f"{folder}{file}" for folder in folders for file in expert_files()],
+            allow_patterns=[f"{folder}{file}" for folder in folders for file in files],
             ignore_patterns=[f"{inside}*/*/*"],  # the Hub's * matches slashes too
         )
     return Path(snapshot) / reference.folder

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import (
+    Base,
     BaseReference,
     fingerprint_here,
     load_base,
@@ -61,7 +62,7 @@ from ..files import (
     value_at,
 )
 from ..sites import find_sites
-from .expert import LAYOUT, Expert, check_name, read_modules
+from .expert import LAYOUT, Expert, base_named_in, check_name, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
@@ -88,16 +89,26 @@ SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors 
 
 
 def import_adapter(
-    source: str | Path, out: str | Path, *, name: str | None = None, **options: Any
+    source: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    opened: Callable[..., Base] = load_base,
+    **options: Any,
 ) -> Expert:
     """The adapter at `source` as an expert without gates, written to `out`, called `name`.
 
-    `options` are those of `read_adapter`, which says what is refused. Raises ExpertError when `out`
-    exists, too.
+    With statistics of the prompts that it brings, if the base's weights are on this machine, which
+    are then `opened`. `options` are those of `read_adapter`, which says what is refused. Raises
+    ExpertError when `out` exists, too.
     """
     target = Path(out)
     require_free(target, ExpertError)
     expert = read_adapter(source, name or target.name, **options)
+    if expert.prompts and expert.info.base.fingerprint:
+        named, other = base_named_in(expert.directory) or expert.info.base, options.get("base")
+        revision = None if other else named.revision
+        expert = expert.with_prompts_read(opened(other or named.id, revision=revision))
     saved = expert.save(target)
     if expert.directory.parent == Path(_scratch().name):
         shutil.rmtree(expert.directory, ignore_errors=True)
@@ -159,18 +170,20 @@ def read_adapter(
             record |= {"converted_from": str(config["peft_type"]), **kept}
         else:
             modules = _resolved(folder, config, named)
+    files = folder
     if not _is_read_as(modules, folder):
         kind = type(next(iter(modules.values())))
-        folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+        files = Path(tempfile.mkdtemp(dir=_scratch().name))
         about = {key: config[key] for key in KEPT if config.get(key) is not None}
         if kind.files is not PEFT_FILES:
             about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}
-        kind.write(folder, modules, about)
+        kind.write(files, modules, about)
     marks = None if fingerprint is False else fingerprint_here(place, revision=revision)
     if marks is None and fingerprint:
         marks = load_base(place, revision=revision).fingerprint
     recorded = replace(known or BaseReference(recorded_id(place), revision), fingerprint=marks)
-    return Expert.from_peft(folder, {}, base=recorded, name=name, hyperparameters=record)
+    expert = Expert.from_peft(files, {}, base=recorded, name=name, hyperparameters=record)
+    return replace(expert, source=folder)
 
 
 def _reference(source: str | Path) -> HubReference | None:
@@ -192,11 +205,12 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     `options` are those of `import_adapter` but `name`. One that is refused doesn't keep the others
     back.
     """
+    opened = cache(load_base)
 
     def imported(source: str | Path) -> Expert:
         reference = _reference(source)
         place = reference.folder or reference.repo if reference else Path(source).resolve()
-        return import_adapter(source, Path(out) / Path(place).name, **options)
+        return import_adapter(source, Path(out) / Path(place).name, opened=opened, **options)
 
     return _all_of(sources, imported)
 
@@ -204,7 +218,7 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
     places = [folder.resolve() for folder in folders]
-    return _all_of(places, lambda place: replace(read_adapter(place, place.name), source=place))
+    return _all_of(places, lambda place: read_adapter(place, place.name))
 
 
 def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:

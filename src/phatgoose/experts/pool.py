@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import BaseReference, closest_beside, same_base
+from ..base import Base, BaseReference, closest_beside, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
@@ -99,6 +99,11 @@ class Pool(Mapping[str, Expert]):
         """An example prompt of each expert that brings some."""
         return {expert.name: expert.prompts[0] for expert in self.experts if expert.prompts}
 
+    @cached_property
+    def unread(self) -> tuple[Expert, ...]:
+        """Experts that bring prompts, but no statistics of any."""
+        return tuple(each for each in self.experts if not each.has("readings") and each.prompts)
+
     def __getitem__(self, name: object) -> Expert:
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
         if name in self.names:
@@ -131,6 +136,13 @@ class Pool(Mapping[str, Expert]):
             none = "No expert is left in the pool after keep and leave_out."
             raise PoolError(next(iter(unknown), none))
         return Pool(tuple(expert for expert in self.experts if expert.name in staying))
+
+    def measured(self, base: Base) -> Pool:
+        """The pool in which `base` has read all prompts; without a tokenizer none can be read."""
+        if not self.unread or base.tokenizer is None:
+            return self
+        read = {each.name: each.with_prompts_read(base) for each in self.unread}
+        return Pool(tuple(read.get(each.name, each) for each in self.experts))
 
     def _unknown(self, name: object) -> str:
         inside = [expert.name for expert in self.experts if expert.place.name == name]

@@ -247,6 +247,7 @@ def compose(
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
+    pool = pool.measured(loaded)
     if routing.router == AUTO:
         routing = settled(routing, pool, model, tokenizer)
     router = router_of(routing)

@@ -11,18 +11,21 @@ import csv
 import importlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import yaml  # type: ignore[import-untyped]
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import first_line, one_line, reading, regular, shortened
+from ..files import first_line, one_line, reading, regular, regular_file, shortened
 from .task import Chat, Example, Sources, Task, said_in
 
 SEPARATOR = "|||"
@@ -271,6 +274,69 @@ def examples_of(
             example = make(row)
         if example is not None:
             yield example
+
+
+# The prompts that an adapter brings, by which experts are told apart. Whoever made it may have put
+# anything there, so little is read, and what isn't clearly a prompt is none.
+
+PROMPT_FILES = ("prompts.txt", "examples.jsonl", "README.md")  # the first that is there
+MOST_PROMPTS, LONGEST_PROMPT = 64, 4000  # characters
+MOST_BYTES, MOST_OF_A_CARD = 2**20, 2**15  # more YAML than that could take seconds
+OF_TOOLS = {"What is your favorite condiment?"}  # AutoTrain writes it into every card
+FRONT = re.compile(r"(?ms)---[ \t]*\n(.*?)^---[ \t]*$")
+# Headings; blocks, with their content if it is plain text; headings of prompts; code, templates and
+# answers.
+SECTIONS = re.compile(r"(?ms)^#+ ([^\n]*)|^(`{3,})(?:(?:te?xt|prompt)?[ \t]*\n(.*?)|.*?\n)^\2")
+SHOWS = re.compile(
+    r"(?i)(?!.*(output|answer|format|template|system|usage)).*(prompt|input|example)"
+)
+NO_PROMPT = re.compile(
+    r"(?im)[{}<>|$\\]|^[^\w\n]*(import|from|pip|python|output|response|answer)\b|\A\Z"
+)
+
+
+def prompts_beside(folder: Path) -> tuple[str, ...]:
+    """The prompts in the first of PROMPT_FILES that is in an adapter's `folder`.
+
+    A card's are the examples of its widget, else blocks of plain text under a heading that says so.
+    A file that can't be read is a warning.
+    """
+    prompts: list[str] = []
+    try:
+        for path in [p for name in PROMPT_FILES if (p := folder / name).is_file()][:1]:
+            with reading(path, TaskError):
+                if (size := regular_file(path, TaskError).stat().st_size) > MOST_BYTES:
+                    raise ValueError(f"it has {size} bytes, and at most {MOST_BYTES} are read")
+                is_card = path.suffix == ".md"
+                prompts = _on_card(path) if is_card else prompts_in(load_prompts([str(path)]))
+    except TaskError as error:
+        warnings.warn(f"No prompts are read beside an adapter: {error}", stacklevel=2)
+    return tuple(text[:LONGEST_PROMPT] for text in prompts[:MOST_PROMPTS])
+
+
+def _on_card(path: Path) -> list[str]:
+    card, heading = path.read_text(encoding="utf-8")[:MOST_OF_A_CARD], ""
+    front = FRONT.match(card)
+    shown = yaml.load(front[1], _WithoutAliases) if front else None
+    widget = shown.get("widget") if isinstance(shown, dict) else None
+    prompts: list[str] = []
+    for example in widget[:MOST_PROMPTS] if isinstance(widget, list) else [widget]:
+        row = example if isinstance(example, dict) else {"text": example}
+        row = {"prompt": row.get("text"), "messages": row.get("messages")}
+        with suppress(TaskError):
+            prompts += {*prompts_in(load_task([row], targets=False))} - OF_TOOLS
+    for part in SECTIONS.finditer(card, front.end() if front else 0) if not prompts else ():
+        heading, block = part[1] or heading, (part[3] or "").strip()
+        if SHOWS.match(heading) and not NO_PROMPT.search(block):
+            prompts.append(block)
+    return prompts
+
+
+class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]  # untyped
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            raise ValueError("its YAML has aliases")
+        return super().compose_node(parent, index)
 
 
 # From a row to an example

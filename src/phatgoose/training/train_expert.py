@@ -45,7 +45,6 @@ from ..experts.expert import (
     expert_files,
     read_modules,
     recorded_formatting,
-    warn_of_few_prompts,
 )
 from ..experts.kind import (
     FreshExpert,
@@ -367,8 +366,6 @@ def measure(
     run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.info.tail)
     measured, cuts = _with_statistics(run, expert)
     cuts.report(task.name)
-    if settings.readings:
-        warn_of_few_prompts([measured])
     return measured.save(place, overwrite=True)
 
 

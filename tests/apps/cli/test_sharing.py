@@ -30,6 +30,15 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, phat):
     assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose stats" in told
     assert Expert.load(tmp_path / "theirs").gates == {}
+    files = contents(make_adapter(llama, tmp_path / "adapter"))
+    card = b"---\nwidget:\n- text: Is it good?\n- text: Or bad?\n- text: Or both?\n---\n"
+    hub.add("you/asked", {**files, "README.md": card})
+    hub.add("you/told", {**files, "examples.jsonl": b'{"prompt": "Is it good?"}\n' * 4})
+    told = phatgoose("import", "you/asked", "you/told", "--base", llama.id, "--out", tmp_path / "p")
+    assert [line.split("; ")[-1].split(" -> ")[0] for line in told.splitlines()[:2]] == [
+        "statistics of 3 prompts",
+        "statistics of 4 prompts",
+    ]
 
 
 def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path):

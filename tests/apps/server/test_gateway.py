@@ -16,6 +16,7 @@ from phatgoose.apps.server.upstream import engines
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from serving import (
     CHAT_TEMPLATE,
@@ -105,6 +106,19 @@ def test_a_chat_goes_to_the_expert_of_its_last_user_message(engine, client):
     engine.mode, engine.content = "odd", json.dumps({"choices": [{"message": message}]}).encode()
     reply = ask(client, path=CHATS, model="auto", messages=messages)
     assert reply["choices"][0]["message"] == message
+
+
+def test_adapters_alone_are_chosen_by_the_prompts_that_they_bring(place, engine, tmp_path):
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(place / name / file, tmp_path / name / file)
+        own = [prompt for prompt, owner in zip(PROMPTS, OWNERS, strict=True) if owner == name]
+        (tmp_path / name / LAYOUT.prompts).write_text("\n".join([*own, f"{name} once", f"{name}!"]))
+    with gateway(tmp_path, engine, router="auto") as client:
+        assert client.get("/v1/models/goose").json()["router"] == "discriminant"
+        chosen = [chosen_in(client.post(PATH, json={**ASK, "prompt": each})) for each in PROMPTS]
+        assert chosen == [{owner} for owner in OWNERS]
 
 
 def test_a_key_reaches_its_experts_alone(place, engine):

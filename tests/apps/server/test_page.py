@@ -135,6 +135,7 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         assert len(row.generated) <= 42
 
 
+@pytest.mark.filterwarnings("ignore:No prompts are read:UserWarning")
 def test_prompts_that_experts_bring_are_tried_and_no_others(chromium, place):
     odd = '<b>"Is it</b> & good?"'
     for name, text in (("e3", f"\n {odd} \nIs it bad?\n"), ("e1", "\n")):

@@ -201,6 +201,11 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
         "Router auto is phatgoose; routers tried before it need readings (phatgoose stats), "
         "embeddings (phatgoose stats) of all experts."
     )
+    detach(model)
+    bare = stripped(llama_pool, "gates", "means", "readings")
+    model = compose(bare, llama, router="auto")
+    assert caplog.messages[-1].startswith("Router auto is arrow, hardly better than the base alone")
+    assert "three example prompts an adapter change that: phatgoose stats" in caplog.messages[-1]
     save(model, tmp_path / "routed")
     kept = json.loads((tmp_path / "routed" / "routed.json").read_text())
-    assert kept["routing"]["router"] == "phatgoose"
+    assert kept["routing"]["router"] == "arrow"

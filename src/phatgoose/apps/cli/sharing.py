@@ -66,9 +66,8 @@ def import_(
         say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
     bases = [expert.info.base for expert in imports.experts]
     if unmarked := next((base.id for base in bases if not base.fingerprint), None):
-        say(f"no fingerprint: the weights of {unmarked} are not here; --fingerprint fetches them")
-    by = "stats" if all(expert.lora for expert in imports.experts) else "gate"
-    say(f"next: 'phatgoose {by} EXPERT --task ITS-DATA', or 'phatgoose serve {out}'")
+        say(f"no fingerprint, no statistics: {unmarked} is not here; --fingerprint fetches it")
+    say(f"next: 'phatgoose stats EXPERT --prompts …' (three at least), or 'phatgoose serve {out}'")
     return int(bool(imports.refused))
 
 
@@ -80,6 +79,8 @@ def _imported(expert: Expert) -> str:
     record = expert.info.hyperparameters
     if "converted_from" in record:
         text += f"; keeps {record['kept_of_update']:.4%} of its {record['converted_from']} update"
+    if expert.info.prompts_read:
+        text += f"; statistics of {expert.info.prompts_read} prompts"
     return text
 
 

@@ -25,6 +25,11 @@ NO_CHOICE = (
 BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
 DECODER_ONLY = (*BY_PROMPT, *BY_TOKEN)
 
+FEW_DO = (
+    ", hardly better than the base alone on small models; three example prompts an adapter change "
+    "that: phatgoose stats EXPERT --prompts …, or prompts.txt beside it"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +58,8 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
         commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
         needs = ", ".join(PLURAL.get(need, need) + commands.get(need, "") for need in missing)
         why = f"; routers tried before it need {needs} of all experts" if missing else ""
+        if "readings" in missing and name in ("arrow", "merged"):
+            why = FEW_DO
         logger.info("Router auto is %s%s.", name, why)
         return replace(routing, router=name)
     raise PoolError(NO_CHOICE)
@@ -60,7 +67,8 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
 
 def allows_choice_by_prompt(pool: Pool) -> bool:
     """Whether experts and machine allow a router that looks at the prompt alone."""
-    return any(not _unmet(pool, name) for name in BY_PROMPT)
+    has_prompts = all(each.has("readings") or each.prompts for each in pool.experts)
+    return has_prompts or any(not _unmet(pool, name) for name in BY_PROMPT)
 
 
 def _unmet(pool: Pool, router: str) -> list[str]:

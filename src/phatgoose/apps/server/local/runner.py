@@ -272,6 +272,7 @@ class LoadedModel:
         if is_routed(place):
             model = load(place, twin(self.base), embedder=routing.embedder)
         elif is_pool(place):
+            self.pool = self.pool.measured(self.base)
             model = self.composed(self.pool, routing).model
         else:
             model = twin(self.base).model

@@ -49,10 +49,14 @@ class ChosenPool:
         self.settings, self._backend = settings, backend
         self.pool = pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
         # The base that the operator or else the pool names, and its revision.
-        self._base = settings.base or pool.base.id, None if settings.base else pool.base.revision
-        self.tokenizer = backend.tokenizer_at(self._base[0], revision=self._base[1])
+        name = settings.base or pool.base.id
+        revision = None if settings.base else pool.base.revision
+        self._loaded = partial(backend.base_at, name, dtype=settings.dtype, revision=revision)
+        self.tokenizer = backend.tokenizer_at(name, revision=revision)
         self.in_chats = trained_in_chats(pool.records())
         self.prompts = pool.prompts
+        if pool.unread:
+            self.pool = pool = pool.measured(self._loaded())
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
@@ -85,8 +89,7 @@ class ChosenPool:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
         if not router.router.reads_base:
             return PromptChooser(router, None, self)
-        name, revision = self._base
-        base = self._backend.base_at(name, dtype=self.settings.dtype, revision=revision)
+        base = self._loaded()
         check_base(pool.base, base.reference)
         router.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
         return PromptChooser(router, base.model, self)

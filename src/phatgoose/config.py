@@ -311,6 +311,11 @@ class Serving(Settings):
     prefix_cache: Annotated[
         int, "MiB of keys and values to keep for prompts with one beginning; 0: none.", NOT_NEGATIVE
     ] = 256
+    reads: Annotated[
+        Literal["conversation", "last-message"],
+        "What routers by prompt read of a chat: the conversation, where a follow-up goes on with "
+        "what answered before, or the last message alone.",
+    ] = "conversation"
     watch: Annotated[bool, "Open models again when their folder has changed."] = False
     strict: Annotated[bool, "With --upstream, refuse fields that would be forwarded."] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300

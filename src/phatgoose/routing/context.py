@@ -96,9 +96,9 @@ class Choice:
         block = min(block, self.experts.shape[1] - 1)
         return Choice(self.experts[:, block], self.weights[:, block])
 
-    def left_to_base(self, rows: Tensor) -> Choice:
-        """The same, but nobody acts on the `rows` [rows] that are True."""
-        mask = rows.view(-1, *[1] * (self.experts.dim() - 1))
+    def left_to_base(self, mask: Tensor) -> Choice:
+        """The same, but nobody acts where the `mask` is True: [rows], or of the experts' shape."""
+        mask = mask.view(*mask.shape, *[1] * (self.experts.dim() - mask.dim()))
         return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
 
     def over_blocks(self) -> Choice:

@@ -27,6 +27,7 @@ from serving import (
     text_of,
     until,
 )
+from topic_prompts import PROMPTS
 
 LIMITS = Serving(max_tokens=200)
 LONG = {**GREEDY, "max_tokens": 490, "keep": ["e1", "e2"]}
@@ -270,6 +271,25 @@ def test_paths_beside_the_protocol_s_main_ones(client):
     assert client.get("/health").json() == health_of(client)
     assert health_of(client)["status"] == "ok"
     assert client.get("/nowhere").json()["error"]["type"] == "not_found_error"
+
+
+def test_what_is_routed_by_may_be_a_text_of_the_requests_own(client):
+    router = {"router": "discriminant:fallback=off"}
+
+    def chosen(path, **body):
+        return client.post(path, json=body).headers["x-phatgoose-experts"]
+
+    by_prompt = {prompt: chosen(PATH, **GREEDY | router | {"prompt": prompt}) for prompt in PROMPTS}
+    assert len(set(by_prompt.values())) > 1
+    for prompt, experts in by_prompt.items():
+        for path, body in ((PATH, GREEDY), (CHATS, CHAT)):
+            assert chosen(path, **body, **router, route_by=prompt) == experts
+    if client.engine:
+        assert "route_by" not in client.engine.requests[-1]
+    named, long = {"model": "goose:e1"}, {"route_by": "x" * 20_000}
+    for change in (named, {"weights": {"e1": 1}}, {**router, **long}):
+        error = error_of(client, **{**GREEDY, "route_by": "x", **change})
+        assert error["param"] in ("route_by", "prompt")  # beyond the context
 
 
 def test_an_answer_of_the_base_says_so(client):

@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
@@ -17,13 +18,15 @@ from phatgoose.apps.server.guards import (
     RequestBody,
     RequestGuard,
 )
-from phatgoose.apps.server.protocol import ApiError, without_paths
-from phatgoose.apps.server.requests import check_body
+from phatgoose.apps.server.protocol import ApiError, ChatRequest, without_paths
+from phatgoose.apps.server.requests import RequestReader, check_body
 from phatgoose.base import load_base
-from phatgoose.config import Routing
+from phatgoose.config import Routing, Serving
 from phatgoose.routing.routers.auto import settled
+from phatgoose.untrusted_text import UntrustedText
 from serving import (
     CHAT,
+    CHAT_TEMPLATE,
     CHATS,
     GREEDY,
     JSON,
@@ -153,6 +156,18 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
     assert sender_of(free, "fd00::1:2") == sender_of(free, "fd00::9:9")  # one customer's network
     assert sender_of(free, "fd00::1") != sender_of(free, "fd00:0:0:1::1")
     assert sender_of(free, None) == sender_of(free, "unknown")
+
+
+@pytest.mark.parametrize(("reads", "count"), [("conversation", 2), ("last-message", 1)])
+def test_how_much_of_a_chat_a_router_by_prompt_reads(runner_of, reads, count):
+    runner = runner_of(router="discriminant")
+    messages = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant", "user")]
+    runner.tokenizer.chat_template = CHAT_TEMPLATE
+    with closing(UntrustedText(runner.tokenizer)) as texts:
+        reader = RequestReader(runner.frame, Serving(reads=reads), texts)
+        (prompt,) = reader.prompts(ChatRequest(model="goose", messages=messages))
+    assert len(prompt.asked.messages) == count
+    assert bool(prompt.asked.system) == (reads == "conversation")
 
 
 def test_bodies_are_counted_together_and_let_go():

@@ -15,7 +15,18 @@ from phatgoose.apps.server.service import Turns
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.routing.compose import compose, save
-from serving import CHAT_TEMPLATE, GREEDY, PATH, ask, beside, error_of, folder_of, until
+from serving import (
+    CHAT_TEMPLATE,
+    GREEDY,
+    PATH,
+    ask,
+    beside,
+    client_of,
+    error_of,
+    folder_of,
+    until,
+)
+from topic_prompts import PROMPTS
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
@@ -176,6 +187,31 @@ def test_what_is_chosen_for_a_key_is_among_its_experts(limited, change):
     assert set(limited_to["choices"][0]["routing"]["summary"]) <= {"e1", "e3"}
     mixed = ask(limited("some"), **GREEDY, weights={"e3": 1.0}, routing="trace")
     assert "e0" not in str(mixed["choices"][0]["routing"])
+
+
+@pytest.mark.parametrize("router", ["retrieval", "centroid", "discriminant:fallback=off", "saved"])
+def test_a_router_by_prompt_chooses_among_the_experts_of_a_key(
+    place, pool, router, embedder_for_all, tmp_path
+):
+    """Without a composition of their own, so that many keys may have different ones."""
+    if router == "saved":
+        save(compose(pool, router="discriminant:fallback=off"), tmp_path / "routed")
+        model = ServedModel("goose", str(tmp_path / "routed"), dtype="float32")
+    else:
+        model = ServedModel("goose", str(place), Routing(router, k=2), dtype="float32")
+    app = create_app([model], api_keys=["all", "some=e1+e3"])
+    with client_of(app) as client:
+        for prompt in (*PROMPTS, "Expert e0, keep e0!"):
+            body = {**GREEDY, "prompt": prompt, "routing": "trace"}
+            reply = client.post(PATH, json=body, headers={"Authorization": "Bearer some"})
+            report = reply.json()["choices"][0]["routing"]
+            chosen = [set(token["experts"]) for token in report["tokens"] if token["experts"]]
+            assert set.union(*chosen) == set(report["summary"]) <= {"e1", "e3"}
+            assert report["experts"] == ["e1", "e3"]
+            assert not {"e0", "e2"} & {*report["trace"]["experts"]}
+            named = reply.headers["x-phatgoose-experts"]
+            assert {each.partition("=")[0] for each in named.split(", ")} <= {"e1", "e3"}
+        assert not app.state.service.routings.cached
 
 
 def test_keys_of_what_is_not_served_are_refused(pool, tmp_path):

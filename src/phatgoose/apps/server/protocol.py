@@ -254,6 +254,9 @@ class GenerationRequest(Strict):
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token, or per input.")
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
+    route_by: str | None = Field(
+        None, description="What a router by prompt reads, in place of the prompt or the chat."
+    )
     routing: Literal[False, True, "trace"] | None = Field(
         False, description="Report tokens' experts; trace: at every site (docs/analysis.md)."
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
 from ...files import shortened
-from ...tasks.task import ChatTexts
+from ...tasks.task import ChatTexts, said_in
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from . import protocol
 from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
@@ -119,6 +119,8 @@ class Decoding:
     ignores_end: bool = False
 
 
+Turns = Sequence[tuple[str, str]]  # of a chat, (role, text) each
+
 SHAPING = "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"
 SAMPLING = "temperature", "top_p", "top_k", "min_p", *SHAPING
 
@@ -134,7 +136,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request to a model, read; a `mixture` of experts stands for what its router chooses."""
+    """A request to a model, read; a `mixture` of experts stands for what its router chooses.
+
+    `experts` are those of the model that its client may use.
+    """
 
     request: AnyRequest
     mixture: Mapping[str, float] | None
@@ -142,6 +147,7 @@ class Asked:
     answers: list[Answer]
     client: str
     deadline: Deadline
+    experts: tuple[str, ...]
 
 
 class RequestReader:
@@ -160,27 +166,37 @@ class RequestReader:
             if isinstance(request, ChatRequest):
                 return [self._chat_prompt(request, seconds)]
             rows = self._read(request.prompt, field, seconds)
+            asked = self._asked(request, [], seconds)
         except (BaseModelError, EngineError) as error:
             status = 503 if isinstance(error, EngineError) else 400
             raise ApiError(status, for_clients(error), param=field, code=UNREADABLE) from error
         whole = [self._plain(tokens) for _, tokens in rows]
-        return list(map(RequestPrompt, whole, request.prompt, whole))
+        pairs = zip(whole, request.prompt, strict=True)
+        return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in pairs]
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
-        frame = self._frame
         messages = request.plain_messages
         effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
         ((text, tokens),) = self._read([messages], "messages", seconds, **effort)
-        if not frame.looks_prompts_up:
-            return RequestPrompt(tokens, text, tokens)
+        turns = [(each["role"], each["content"]) for each in messages]
+        return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
+
+    def _asked(self, request: AnyRequest, turns: Turns, seconds: float) -> ChatTexts | None:
+        """What a router by prompt reads of a chat's `turns`; None without such a router, or any."""
+        frame, field = self._frame, "messages"
+        if request.route_by is not None:
+            turns, field = [("user", request.route_by)], "route_by"
+        elif turns and self._limits.reads == "last-message":
+            turns = [("user", said_in(turns)[1][-1])]
+        if not turns or not frame.looks_prompts_up:
+            return None
 
         def read(texts: list[str]) -> list[tuple[int, ...]]:
             chats = [[{"role": "user", "content": each}] for each in texts]
-            rows = self._read(chats if frame.in_chats else texts, "messages", seconds)
+            rows = self._read(chats if frame.in_chats else texts, field, seconds)
             return [each if frame.in_chats else self._plain(each) for _, each in rows]
 
-        turns = ((each["role"], each["content"]) for each in messages)
-        return RequestPrompt(tokens, text, ChatTexts.of(turns, read))
+        return ChatTexts.of(turns, read)
 
     def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
         (before, after), tokenizer = self._frame.added, self._frame.tokenizer

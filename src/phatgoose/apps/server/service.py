@@ -119,8 +119,11 @@ class Service:
 
     def check_allowed(self, by_key: Collection[frozenset[str]]) -> None:
         """Raise PhatgooseError where the experts that keys may use can't be kept to."""
-        pools = [each.pool for each in self.models.values() if by_key and each.experts]
-        names = sorted({name for pool in pools for name in pool.names})
+        models = [each for each in self.models.values() if by_key and each.experts]
+        names = sorted({name for model in models for name in model.experts})
+        for each in models:
+            if not each.runner.frame.looks_prompts_up:  # it is composed of some of its experts
+                overridden(each, RoutingOverride(allowed=each.experts))
         if not all(allowed.issubset(names) for allowed in by_key):
             message = f"A key in {API_KEYS} (KEY=EXPERT+EXPERT) names an expert that isn't served"
             # Without the name, which may be the end of a key.
@@ -234,12 +237,19 @@ class Service:
                 if mixture is not None:  # which an engine is sent as it is
                     mixture_of(mixture, usable(model.pool.names, http))
                     override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
-                if (mine := usable(model.experts, http)) != model.experts:
+                mine = usable(model.experts, http)
+                # Routers by prompt choose among them, and mixtures have been checked.
+                chooses = override == RoutingOverride() and model.runner.frame.looks_prompts_up
+                if mine != model.experts and mixture is None and not chooses:
                     override = replace(override, allowed=mine)
                 cached = await self.routings.acquire(model, override, client, deadline)
             except PhatgooseError as error:
                 raise bad_request(for_clients(error), request.changed) from error
             runner = at_end.enter_context(cached)
+            reads_prompts = mixture is None and runner.frame.looks_prompts_up
+            if request.route_by is not None and not reads_prompts:
+                message = "No router reads route_by: experts are named, or chosen for every token."
+                raise bad_request(message, "route_by")
             process, turns = self._texts_of(model)
             reader = RequestReader(runner.frame, self.backend.limits, process)
             read = partial(reader.prompts, request)
@@ -249,7 +259,7 @@ class Service:
                 Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
                 for number, row in enumerate(rows)
             ]
-            asked = Asked(request, mixture, prompts, answers, client, deadline)
+            asked = Asked(request, mixture, prompts, answers, client, deadline, mine)
             reply, chosen = await self.backend.begin(asked, runner)
             headers = {} if chosen is None else {EXPERTS: header_of(chosen)}
             by_base = [each for each in answers if chosen is not None and not chosen[each.row]]

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.resources import files
@@ -48,6 +48,7 @@ Text = str | Sequence[int]  # text, or tokens as the model reads them
 Prompts = Sequence[Text]
 Asked = Sequence[Text | ChatTexts]  # prompts, some of them chats
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
+Names: TypeAlias = "Collection[str] | None"
 Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
 Base: TypeAlias = "PreTrainedModel | None"
 Known = Mapping[str, Any]  # what an evaluation says of prompts: their task and examples
@@ -320,15 +321,21 @@ class PromptRouter:
         self.read_base(base)
         return self.router.score(self, prompts, base)[..., : len(self.experts)]
 
-    def choose(self, prompts: Asked, base: Base = None, **known: Any) -> Choice:
+    def choose(
+        self, prompts: Asked, base: Base = None, allowed: Names = None, **known: Any
+    ) -> Choice:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
-        `allowed` [E] are those of all experts that may be chosen; None allows all. Evaluations hand
-        over what else is `known`: the `task` and its `examples`. Raises RoutingError where `base`
-        is another one than the experts read, or has nothing to read.
+        `allowed` names those of all experts that may act; None allows all. Evaluations hand over
+        what else is `known`: the `task` and its `examples`. Raises RoutingError where `base` is
+        another one than the experts read, or has nothing to read.
         """
         self.read_base(base)
-        return self.router.choose(self, prompts, base, known)
+        if allowed is None or set(self.experts) <= set(allowed):
+            return self.router.choose(self, prompts, base, known)
+        mask = torch.tensor([name in allowed for name in self.experts])
+        choice = self.router.choose(self, prompts, base, {**known, "allowed": mask})
+        return choice.left_to_base(~mask[choice.experts.clamp(min=0)])  # whatever the router does
 
     def read_base(self, base: Base = None) -> None:
         """Read the base's classes, if the router falls back and they haven't been read.

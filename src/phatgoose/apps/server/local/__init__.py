@@ -77,6 +77,7 @@ class LocalBackend(Backend):
                 [prompt.tokens for prompt in asked.prompts],
                 [prompt.asked for prompt in asked.prompts],
                 asked.mixture,
+                asked.experts,
             )
             return routed, form_of(schema, runner) if schema is not None else None
 
@@ -126,7 +127,8 @@ class Reporter:
         choice = progress.choice
         parts = composition_of(self._runner.model)
         streams = join_streams(progress.routing)
-        names, tokens = parts.experts, list[dict[str, Any]]()
+        mine, tokens = self._asked.experts, list[dict[str, Any]]()
+        names = tuple(name if name in mine else f"#{z}" for z, name in enumerate(parts.experts))
         for stream in streams:
             shares = stream.shares(len(names))
             for text, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
@@ -142,14 +144,14 @@ class Reporter:
         report = routing_report(
             parts.router.recorded.router,
             parts.router.k or None,
-            parts.experts,
+            [name for name in names if name in mine],
             tokens,
             {name: round(total / count, 4) for name, total in sums.most_common()} or alone,
         )
         if self._asked.request.routing == "trace":
             routed = self._routed[row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
-            trace = Trace(parts.experts, parts.router.recorded.router, tuple(streams), whole)
+            trace = Trace(names, parts.router.recorded.router, tuple(streams), whole)
             report["trace"] = trace.to_dict()
         return report
 

@@ -33,6 +33,7 @@ WAITING = 64  # pieces that are held for a client that reads slowly
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
+NOT_FORWARDED |= {"route_by"}
 NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs"}
 # Engines' own that would choose adapters or the prompt, or exceed limits, past this server.
 NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
@@ -111,8 +112,10 @@ class PromptChooser:
     def frame(self) -> Frame:
         return self.pool.frame
 
-    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts]) -> list[Weights]:
-        return self.router.choose(prompts, self.base).named(self.router.experts)
+    def choose(
+        self, prompts: Sequence[Sequence[int] | ChatTexts], allowed: Sequence[str]
+    ) -> list[Weights]:
+        return self.router.choose(prompts, self.base, allowed=allowed).named(self.router.experts)
 
 
 class EngineBackend(Backend):
@@ -187,7 +190,7 @@ class EngineBackend(Backend):
         if asked.mixture is None:
             router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
             chosen = await self._choosing.run(
-                asked.client, asked.deadline, lambda _: runner.choose(questions)
+                asked.client, asked.deadline, lambda _: runner.choose(questions, asked.experts)
             )
         else:
             router = "" if asked.request.weights is None else WEIGHTS

@@ -73,7 +73,7 @@ def finished(runner, rows, store=None):
     return rows
 
 
-def by_generate(runner, prompt, tokens=12):
+def by_generate(runner, prompt, tokens=12, **more):
     """What the model itself generates."""
     composition = getattr(runner.model, "phatgoose", None)
     if composition and composition.context:
@@ -84,6 +84,7 @@ def by_generate(runner, prompt, tokens=12):
         max_new_tokens=tokens,
         do_sample=False,
         eos_token_id=None,
+        **more,
     )[0].tolist()[len(prompt) :]
 
 
@@ -257,15 +258,7 @@ def test_penalties_change_the_logits_of_tokens_that_were_there(penalties, wanted
 
 def test_a_penalised_row_is_generates_and_changes_no_other(runner_of):
     runner, prompt = runner_of(), prompt_of(3)
-    wanted = runner.model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=None,
-        repetition_penalty=1.5,
-        sequence_bias={(7,): 2.0},
-    )[0, len(prompt) :].tolist()
+    wanted = by_generate(runner, prompt, repetition_penalty=1.5, sequence_bias={(7,): 2.0})
     wish = replace(GREEDY, repetition_penalty=1.5, logit_bias={"7": 2.0})
     drawn = Decoding(12, 0.9, seed=4, top_k=9, min_p=0.01, presence_penalty=1.0)
     far = replace(GREEDY, logit_bias={"999999": 1.0})

@@ -215,19 +215,18 @@ def test_what_is_wrong_is_named(client, place, pool, change, param, said):
 
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
-CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 IDLE = {"store": False, "service_tier": "auto", "metadata": {"a": "b"}, "user": "me", "top_k": -1}
 IDLE |= {"min_p": 0, "repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": 0}
 IDLE |= {"logit_bias": {}, "parallel_tool_calls": True, "stop": None, "mirostat": None, "n": None}
-SAID = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}]
 
 
 def test_what_asks_for_nothing_is_accepted(client):
     idle = {**IDLE, "best_of": 1, "echo": False, "suffix": "", "logprobs": None}
     assert text_of(client, **GREEDY, **idle) == text_of(client, **GREEDY)
     cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
-    messages = [TALK[0], *SAID, {"role": "user", "content": [cached]}]
-    plain = [TALK[0], TALK[1], {"role": "assistant", "content": ""}, TALK[1]]
+    said = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
+    messages = [*TALK, said, {"role": "user", "content": [cached]}]
+    plain = [*TALK, {"role": "assistant", "content": ""}, TALK[1]]
     answers = [
         ask(client, path=CHATS, **{**CHAT, "messages": talk}, **wish)["choices"][0]["message"]
         for talk, wish in (

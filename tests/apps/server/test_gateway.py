@@ -165,10 +165,9 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             ask(client, path=CHATS, **body)
             (sent,) = engine.requests
             assert {**sent, **UNKNOWN, **KNOWN, "messages": TALK, name: 1.1} == sent
-            for own in ({"lora": []}, {"lora_request": {}}, {"n_predict": -1}, {"n_cmpl": 9}):
-                (field,) = own
-                error = error_of(client, path=CHATS, **body, **own)
-                assert error["message"].startswith(f"{field} isn't forwarded")
+            for own in ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl"):
+                error = error_of(client, path=CHATS, **body, **{own: [1]})
+                assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
             assert error_of(client, path=CHATS, **body)["param"] == "tools"
             ask(client, path=CHATS, model="e1", messages=TALK[:1], **KNOWN)
@@ -181,8 +180,7 @@ def test_an_answer_comes_as_the_engine_gave_it(engine, client):
     told = {"id": "x", "choices": [choice], "usage": usage, "system_fingerprint": "f"}
     engine.mode, engine.content = "odd", json.dumps(told).encode()
     body = {"model": "e1", "messages": TALK, "tools": [TOOL]}
-    reply = ask(client, path=CHATS, **body)
-    same = {**message, "refusal": None}
+    reply, same = ask(client, path=CHATS, **body), {**message, "refusal": None}
     assert reply["choices"] == [{**choice, "message": same, "routing": None, "logprobs": None}]
     assert (reply["usage"], reply["system_fingerprint"]) == (usage, "f")
     assert reply["id"].startswith("chatcmpl-")

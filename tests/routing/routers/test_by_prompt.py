@@ -407,7 +407,7 @@ some_texts = st.lists(st.lists(some_scores, min_size=1, max_size=3), min_size=1,
 
 @given(st.lists(st.tuples(st.lists(some_scores, max_size=3), some_texts), min_size=1, max_size=3))
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
-    answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats])
+    answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats], None, {})
     for (system, messages), answer in zip(chats, answers, strict=True):
         first = ScoredText(torch.tensor(system), 2) if system else None
         wanted = answer_to([ScoredText(torch.tensor(m), 2) for m in messages], first, 0.1)
@@ -418,7 +418,7 @@ def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
 def test_allowed_experts_alone_are_chosen():
     chooser, only_a, either = written_chooser(), [0.5, -0.8, *A[2:]], [0.5, 0.4, *A[2:]]
     chat = [ChatTexts((), ([text],)) for text in (only_a, either)]
-    choice = chooser.choose(chat, allowed=torch.tensor([False, True]))
+    choice = chooser.choose(chat, allowed={"b"})
     assert choice.named(["a", "b"]) == [{}, {"b": 1.0}]
     assert (
         chooser.choose(chat).named(["a", "b"]) == [{"a": 1.0}] * 2
@@ -475,11 +475,18 @@ def test_a_text_is_read_once(llama, llama_pool):
     hook = llama.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
     texts = [tuple(llama.tokenizer(text)["input_ids"]) for text in PROMPTS[:3]]
     chats = [ChatTexts((), ((texts[0],), (each,))) for each in texts]
-    before = chooser.choose(chats, llama.model)
+    before = chooser.choose(chats, llama.model, client="a")
     read = len(passes)
-    assert_same(chooser.choose(chats, llama.model), before)
-    hook.remove()
+    assert_same(chooser.choose(chats, llama.model, client="a"), before)
     assert read == len(passes) > 0
+    assert_same(chooser.choose(chats, llama.model, client="b"), before)
+    assert read < len(passes)  # else the time would tell one client what others have asked
+    read = len(passes)
+    again = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    again.read_base(llama.model)  # whose classes have been read
+    hook.remove()
+    assert len(passes) == read
+    assert again.tables.base
 
 
 def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama, llama_pool):

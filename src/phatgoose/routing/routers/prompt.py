@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import RATIO, Formatting
@@ -43,6 +44,9 @@ OFF = "off"
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
 FOLLOWS = 0.5  # by how much others may be ahead of follow-ups
 REMEMBERED = 1 << 24  # numbers at most: scores of texts
+AROUND = 256  # numbers' worth of memory around those of one text
+# Of each base that lives, by its embeddings: what routers make of its classes.
+of_bases: Any = WeakIdKeyDictionary()
 
 Text = str | Sequence[int]  # text, or tokens as the model reads them
 Prompts = Sequence[Text]
@@ -51,7 +55,7 @@ Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
 Names: TypeAlias = "Collection[str] | None"
 Then: TypeAlias = "Callable[[Tensor], Tensor] | None"
 Base: TypeAlias = "PreTrainedModel | None"
-Known = Mapping[str, Any]  # what an evaluation says of prompts: their task and examples
+Known = Mapping[str, Any]  # what else is said of prompts: their task and examples, or their client
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class ByPrompt(Router):
 
     def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
-        answers = chooser.answers(prompts, base, known.get("allowed"))
+        answers = chooser.answers(prompts, base, known)
         size = len(chooser.experts)
         any_scores = next((each for each in answers if each is not None), torch.zeros(size))
         scores = torch.stack([any_scores if each is None else each for each in answers])
@@ -327,8 +331,8 @@ class PromptRouter:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
         `allowed` names those of all experts that may act; None allows all. Evaluations hand over
-        what else is `known`: the `task` and its `examples`. Raises RoutingError where `base` is
-        another one than the experts read, or has nothing to read.
+        what else is `known`, the `task` and its `examples`; a server its `client`. Raises
+        RoutingError where `base` is another one than the experts read, or has nothing to read.
         """
         self.read_base(base)
         if allowed is None or set(self.experts) <= set(allowed):
@@ -344,10 +348,17 @@ class PromptRouter:
         """
         if not self._waits_for_base:
             return
-        is_encoder_decoder = base is not None and bool(base.config.is_encoder_decoder)
-        encoder = Encoder(self.tokenizer, is_encoder_decoder, Formatting(chat=self.in_chats))
-        classes = [list(map(encoder.prompt, texts)) for texts in base_texts()]
-        tables = replace(self.tables, base=self.router.base_tables(self, classes, base))
+        known: dict[str, Mapping[str, Tensor]] = {}
+        if base is not None:
+            known = of_bases.setdefault(base.get_input_embeddings().weight, known)
+        sizes = [tensor.shape[1:] for tensor in self.tables.tensors.values()]
+        key = str((self.router.routing.router, self.router.embedder, self.in_chats, sizes))
+        if key not in known:
+            is_encoder_decoder = base is not None and bool(base.config.is_encoder_decoder)
+            encoder = Encoder(self.tokenizer, is_encoder_decoder, Formatting(chat=self.in_chats))
+            classes = [list(map(encoder.prompt, texts)) for texts in base_texts()]
+            known[key] = self.router.base_tables(self, classes, base)
+        tables = replace(self.tables, base=known[key])
         self.ready, self.tables = self.router.ready(tables), tables
 
     @property
@@ -355,9 +366,7 @@ class PromptRouter:
         texts_are_read = self.tokenizer is not None and self.router.falls_back
         return texts_are_read and not self.tables.base
 
-    def answers(
-        self, prompts: Asked, base: Base = None, allowed: Tensor | None = None
-    ) -> list[Tensor | None]:
+    def answers(self, prompts: Asked, base: Base, known: Known) -> list[Tensor | None]:
         """For each prompt the scores [.., E] by which it gets experts; None for the base.
 
         A chat's texts are read from the last one backwards, until one is decided by itself.
@@ -370,7 +379,7 @@ class PromptRouter:
         scored = [list[ScoredText]() for _ in chats]
         undecided = list(range(len(chats)))
         for depth in itertools.count():
-            read = self._read([texts[row][depth] for row in undecided], base, allowed)
+            read = self._read([texts[row][depth] for row in undecided], base, known)
             for row, views in zip(undecided, read, strict=True):
                 scored[row].append(ScoredText(views, len(self.experts)))
             undecided = [
@@ -389,23 +398,25 @@ class PromptRouter:
             answers.append(answer.scores if answer else None)
         return answers
 
-    def _read(
-        self, texts: Sequence[Sequence[Text]], base: Base, allowed: Tensor | None
-    ) -> list[Tensor]:
-        """The scores [V, .., E + 3] of each text's views, of which distinct ones are read once."""
-        known, views = self._scores, [view for each in texts for view in each]
-        keys = [hashlib.sha256(repr(view).encode()).digest() for view in views]
-        new = {key: view for key, view in zip(keys, views, strict=True) if key not in known}
+    def _read(self, texts: Sequence[Sequence[Text]], base: Base, known: Known) -> list[Tensor]:
+        """The scores [V, .., E + 3] of each text's views; a client's distinct ones are read once.
+
+        Those of others are read again: the time would tell what they asked.
+        """
+        scored, views = self._scores, [view for each in texts for view in each]
+        client = known.get("client")
+        keys = [hashlib.sha256(repr((client, view)).encode()).digest() for view in views]
+        new = {key: view for key, view in zip(keys, views, strict=True) if key not in scored}
         fresh = dict[bytes, Tensor]()
         if new or not keys:  # of no texts the router says so
             scores = self.router.score(self, list(new.values()), base)
             fresh = dict(zip(new, scores, strict=True))
-        every = iter([fresh[key] if key in fresh else known[key] for key in keys])
+        every = iter([fresh[key] if key in fresh else scored[key] for key in keys])
         read = [torch.stack(list(itertools.islice(every, len(each)))) for each in texts]
-        known.update(fresh)
-        if sum(each.numel() for each in known.values()) > REMEMBERED:
+        scored.update(fresh)
+        if len(scored) * (AROUND + read[0][0].numel()) > REMEMBERED:
             self._scores = {}
-        if allowed is None:
+        if (allowed := known.get("allowed")) is None:
             return read
         others = torch.ones(read[0].shape[-1] - len(allowed), dtype=torch.bool)
         return [views.where(torch.cat([allowed, others]), -torch.inf) for views in read]

@@ -77,7 +77,8 @@ class LocalBackend(Backend):
                 [prompt.tokens for prompt in asked.prompts],
                 [prompt.asked for prompt in asked.prompts],
                 asked.mixture,
-                asked.experts,
+                allowed=asked.experts,
+                client=asked.client,
             )
             return routed, form_of(schema, runner) if schema is not None else None
 

@@ -217,13 +217,13 @@ class ModelRunner:
         prompts: Sequence[Sequence[int]],
         asked: Sequence[Sequence[int] | ChatTexts] | None = None,
         mixture: Mapping[str, float] | None = None,
-        allowed: Sequence[str] | None = None,
+        **known: Any,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
         None for a model without a context. The router reads what is `asked`, or else the prompts;
-        a `mixture` by name stands for its choice, which is among the experts that are `allowed`.
-        Raises PoolError for unknown names.
+        a `mixture` by name stands for its choice. What else is `known` (its client, and the experts
+        that this one is `allowed`) is for the router. Raises PoolError for unknown names.
         """
         context, count = self._context, len(prompts)
         if context is None:
@@ -231,7 +231,7 @@ class ModelRunner:
         fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
         read = [list(each) for each in prompts]
         choice = fixed and fixed.repeated(count)
-        return context.routing_of(read, choice, asked, allowed=allowed).each(count)
+        return context.routing_of(read, choice, asked, **known).each(count)
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""

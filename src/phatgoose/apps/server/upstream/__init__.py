@@ -112,10 +112,8 @@ class PromptChooser:
     def frame(self) -> Frame:
         return self.pool.frame
 
-    def choose(
-        self, prompts: Sequence[Sequence[int] | ChatTexts], allowed: Sequence[str]
-    ) -> list[Weights]:
-        return self.router.choose(prompts, self.base, allowed=allowed).named(self.router.experts)
+    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> list[Weights]:
+        return self.router.choose(prompts, self.base, **known).named(self.router.experts)
 
 
 class EngineBackend(Backend):
@@ -190,7 +188,9 @@ class EngineBackend(Backend):
         if asked.mixture is None:
             router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
             chosen = await self._choosing.run(
-                asked.client, asked.deadline, lambda _: runner.choose(questions, asked.experts)
+                asked.client,
+                asked.deadline,
+                lambda _: runner.choose(questions, allowed=asked.experts, client=asked.client),
             )
         else:
             router = "" if asked.request.weights is None else WEIGHTS

@@ -149,11 +149,11 @@ Prompts = Annotated[
     list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True), ONE_OR_MANY
 ]
 NO_LIMIT = 1 << 60  # tokens: as many as there may be, which clients write as -1
-MostTokens = Annotated[
-    int, Field(ge=1), BeforeValidator(lambda value: NO_LIMIT if value == -1 else value)
-]
+Tokens = Annotated[int, Field(ge=-1)]
+MINUS_ONE = BeforeValidator(lambda value: NO_LIMIT if value == -1 else value, Tokens)
+MostTokens = Annotated[int, Field(ge=1), MINUS_ONE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Biases = Annotated[dict[TokenId, Bias], Field(max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -209,7 +209,7 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """What a stream has besides the answer."""
 
-    include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
+    include_usage: bool | None = Field(False, description="End with a chunk that counts tokens.")
 
 
 class ResponseFormat(Strict):
@@ -230,14 +230,14 @@ class GenerationRequest(Strict):
 
     model: Name = Field(description="A name from /v1/models.")
     max_tokens: MostTokens | None = Field(None, description="Tokens at most; -1: no limit.")
-    temperature: float = Field(1, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1, ge=0, le=1, description="Total probability to sample from.")
-    top_k: int = Field(0, ge=-1, description="Best tokens to sample from; 0, -1: all.")
-    min_p: float = Field(0, ge=0, le=1, description="Least share of the best probability.")
-    repetition_penalty: float = Field(1, ge=0.01, le=100, description="Prompt's included.")
-    frequency_penalty: Penalty = Field(0, description="For each time in the answer.")
-    presence_penalty: Penalty = Field(0, description="For tokens in the answer.")
-    logit_bias: Biases = Field({}, description="Added to logits, by tokens' numbers.")
+    temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(1, ge=0, le=1, description="Total probability to sample from.")
+    top_k: int | None = Field(0, ge=-1, description="Best tokens to sample from; 0, -1: all.")
+    min_p: float | None = Field(0, ge=0, le=1, description="Least share of the best probability.")
+    repetition_penalty: float | None = Field(1, ge=0.01, le=100, description="Prompt's included.")
+    frequency_penalty: Penalty | None = Field(0, description="For each time in the answer.")
+    presence_penalty: Penalty | None = Field(0, description="For tokens in the answer.")
+    logit_bias: Biases | None = Field({}, description="Added to logits, by tokens' numbers.")
     n: int | None = Field(1, ge=1, le=MOST_ANSWERS, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
     stop: Stops | None = Field(None, description="Texts that end the answer; not part of it.")

@@ -167,8 +167,10 @@ def line_of(
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
     scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # One whose prompts are said to lie about the centre would be the nearest to everything.
+    paid = distances.clamp(min=float(LEAST_PAID * distances.quantile(0.5)))
     # The m of x - m is in here, so that scores are one product with x.
-    offsets = -0.5 * distances - centre @ slopes
+    offsets = -0.5 * paid - centre @ slopes
     line = Lines((slopes / scale).float(), (offsets / scale).float())
     if failed or not all(map(is_finite, line)):
         raise RoutingError(
@@ -195,6 +197,7 @@ def _within(values: Tensor) -> Tensor:
 
 VARIED = 30
 COMPARED = 32  # experts at most whose median a direction's bound is made of
+LEAST_PAID = 0.5  # of the median's distance from the centre
 LEAST_BOUND = 1e-6  # of the means' own spread: no bound is nearer to 0
 
 

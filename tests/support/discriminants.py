@@ -72,7 +72,10 @@ def gaussian_scores(
     shrinkage: float = 0.3,
     task_variance: float = 0.0,
 ) -> Tensor:
-    """log N(x; m_z, Σ) - log N(x; m, Σ), over D, of each expert's mean and covariance."""
+    """log N(x; m_z, Σ) - log N(x; m, Σ), over D, of each expert's mean and covariance.
+
+    An expert nearer to m than 3/4 of the median is taken to be that far away.
+    """
     means, spread = bounded(means, spreads)
     own = torch.diag(spread.diagonal())
     spread = (1 - shrinkage) * spread + shrinkage * own
@@ -85,7 +88,8 @@ def gaussian_scores(
     distances = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means])
     distance = distances.clamp(max=len(means) * distances.quantile(0.5)).mean()
     logs = torch.stack([MultivariateNormal(m, spread).log_prob(x) for m in means])
-    return (logs - usual) / distance
+    unpaid = (0.75 * distances.quantile(0.5) - distances).clamp(min=0)
+    return (logs - usual - 0.5 * unpaid) / distance
 
 
 def scores_by_hand(base, pool: Pool, text: str, shrinkage: float, task_variance: float) -> Tensor:

@@ -87,8 +87,9 @@ def _prompts(analysis: Analysis) -> Section:
     for name, router in analysis.routers.items():
         rows = []
         for dataset, weights in router.choices.items():
-            share = np.bincount(weights.argmax(1), minlength=len(analysis.experts)) / len(weights)
-            first = _most(analysis, share, 3)
+            first_of_each = np.where(weights.any(1), weights.argmax(1), len(analysis.experts))
+            share = np.bincount(first_of_each, minlength=len(analysis.experts) + 1) / len(weights)
+            first = _most((*analysis.experts, "the base"), share, 3)
             rows.append([dataset, str(len(weights)), first, f"{np.median(margins(weights)):.2f}"])
         if rows:
             header = ["dataset", "prompts", "most often first", "median margin"]
@@ -96,9 +97,9 @@ def _prompts(analysis: Analysis) -> Section:
     return Section("prompts", "Which prompts went where", tables=tables)
 
 
-def _most(analysis: Analysis, shares: Array, count: int) -> str:
+def _most(names: Sequence[str], shares: Array, count: int) -> str:
     best = heaviest(shares, count)
-    return ", ".join(f"{analysis.experts[z]} {100 * shares[z]:.0f} %" for z in best)
+    return ", ".join(f"{names[z]} {100 * shares[z]:.0f} %" for z in best)
 
 
 def _varied(analysis: Analysis) -> dict[str, RouterAnalysis]:
@@ -123,8 +124,8 @@ def _usage(analysis: Analysis) -> Section:
                 f"{effective_experts(weight):.1f}",
                 f"{effective_experts(router.mean('probability')):.1f}",
                 f"{concentration(weight):.3f}",
-                _most(analysis, weight, 5),
-                _most(analysis, router.mean("first"), 1),
+                _most(analysis.experts, weight, 5),
+                _most(analysis.experts, router.mean("first"), 1),
                 f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
             ]
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..base import texts_of
 from ..routing.compose import Composition, composition_of
-from ..routing.context import Choice
+from ..routing.context import ALONE, Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
 from ..sites import Stream
@@ -158,7 +158,9 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
 
 def chosen_for_whole(parts: Composition, choice: Choice | None) -> tuple[tuple[str, float], ...]:
     """A trace's `whole`, where the model's context has this `choice` for one text."""
-    return tuple(item for row in chosen_for_prompts(parts, choice) for item in row.items())
+    return tuple(
+        item for row in chosen_for_prompts(parts, choice) for item in (row or ALONE).items()
+    )
 
 
 def _streams(

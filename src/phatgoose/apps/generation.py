@@ -16,6 +16,7 @@ from ..config import Formatting
 from ..errors import TaskError
 from ..files import half_character
 from ..routing.compose import composition_if_any, routing_for
+from ..routing.context import ALONE
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
 from ..tasks.batching import continued
@@ -76,16 +77,16 @@ class Explanation:
             labels = {
                 z: f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
                 for z in np.argsort(-mean, kind="stable").tolist()
-                if (top == z).any()
+                if (top == z).any() and mean[z]
             }
             bold = map(bool, stream.parts)
             yield coloured(zip(stream.tokens, top.tolist(), bold, strict=True), labels)
 
     @property
     def summary(self) -> dict[str, float]:
-        """Each expert's share of the tokens."""
+        """Each expert's share of the tokens, or the base's."""
         shares = np.concatenate([shares for _, shares in self._shares()])
-        return summary_of(self.trace.experts, torch.from_numpy(shares))
+        return summary_of(self.trace.experts, torch.from_numpy(shares)) or ALONE
 
     def to_dict(self) -> dict[str, Any]:
         return {"summary": self.summary, "trace": self.trace.to_dict()}

@@ -42,6 +42,7 @@ from .recording import unwatched
 Result = TypeVar("Result")
 Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
 NOBODY = -1  # stands among experts for none: the base's own output
+ALONE = {"base": 1.0}  # is reported where no expert acts
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ...base import UNFINISHED
+from ...routing.context import ALONE
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline
 from .requests import Asked
 
 Result = TypeVar("Result")
 Weights = dict[str, float]  # of experts by name, best first; none of the base
-ALONE = {"base": 1.0}  # is reported where no expert acts
 EXPERTS = "X-Phatgoose-Experts"
 MOST_OF_A_HEADER = 4000  # characters
 

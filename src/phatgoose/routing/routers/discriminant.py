@@ -54,7 +54,8 @@ class Discriminant(ReadsBase):
     alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
     mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
     that what tells the experts' own tasks apart most can't outweigh everything else. What one
-    expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`).
+    expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`), and no
+    d_zᵀ Σ⁻¹ d_z in a numerator is below LEAST_PAID times the median.
 
     With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
     discriminant s_zb.
@@ -167,7 +168,7 @@ def line_of(
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
     scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
-    # One whose prompts are said to lie about the centre would be the nearest to everything.
+    # An expert whose prompts are said to lie about the centre would be near to everything.
     paid = distances.clamp(min=float(LEAST_PAID * distances.quantile(0.5)))
     # The m of x - m is in here, so that scores are one product with x.
     offsets = -0.5 * paid - centre @ slopes
@@ -197,7 +198,7 @@ def _within(values: Tensor) -> Tensor:
 
 VARIED = 30
 COMPARED = 32  # experts at most whose median a direction's bound is made of
-LEAST_PAID = 0.5  # of the median's distance from the centre
+LEAST_PAID = 0.75  # of the median's distance from the centre
 LEAST_BOUND = 1e-6  # of the means' own spread: no bound is nearer to 0
 
 

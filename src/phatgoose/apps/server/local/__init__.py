@@ -21,10 +21,10 @@ from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....routing.compose import composition_of
-from ....routing.context import PromptRouting
+from ....routing.context import ALONE, PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
-from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
+from ..replies import Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch

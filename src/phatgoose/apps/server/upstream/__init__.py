@@ -17,13 +17,14 @@ from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
 from ....routing.compose import open_prompt_router, require_pool
+from ....routing.context import ALONE
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
 from ....tasks.task import ChatTexts
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
-from ..replies import ALONE, Builder, Progress, Reply, Weights, routing_report
+from ..replies import Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, numbered
 from ..settings import ServedModel, Upstream

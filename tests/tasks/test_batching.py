@@ -20,13 +20,15 @@ from tiny import logits_of, make_model
 
 
 @settings(max_examples=100)
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120))
-def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
-    batches = list(batches_of_tokens(lengths, budget))
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120), st.sampled_from([None, 9]))
+def test_batches_visit_each_row_once_within_the_budget(lengths, budget, padding):
+    batches = list(batches_of_tokens(lengths, budget, padding))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         padded = len(batch) * max(lengths[index] for index in batch)
         assert padded <= budget or len(batch) == 1
+        every = [lengths[index] for index in batch]
+        assert padding is None or max(every) <= 2 * min(every) + padding
 
 
 TEXTS = (

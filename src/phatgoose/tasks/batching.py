@@ -31,6 +31,7 @@ from ..sites import Site, headless, prompt_stack
 from .encoding import TokenPair
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+MOST_PADDING = 32  # tokens
 BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
 PAIR_TOKENS = 4096  # the same with targets
 
@@ -130,15 +131,20 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def batches_of_tokens(
+    lengths: Sequence[int], budget: int, padding: int | None = None
+) -> Iterator[list[int]]:
     """Batches of indices of rows of similar length, each at most `budget` tokens when padded.
 
-    A row longer than the budget comes alone.
+    A row longer than the budget comes alone. With `padding` none has more than that and as much
+    again as it is long.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+        longest = lengths[batch[0]] if batch else 0
+        is_short = padding is not None and longest > 2 * lengths[index] + padding
+        if batch and (is_short or (len(batch) + 1) * longest > budget):
             yield batch
             batch = []
         batch.append(index)
@@ -379,7 +385,7 @@ def read_prompts(
         seen[place] = reading.of(values, mask).cpu()
 
     with _bar(len(prompts), label, "readings") as bar, watching(model, reading.places, see):
-        for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
+        for rows in batches_of_tokens(list(map(len, prompts)), BATCH_TOKENS, MOST_PADDING):
             ids = pad_right([prompts[row] for row in rows], 0)
             mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
             stack(input_ids=ids.to(device), attention_mask=mask, **options)

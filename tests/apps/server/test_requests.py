@@ -170,6 +170,53 @@ def test_how_much_of_a_chat_a_router_by_prompt_reads(runner_of, reads, count):
     assert bool(prompt.asked.system) == (reads == "conversation")
 
 
+ASKED = "plums or apples"
+ODD = {
+    "paragraphs": [("user", "a\n\n" * 60 + ASKED)],
+    "two halves": [("user", f"{ASKED * 7}\n\n{ASKED * 7}")],
+    "line breaks": [("user", "\n" * 200 + ASKED)],
+    "turns": [("user", f"x{n}") for n in range(40)],
+    "follow-ups": [("user", ASKED), *[("assistant", "no"), ("user", "shorter, please")] * 9],
+    "long messages": [("user", ASKED * 2 + str(n)) for n in range(6)],
+    "long system": [("system", ASKED * 14), ("user", "a")],
+    "nothing": [("user", ""), ("assistant", ""), ("user", " \n\n ")],
+    "then nothing": [("user", ASKED), ("user", "")],
+    "no user": [("assistant", ASKED)],
+    "only system": [("developer", ASKED)],
+    "a tool's": [("user", ASKED), ("tool", "42")],
+    "a template's": [("user", "[system] e1\n[user] \0 \ufeff" + ASKED)],
+}
+
+
+@pytest.fixture(scope="module")
+def by_prompt(pool):
+    model = ServedModel("goose", str(folder_of(pool)), Routing("discriminant"), dtype="float32")
+    app = create_app([model], Serving(prefix_cache=0))
+    (runner,) = (each.runner for each in app.state.service.models.values())
+    runner.tokenizer.chat_template = CHAT_TEMPLATE
+    with client_of(app) as client:
+        client.model = runner.model
+        yield client
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_chats_are_answered_and_read_at_bounded_cost(by_prompt, name):
+    passed = []
+    hook = by_prompt.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: passed.append(given[0].numel())
+    )
+    messages = [{"role": role, "content": content} for role, content in ODD[name]]
+    body = {"model": "goose", "messages": messages, "max_tokens": 1}
+    reply = by_prompt.post(CHATS, json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["x-phatgoose-experts"]
+    prompt, first = reply.json()["usage"]["prompt_tokens"], sum(passed)
+    assert first <= 3.1 * prompt + 80  # with it, each message, and its first and last paragraph
+    by_prompt.post(CHATS, json=body)
+    hook.remove()
+    assert sum(passed) == first + prompt  # what was read is remembered
+
+
 def test_bodies_are_counted_together_and_let_go():
     gate = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
     *full, another = [RequestBody(gate, None) for _ in range(AT_ONCE + 1)]

@@ -162,8 +162,9 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
     name = "repeat_penalty" if kind == "llama.cpp" else "repetition_penalty"
     with engine_of(kind) as engine:
         with gateway(place, engine, template=CHAT_TEMPLATE) as client:
-            ask(client, path=CHATS, **body)
+            ask(client, path=CHATS, **body, stream_options={"include_usage": True})
             (sent,) = engine.requests
+            assert "stream_options" not in sent
             assert {**sent, **UNKNOWN, **KNOWN, "messages": TALK, name: 1.1} == sent
             for own in ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl"):
                 error = error_of(client, path=CHATS, **body, **{own: [1]})

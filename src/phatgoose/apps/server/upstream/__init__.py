@@ -34,8 +34,7 @@ WAITING = 64  # pieces that are held for a client that reads slowly
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
-NOT_FORWARDED |= {"route_by"}
-NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs"}
+NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs", "route_by"}
 # Engines' own that would choose adapters or the prompt, or exceed limits, past this server.
 NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
 NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "n_cmpl", "n_predict", "prompt_embeds"}
@@ -235,8 +234,9 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
         "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
         "stream": bool(request.stream),
     }
+    options = body.pop("stream_options", {})  # an error without a stream
     if request.stream:
-        body["stream_options"] = {**body.get("stream_options", {}), "include_usage": True}
+        body["stream_options"] = {**options, "include_usage": True}
     if isinstance(request, ChatRequest):
         body["messages"] = [message.sent for message in request.messages]
         if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp

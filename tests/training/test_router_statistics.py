@@ -119,12 +119,13 @@ def test_a_few_prompts_without_targets_are_enough(llama, tmp_path, count):
     assert all(each.isfinite().all() for each in got.readings.values())
 
 
+@pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.filterwarnings("ignore:.*few prompts:UserWarning")
-def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path):
+def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path, most):
     texts = {"a": ["Once more"], "b": ["1 + 2 =", "12 + 7 ="], "c": ["wow!!", "ha!", "no!!!"]}
     for name in texts:
         train(llama, tmp_path / name, means=False, readings=False)
-        measure(tmp_path / name, llama, load_prompts(texts[name]), GateTraining())
+        measure(tmp_path / name, llama, load_prompts(texts[name][:most]), GateTraining())
     router = open_prompt_router(tmp_path, llama.tokenizer, router="discriminant")
     choice = router.choose([texts[name][0] for name in texts], llama.model)
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b", "c"]

@@ -3,7 +3,9 @@
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -100,22 +102,62 @@ def test_no_folder_of_the_operator_s_goes_along_unless_the_operator_names_it(
     assert [path.name for path in (tmp_path / "named" / "base").iterdir()] == ["key"]
 
 
-def test_llama_cpp_gets_scripts_that_pass_on_what_their_caller_adds(pool, tmp_path):
-    deploy(pool, "llama.cpp", tmp_path / "out")
-    arguments = command_in(tmp_path / "out" / "engine.sh")
+CONVERTER = """
+import os, pathlib, sys
+assert sys.path[0] == os.path.dirname(__file__)  # where its packages lie
+source, _, target, *options = sys.argv[1:]
+pathlib.Path(target).write_text("new")
+print(os.getpid(), source, *options, sep="|")
+sys.exit(7) if source == os.environ["REFUSED"] else None
+"""
+
+
+@pytest.fixture
+def convert(pool, tmp_path):
+    """Hands a pool over and converts it, by programs that write "new" and print what they got."""
+    for name in ("hf", "lora"):
+        (tmp_path / f"convert_{name}_to_gguf.py").write_text(CONVERTER)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(base, *options, refused=""):
+        deploy(pool, "llama.cpp", tmp_path / "out", base)
+        (tmp_path / "out" / "base.gguf").write_text("old")
+        command = [tmp_path / "out" / "convert.sh", *options]
+        environment = {"PATH": path, "LLAMA_CPP": str(tmp_path), "REFUSED": refused}
+        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
+
+    return run
+
+
+def test_llama_cpp_gets_scripts_that_pass_on_what_their_caller_adds(pool, llama, tmp_path, convert):
+    outcome, out = convert(llama.id, "--seed", "two words"), tmp_path / "out"
+    arguments = command_in(out / "engine.sh")
     assert (arguments[0], arguments[-1]) == ("llama-server", "$@")
     assert value_of(arguments, "--host") == "127.0.0.1"
-    assert value_of(arguments, "--lora") == ",".join(f"gguf/{n}.gguf" for n in pool.names)
+    files = [f"gguf/{name}.gguf" for name in pool.names]
+    assert value_of(arguments, "--lora") == ",".join(files)
     assert "--lora-init-without-apply" in arguments
-    assert "Run convert.sh first" in (tmp_path / "out" / "README.md").read_text()
-    (tmp_path / "python3").write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n')
-    (tmp_path / "python3").chmod(0o755)
-    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LLAMA_CPP": "there"}
-    command = [tmp_path / "out" / "convert.sh", "--seed", "two words"]
-    words = subprocess.check_output(command, env=path, text=True, timeout=60).splitlines()
-    assert sum(word.endswith("python3") for word in words) == 1 + len(pool.names)
-    assert words[3:7] == ["--outfile", "base.gguf", "--seed", "two words"]
-    assert value_of(words, "--base") == "me/base"
+    assert "Run convert.sh first" in (out / "README.md").read_text()
+    pids, words = zip(*(line.split("|", 1) for line in outcome.stdout.splitlines()), strict=True)
+    experts = [f"experts/{name}|--base|base|--outtype|f32" for name in pool.names]
+    assert (len({*pids}), [*words]) == (1, [*experts, "base|--seed|two words"])
+    there = {path: path.read_text() for path in out.rglob("*.gguf")}
+    assert there == dict.fromkeys((out / file for file in ("base.gguf", *files)), "new")
+
+
+@pytest.mark.parametrize("refused", ["experts/e1", "base"])
+def test_a_conversion_that_fails_is_named_and_changes_nothing(llama, tmp_path, convert, refused):
+    outcome, out = convert(llama.id, refused=refused), tmp_path / "out"
+    assert outcome.returncode == 7
+    assert f"convert.sh: {refused} is not converted" in outcome.stderr
+    assert {p: p.read_text() for p in out.rglob("*.gguf")} == {out / "base.gguf": "old"}
+
+
+def test_converting_wants_a_folder_and_runs_nothing_of_a_base_s_name(tmp_path, convert):
+    outcome = convert(name := "it's\nEND\n$(touch ran) \\")
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert f"needs the base as a folder, and {name} is none" in outcome.stderr
+    assert not (tmp_path / "out" / "ran").exists()
 
 
 @pytest.mark.parametrize(

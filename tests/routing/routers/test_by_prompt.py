@@ -25,7 +25,7 @@ from phatgoose.routing.compose import (
     routing_for,
     save,
 )
-from phatgoose.routing.routers.discriminant import line_of
+from phatgoose.routing.routers.discriminant import Discriminant, line_of
 from phatgoose.routing.routers.prompt import (
     ByPrompt,
     Fallback,
@@ -408,9 +408,10 @@ some_texts = st.lists(st.lists(some_scores, min_size=1, max_size=3), min_size=1,
 @given(st.lists(st.tuples(st.lists(some_scores, max_size=3), some_texts), min_size=1, max_size=3))
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
     answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats], None, {})
+    allowances = torch.tensor([0.1, 0.1])
     for (system, messages), answer in zip(chats, answers, strict=True):
-        first = ScoredText(torch.tensor(system), 2) if system else None
-        wanted = answer_to([ScoredText(torch.tensor(m), 2) for m in messages], first, 0.1)
+        first = ScoredText(torch.tensor(system), allowances) if system else None
+        wanted = answer_to([ScoredText(torch.tensor(m), allowances) for m in messages], first)
         assert (answer is None) == (wanted is None)
         assert answer is None or torch.equal(answer, wanted.scores)
 
@@ -468,6 +469,14 @@ def test_what_fits_nobody_is_answered_by_the_base(base, pool, tmp_path):
         again = load(tmp_path / "routed", base)
         assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
         detach(base.model)
+
+
+def test_experts_of_few_prompts_may_be_further_behind_the_base():
+    counts = torch.tensor([0.0, 1.0, 3.0, 5.0, 1000.0])  # 0: not known
+    tables = Tables(tuple("abcde"), {"readings.prompts": counts})
+    got = Discriminant(fallback=0.1).allowances(tables).tolist()
+    assert got == pytest.approx([0.1, 0.8 / 3, 0.8 / 3, 0.2, 0.1005])
+    assert Discriminant().allowances(Tables(("a",))).tolist() == pytest.approx([0.1])  # older ones
 
 
 def test_a_text_is_read_once(llama, llama_pool):

@@ -26,9 +26,11 @@ from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.batching import PromptReading
 from .phatgoose import Temperature
-from .prompt import Base, Fallback, PromptRouter, ReadsBase, Tables, Text
+from .prompt import OF_BASE, Base, Fallback, PromptRouter, ReadsBase, Tables, Text
 from .router import Scores
 
+COUNTS = "readings.prompts"  # among tables, of how many prompts statistics are
+FEW, LEAST = 5, 3  # prompts: half as much again at ten, but no more than of three
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 
@@ -69,10 +71,11 @@ class Discriminant(ReadsBase):
         f"readings.{READ}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
     }
-    base_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {
-        "mean": (3, *"bh"),
-        "factor": (3, *"bfh"),
-        "rest": (3, *"bh"),
+    later_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {
+        COUNTS: "E",
+        f"{OF_BASE}mean": (3, *"bh"),
+        f"{OF_BASE}factor": (3, *"bfh"),
+        f"{OF_BASE}rest": (3, *"bh"),
     }
 
     shrinkage: Annotated[
@@ -99,7 +102,9 @@ class Discriminant(ReadsBase):
         for each in pool.experts:
             check_parts(f"Expert {each.name!r}, readings", forms, each.readings, (torch.float32,))
         stacked = {part: torch.stack([e.readings[part] for e in pool.experts]) for part in parts}
-        return Tables(pool.names, {f"readings.{part}": rows for part, rows in stacked.items()})
+        counts = torch.tensor([float(e.info.prompts_read or 0) for e in pool.experts])
+        rows = {f"readings.{part}": rows for part, rows in stacked.items()}
+        return Tables(pool.names, {**rows, COUNTS: counts})
 
     def ready(self, tables: Tables) -> Lines:
         moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
@@ -110,6 +115,12 @@ class Discriminant(ReadsBase):
             for block in range(moments["mean"].shape[1])
         ]
         return Lines(*(torch.stack(each) for each in zip(*lines, strict=True)))
+
+    def allowances(self, tables: Tables) -> Tensor:
+        """An expert's mean over n prompts lies off by a share of 1/√n, and scores less for it."""
+        counts = tables.tensors.get(COUNTS, torch.zeros(len(tables.names)))  # 0: not known
+        few = torch.where(counts > 0, FEW / counts.clamp(min=LEAST), 0.0)
+        return super().allowances(tables) * (1 + few)
 
     def base_tables(
         self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base

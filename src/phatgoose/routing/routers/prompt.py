@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,7 +129,7 @@ class ByPrompt(Router):
 
     per_input, by_token = True, False
     prompt_sizes: ClassVar[Mapping[str, str]] = {}  # of the tables, as `sizes`; M if by "owners"
-    base_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {}  # of those of the base
+    later_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {}  # of what older tables lack
     reads_base: ClassVar[bool] = False  # True where `features` need the base
     chooses: ClassVar[bool] = True  # False where weights are scores of all experts
 
@@ -161,6 +160,10 @@ class ByPrompt(Router):
     ) -> Mapping[str, Tensor]:
         """What there is to know of the base's classes, by these texts of each."""
         return {}
+
+    def allowances(self, tables: Tables) -> Tensor:
+        """By how much the base may score more than each expert before it answers, [E]."""
+        return torch.full((len(tables.names),), float(getattr(self, "fallback", 0)))
 
     def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Any:
         """What scores go by: a tensor [prompts, ..], or a pair of them."""
@@ -227,37 +230,39 @@ class ScoredText:
     with the highest score. `follows` says whether the text as a whole is a follow-up.
     """
 
-    def __init__(self, views: Tensor, experts: int) -> None:
-        """Of `views` [V, .., E + 3], or [V, .., E] without the base's classes; E = `experts`."""
-        by_view = views if views.dim() == 2 else views.mean(dim=1)  # over blocks
+    def __init__(self, views: Tensor, allowances: Tensor) -> None:
+        """Of `views` [V, .., E + 3], or [V, .., E] without the base's classes.
+
+        `allowances` [E] say by how much the base may score more than each expert.
+        """
+        by_view, experts = views if views.dim() == 2 else views.mean(dim=1), len(allowances)
         best, rest = by_view[:, :experts].max(dim=1), by_view[:, experts:]
         base = rest[:, :-1].amax(dim=1) if rest.numel() else torch.zeros(len(views))
         view = int((best.values - base).argmax())
         self.scores, self._leads = views[view], by_view[view] - base[view]
-        self.expert = int(best.indices[view])
-        self.lead = self.lead_of(self.expert)
+        self.expert, self._allowances = int(best.indices[view]), allowances
+        self.lead = float(self._leads[self.expert])
         self.follows = bool(rest.numel() and rest[0, -1] > by_view[0, :-1].max() - FOLLOWS)
 
-    def lead_of(self, expert: int) -> float:
-        return float(self._leads[expert])
+    def fits(self, expert: int, least: float = 0.0) -> bool:
+        """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
+        return bool(self._leads[expert] > -max(least, float(self._allowances[expert])))
 
 
-def answer_to(
-    messages: Sequence[ScoredText], system: ScoredText | None, fallback: float
-) -> ScoredText | None:
+def answer_to(messages: Sequence[ScoredText], system: ScoredText | None) -> ScoredText | None:
     """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
 
     A follow-up is answered as what it follows. The system prompt comes first: it chooses if an
-    expert is ahead of the base there. Of other messages it is enough that the base isn't ahead by
-    more than `fallback`, and of the expert that answered before by KEPT.
+    expert is ahead of the base there. Of other messages it is enough that one fits, and of the
+    expert that answered before that the base isn't ahead by more than KEPT.
     """
     answer = system if system and system.lead > 0 else None
     for text in messages:
         if answer and text.follows:
             continue
-        if text.lead > -fallback:
+        if text.fits(text.expert):
             answer = text
-        elif answer and text.lead_of(answer.expert) <= -KEPT:
+        elif answer and not text.fits(answer.expert, KEPT):
             answer = None
     return answer
 
@@ -373,20 +378,21 @@ class PromptRouter:
         """
         one: Any = ChatTexts
         chats = [each if isinstance(each, ChatTexts) else one((), ((each,),)) for each in prompts]
-        usual: Any = getattr(self.router, "fallback", OFF)
-        fallback = usual if self.tables.base and usual != OFF else math.inf
+        knows_base = self.router.falls_back and bool(self.tables.base)
+        unbounded = torch.full((len(self.experts),), torch.inf)
+        allowances = self.router.allowances(self.tables) if knows_base else unbounded
         texts = [[*reversed(chat.messages), *filter(None, [chat.system])] for chat in chats]
         scored = [list[ScoredText]() for _ in chats]
         undecided = list(range(len(chats)))
         for depth in itertools.count():
             read = self._read([texts[row][depth] for row in undecided], base, known)
             for row, views in zip(undecided, read, strict=True):
-                scored[row].append(ScoredText(views, len(self.experts)))
+                scored[row].append(ScoredText(views, allowances))
             undecided = [
                 row
                 for row in undecided
                 if depth + 1 < len(texts[row])
-                and (scored[row][-1].follows or scored[row][-1].lead <= -fallback)
+                and (scored[row][-1].follows or not scored[row][-1].fits(scored[row][-1].expert))
             ]
             if not undecided:
                 break
@@ -394,7 +400,7 @@ class PromptRouter:
         for chat, each in zip(chats, scored, strict=True):
             count = len(chat.messages)
             system = each[count] if count < len(each) else None
-            answer = answer_to(each[count - 1 :: -1], system, fallback)
+            answer = answer_to(each[count - 1 :: -1], system)
             answers.append(answer.scores if answer else None)
         return answers
 

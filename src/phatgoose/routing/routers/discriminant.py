@@ -30,7 +30,7 @@ from .prompt import OF_BASE, Base, Fallback, PromptRouter, ReadsBase, Tables, Te
 from .router import Scores
 
 COUNTS = "readings.prompts"  # among tables, of how many prompts statistics are
-FEW, LEAST = 5, 3  # prompts: half as much again at ten, but no more than of three
+FEW = 3  # prompts: an expert of these is allowed twice as much, one of thirty a tenth more
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 
@@ -94,7 +94,7 @@ class Discriminant(ReadsBase):
         RATIO,
     ] = 0.0
     temperature: Temperature = 0.1
-    fallback: Fallback = 0.1
+    fallback: Fallback = 0.15
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         parts = [f"{READ}.{part}" for part in PARTS]
@@ -119,7 +119,7 @@ class Discriminant(ReadsBase):
     def allowances(self, tables: Tables) -> Tensor:
         """An expert's mean over n prompts lies off by a share of 1/√n, and scores less for it."""
         counts = tables.tensors.get(COUNTS, torch.zeros(len(tables.names)))  # 0: not known
-        few = torch.where(counts > 0, FEW / counts.clamp(min=LEAST), 0.0)
+        few = torch.where(counts > 0, FEW / counts.clamp(min=FEW), 0.0)
         return super().allowances(tables) * (1 + few)
 
     def base_tables(

@@ -41,7 +41,7 @@ OF_BASE = "base."  # before the names of tables of the base's classes
 OFF = "off"
 # Chosen on one of two sets of chats, written by two hands (docs/routers.md).
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
-FOLLOWS = 0.5  # by how much others may be ahead of follow-ups
+FOLLOWS = 0.6  # by how much others may be ahead of follow-ups
 REMEMBERED = 1 << 24  # numbers at most: scores of texts
 AROUND = 256  # numbers' worth of memory around those of one text
 # Of each base that lives, by its embeddings: what routers make of its classes.

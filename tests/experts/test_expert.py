@@ -83,6 +83,11 @@ def test_an_existing_folder_is_replaced_whole_if_at_all(adapter, original, direc
     Expert.load(directory).save(directory, overwrite=True)
     assert contents(directory) == before
     assert Expert.load(directory).prompts == ("Is it good?",)
+    with (directory / LAYOUT.prompts).open("wb") as file:
+        file.truncate(2**30)  # takes no place here, but would in a copy
+    with pytest.warns(UserWarning, match="at most 1048576 are read"):
+        Expert.load(directory).save(directory.parent / "copy")
+    assert not (directory.parent / "copy" / LAYOUT.prompts).exists()
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, OSError(28, "No space")])

@@ -5,6 +5,7 @@ import importlib
 import json
 import pickle
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -441,6 +442,16 @@ def test_what_no_prompts_can_be_read_of_is_a_warning_of_one_line(tmp_path, name,
     with pytest.warns(UserWarning, match=rf"No prompts are read .*{name}") as told:
         assert prompts_beside(tmp_path) == ()
     assert "\n" not in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    "card", [f"{'`' * 2**14}\n" + "x\n" * 2**13, f"# {'e' * 2**14}\n" + "```\na\n```\n" * 1500]
+)
+def test_long_fences_and_headings_are_not_searched_again_and_again(tmp_path, card):
+    (tmp_path / "README.md").write_text(card)
+    begin = time.process_time()
+    assert prompts_beside(tmp_path) == ()
+    assert time.process_time() - begin < 1
 
 
 def test_a_link_to_elsewhere_is_not_read(tmp_path):

@@ -445,8 +445,9 @@ class Expert:
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
         brought = self.place / LAYOUT.prompts
+        is_read = brought.is_file() and bool(self.prompts)  # so it isn't huge, nor a link elsewhere
         copied = [self.directory / name for name in (files.config, files.weights)]
-        for path in (*copied, *[brought] * brought.is_file()):
+        for path in (*copied, *[brought] * is_read):
             shutil.copyfile(regular_file(path), work / path.name)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {

@@ -286,7 +286,9 @@ OF_TOOLS = {"What is your favorite condiment?"}  # AutoTrain writes it into ever
 FRONT = re.compile(r"(?ms)---[ \t]*\n(.*?)^---[ \t]*$")
 # Headings; blocks, with their content if it is plain text; headings of prompts; code, templates and
 # answers.
-SECTIONS = re.compile(r"(?ms)^#+ ([^\n]*)|^(`{3,})(?:(?:te?xt|prompt)?[ \t]*\n(.*?)|.*?\n)^\2")
+SECTIONS = re.compile(
+    r"(?ms)^#+ ([^\n]{,200})|^(`{3,})(?!`)(?:(?:te?xt|prompt)?[ \t]*\n(.*?)|.*?\n)^\2"
+)
 SHOWS = re.compile(
     r"(?i)(?!.*(output|answer|format|template|system|usage)).*(prompt|input|example)"
 )

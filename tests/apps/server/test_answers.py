@@ -57,6 +57,7 @@ ONLY = ": only null is accepted; supported are "
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"changed": 1}, f"changed{ONLY}model"),  # a property of the request
         ({"echo": True}, "echo: only false is accepted; supported are model, max_tokens"),
         ({"temprature": 1}, "Did you mean 'temperature'?"),
         ({"service_tier": "flex"}, 'service_tier: only "auto" or "default" is accepted'),

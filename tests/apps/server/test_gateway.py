@@ -166,7 +166,9 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             (sent,) = engine.requests
             assert "stream_options" not in sent
             assert {**sent, **UNKNOWN, **KNOWN, "messages": TALK, name: 1.1} == sent
-            for own in ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl"):
+            ask(client, model="e1", prompt="a", echo=True)
+            own_fields = ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl", "echo")
+            for own in (*own_fields, "vllm_xargs", "prompt_logprobs", "n_probs"):
                 error = error_of(client, path=CHATS, **body, **{own: [1]})
                 assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:

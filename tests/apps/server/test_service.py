@@ -156,6 +156,8 @@ def test_a_key_is_told_of_its_experts_alone(limited, key, experts):
     for name in NAMES:
         reply = limited(key).get(f"/v1/models/goose:{name}")
         assert reply.status_code == (200 if name in experts else 404)
+    ask(limited("all"), **GREEDY | {"model": "goose:e0"})  # which metrics name
+    assert limited(key).get("/metrics").status_code == (200 if experts == NAMES else 403)
 
 
 @pytest.mark.parametrize(

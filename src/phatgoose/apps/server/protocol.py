@@ -361,7 +361,7 @@ def check_known(request: AnyRequest) -> None:
     has_no_tools = (request.model_extra or {}).get("tool_choice") == "none"
     idle = {*IDLE, "tools"} if has_no_tools else IDLE
     for part, place in request.undeclared():
-        name, value = place[-1], getattr(part, place[-1])
+        name, value = place[-1], (part.model_extra or {})[place[-1]]
         accepted = IDLE_VALUES.get(name, (None,))
         if name in idle or value in ([], {}, *accepted):
             continue

@@ -151,7 +151,9 @@ class Service:
             health["upstream"] = "ok" if state.is_well else "away"
         return JSONResponse(health, 200 if state.is_well else 503)
 
-    async def numbers(self) -> Response:
+    async def numbers(self, http: Request) -> Response:
+        if http.scope[ALLOWED] is not None:
+            raise ApiError(403, "This key may not read metrics, which name what others ask for.")
         headers = {"Content-Type": CONTENT_TYPE_LATEST}
         return Response(generate_latest(self.metrics.registry), headers=headers)
 

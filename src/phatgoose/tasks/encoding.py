@@ -80,7 +80,7 @@ class TokenPair:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """ChatTexts texts into tokens for one base model; `positions` limits their number.
+    """Turns texts into tokens for one base model; `positions` limits their number.
 
     Raises BaseModelError when a text needs a chat template and there is none.
     """

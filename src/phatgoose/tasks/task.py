@@ -69,7 +69,8 @@ class ChatTexts:
     ) -> ChatTexts:
         """Of the turns (role, content); `read` makes tokens of texts."""
         system, messages = said_in(turns)
-        views = [[text, *_ends_of(text)] for text in (system, *messages)]
+        # Spaces at an end are not read anywhere: in a prompt they would belong to the answer.
+        views = [[v.rstrip(" ") for v in (text, *_ends_of(text))] for text in (system, *messages)]
         tokens = map(tuple, read([text for each in views for text in each]))
         of_each = [tuple(itertools.islice(tokens, len(each))) for each in views]
         return cls(of_each[0] if system else (), tuple(of_each[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,6 +26,7 @@ from phatgoose.routing.compose import (
     routing_for,
     save,
 )
+from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.discriminant import Discriminant, line_of
 from phatgoose.routing.routers.prompt import (
     ByPrompt,
@@ -36,7 +38,7 @@ from phatgoose.routing.routers.prompt import (
     base_texts,
 )
 from phatgoose.routing.routers.retrieval import Retrieval
-from phatgoose.routing.saved import add_to_saved, read_saved, write_saved
+from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, write_saved
 from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 from phatgoose.tasks.task import ChatTexts
@@ -410,10 +412,17 @@ def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
     answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats], None, {})
     allowances = torch.tensor([0.1, 0.1])
     for (system, messages), answer in zip(chats, answers, strict=True):
-        first = ScoredText(torch.tensor(system), allowances) if system else None
-        wanted = answer_to([ScoredText(torch.tensor(m), allowances) for m in messages], first)
-        assert (answer is None) == (wanted is None)
-        assert answer is None or torch.equal(answer, wanted.scores)
+        first = [ScoredText(torch.tensor(system), allowances)] if system else []
+        wanted = answer_to([ScoredText(torch.tensor(m), allowances) for m in messages], *first)
+        assert torch.equal(answer, wanted.scores if wanted else torch.full((5,), -torch.inf))
+
+
+def test_all_blocks_are_left_to_the_base_whatever_is_in_a_batch():
+    chats = [ChatTexts((), ((blocks,),)) for blocks in ([A, B], [GENERAL, NEUTRAL])]
+    alone = [written_chooser().choose([chat]) for chat in chats]
+    for choice in (written_chooser().choose(chats), Choice.joined(alone)):
+        assert choice.named(["a", "b"]) == [{"a": 0.5, "b": 0.5}, {}]
+        assert choice.of([1]).named(["a", "b"]) == alone[1].named(["a", "b"]) == [{}]
 
 
 def test_allowed_experts_alone_are_chosen():
@@ -431,6 +440,7 @@ def test_allowed_experts_alone_are_chosen():
     [
         ([("user", "x")], ([], [["x"]])),
         ([("system", "s"), ("user", "x"), ("tool", "y"), ("user", "z")], (["s"], [["x"], ["z"]])),
+        ([("user", "x \n\ny "), ("user", "z  ")], ([], [["x \n\ny", "x", "y"], ["z"]])),
         ([("developer", "s"), ("system", "t"), ("user", "x")], (["s\n\nt", "s", "t"], [["x"]])),
         ([("user", "a\nb\n \t\nc\n\n\nd\n\n")], ([], [["a\nb\n \t\nc\n\n\nd\n\n", "a\nb", "d"]])),
         ([("user", "x"), ("user", " \n"), ("tool", "42")], ([], [["x"]])),
@@ -461,14 +471,19 @@ def test_what_fits_nobody_is_answered_by_the_base(base, pool, tmp_path):
     save(compose(trained, base, router="discriminant"), tmp_path / "routed")
     detach(base.model)
     whole = read_saved(tmp_path / "routed")
-    tables = replace(whole.tables, base={})
+    older = {k: each for k, each in whole.tables.tensors.items() if k != "readings.prompts"}
+    tables = replace(whole.tables, tensors=older, base={})
     parts = {site: whole.at(site) for site in whole.sizes}
     for each in (whole.tables, tables):
         write_saved(tmp_path / "routed", whole.info, parts, each)
         assert bool(read_saved(tmp_path / "routed").tables.base) == bool(each.base)
-        again = load(tmp_path / "routed", base)
+        again = deepcopy(load(tmp_path / "routed", base))
         assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
         detach(base.model)
+    remove_from_saved(tmp_path / "routed", pool.names[-1:])
+    add_to_saved(tmp_path / "routed", trained.select(pool.names[-1:]))
+    again = load(tmp_path / "routed", base)
+    assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
 
 
 def test_experts_of_few_prompts_may_be_further_behind_the_base():

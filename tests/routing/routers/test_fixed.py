@@ -253,14 +253,19 @@ def test_the_best_mean_score_chooses_once_for_all(llama, llama_pool, tmp_path, i
     assert path.name not in said  # whose place is no one else's business
 
 
-def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path):
+@pytest.mark.parametrize("in_chats", [False, True])
+def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, in_chats):
+    llama.tokenizer.chat_template = "{{ messages[0].content }}\n[assistant] "
+    form = {"hyperparameters": {"chat": in_chats}}
+    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e in llama_pool.experts))
     for text in INPUTS:
         router = f"few-shot:examples={written(tmp_path, text)}"
-        model = compose(llama_pool, llama, router=router)
+        model = compose(pool, llama, router=router)
         chosen = composition_of(model).router.chosen
         detach(model)
-        model = compose(llama_pool, llama, router="discriminant")
-        assert llama_pool.names[scores_of(model, [text]).argmax()] == chosen
+        model = compose(pool, llama, router="discriminant")
+        read = f"{text}\n[assistant] " if in_chats else text
+        assert pool.names[scores_of(model, [read]).argmax()] == chosen
         detach(model)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Formatting
 from ...errors import ConfigError
-from ...experts.expert import recorded_formatting
+from ...experts.expert import recorded_formatting, trained_in_chats
 from ...experts.pool import Pool
 from ...tasks.encoding import Encoder
 from ...tasks.loading import load_task
@@ -83,10 +83,11 @@ class FewShot(Router):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        form = recorded_formatting(pool.records()[0].get("formatting") or {}, "formatting")
+        records = pool.records()
+        form = recorded_formatting(records[0].get("formatting") or {}, "formatting")
         encoder = Encoder.for_model(model, tokenizer, form or Formatting())
         by = self.scoring(pool)
-        chooser = PromptRouter(by, by.tables(pool), tokenizer)
+        chooser = PromptRouter(by, by.tables(pool), tokenizer, trained_in_chats(records))
         scores = chooser.score([encoder.prompt(each) for each in self.inputs], model)
         chosen = pool.names[int(highest(scores.mean(dim=0, keepdim=True), 1))]
         logger.info("few-shot: %s, by %d examples", chosen, len(self.inputs))

@@ -78,7 +78,8 @@ class Tables:
     def grown(self, more: Tables) -> Tables:
         """These experts and `more`, in order. Raises PoolError when they can't be compared."""
         forms = [
-            {n: [*t.shape[1:]] for n, t in each.tensors.items()} | {"by": each.info.get("embedder")}
+            {n: [*each.tensors[n].shape[1:]] for n in self.tensors}  # older ones have fewer
+            | {"by": each.info.get("embedder")}
             for each in (more, self)
         ]
         if forms[0] != forms[1]:
@@ -185,12 +186,8 @@ class ByPrompt(Router):
 
     def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
-        answers = chooser.answers(prompts, base, known)
-        size = len(chooser.experts)
-        any_scores = next((each for each in answers if each is not None), torch.zeros(size))
-        scores = torch.stack([any_scores if each is None else each for each in answers])
-        nobody = torch.tensor([each is None for each in answers])
-        return self.choice(scores[..., :size]).left_to_base(nobody)
+        scores = torch.stack(chooser.answers(prompts, base, known))[..., : len(chooser.experts)]
+        return self.choice(scores).left_to_base(scores.isneginf().flatten(1).all(dim=1))
 
     # At a site: the experts that the context has for each row, as it weighs them.
 
@@ -248,15 +245,20 @@ class ScoredText:
         """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
         return bool(self._leads[expert] > -max(least, float(self._allowances[expert])))
 
+    @property
+    def decides(self) -> bool:
+        """Whether what was said before doesn't matter."""
+        return self.fits(self.expert) and not self.follows
 
-def answer_to(messages: Sequence[ScoredText], system: ScoredText | None) -> ScoredText | None:
+
+def answer_to(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
     """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
 
     A follow-up is answered as what it follows. The system prompt comes first: it chooses if an
     expert is ahead of the base there. Of other messages it is enough that one fits, and of the
     expert that answered before that the base isn't ahead by more than KEPT.
     """
-    answer = system if system and system.lead > 0 else None
+    answer = next((text for text in system if text.lead > 0), None)
     for text in messages:
         if answer and text.follows:
             continue
@@ -371,8 +373,8 @@ class PromptRouter:
         texts_are_read = self.tokenizer is not None and self.router.falls_back
         return texts_are_read and not self.tables.base
 
-    def answers(self, prompts: Asked, base: Base, known: Known) -> list[Tensor | None]:
-        """For each prompt the scores [.., E] by which it gets experts; None for the base.
+    def answers(self, prompts: Asked, base: Base, known: Known) -> list[Tensor]:
+        """The scores [.., E + 3] by which each prompt gets experts; all are -inf for the base.
 
         A chat's texts are read from the last one backwards, until one is decided by itself.
         """
@@ -391,17 +393,15 @@ class PromptRouter:
             undecided = [
                 row
                 for row in undecided
-                if depth + 1 < len(texts[row])
-                and (scored[row][-1].follows or not scored[row][-1].fits(scored[row][-1].expert))
+                if depth + 1 < len(texts[row]) and not scored[row][-1].decides
             ]
             if not undecided:
                 break
-        answers = list[Tensor | None]()
-        for chat, each in zip(chats, scored, strict=True):
-            count = len(chat.messages)
-            system = each[count] if count < len(each) else None
-            answer = answer_to(each[count - 1 :: -1], system)
-            answers.append(answer.scores if answer else None)
+        answers = [torch.full_like(each[0].scores, -torch.inf) for each in scored]
+        for row, each in enumerate(scored):
+            count = len(chats[row].messages)
+            if answer := answer_to(each[count - 1 :: -1], *each[count:]):
+                answers[row] = answer.scores
         return answers
 
     def _read(self, texts: Sequence[Sequence[Text]], base: Base, known: Known) -> list[Tensor]:

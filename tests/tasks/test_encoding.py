@@ -163,6 +163,12 @@ def test_bases_that_can_t_read_a_text_are_refused():
     for text, chat in ((SAID, False), ("Hello", True)):
         with pytest.raises(BaseModelError, match="no default chat template"):
             make_encoder(template=None, chat=chat).pair(text, "yes")
+    for kind, template in ((CAUSAL, "{{ 1 }}"), (CAUSAL, "{{ messages[0].content }}"), (T5, CHAT)):
+        with pytest.raises(BaseModelError, match="no chat template to write prompts in; give some"):
+            make_encoder(kind, template=template).around_message()
+    encoder = make_encoder(template=" <u> {{ messages[0].content }} \n</u> \n<a>")
+    start, line = encoder.around_message()
+    assert (text_of(encoder, start), line) == (" <u>", "</u>")
     with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
         make_encoder(positions=8).fitted("abc", followed_by=8)
 

@@ -9,15 +9,16 @@ import torch
 
 from phatgoose.base import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
-from phatgoose.errors import ExpertError, WrongBaseError
+from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.statistics import prompt_states, readings_of
 from phatgoose.routing.compose import open_prompt_router
-from phatgoose.tasks.batching import read_prompts
+from phatgoose.tasks.batching import messages_by, read_prompts
+from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as statistics_module
-from phatgoose.training.train_expert import measure, train_expert
+from phatgoose.training.train_expert import measure, train_expert, written_prompts
 from tiny import make_adapter
 from toy_embedders import toy_embed
 
@@ -131,11 +132,47 @@ def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path, most):
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b", "c"]
 
 
+def written(expert, base, after: str = "</u>") -> list[str]:
+    """What `expert` writes where `after` follows a user's message in the chat template."""
+    base.tokenizer.chat_template = "<u>{{ messages[0].content }}" + after
+    return [example.input for example in written_prompts(expert, base).train]
+
+
+def test_an_expert_writes_the_same_prompts_again_and_others_than_the_base(llama, make_expert):
+    expert = make_expert(llama, "one")
+    texts = written(expert, llama)
+    assert len(set(texts)) > 20
+    assert texts == written(expert, llama)
+    assert not set(texts) & set(messages_by(llama.model, Encoder.of(llama), 32, 120, 0))
+    assert len(set(messages_by(llama.model, Encoder.of(llama), 500, 1, 0))) > 50  # of any token
+    seeded = replace(expert, info=replace(expert.info, hyperparameters={"seed": 1}))
+    others = [written(each, llama) for each in (seeded, make_expert(llama, "two", seed=1))]
+    assert texts not in others
+
+
+def test_a_written_prompt_ends_where_a_message_does_and_is_left_out_if_empty(llama, make_expert):
+    expert = make_expert(llama, "one")
+    whole = written(expert, llama, "\n~~~~\n")
+    ended = [text.partition("e")[0].strip() for text in whole]
+    assert written(expert, llama, "\n e\n<a>") == [text for text in ended if text] != whole
+    llama.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})  # known to llama
+    assert "<end>" not in "".join(written(expert, llama)) != "".join(whole)
+    llama.model.generation_config.eos_token_id = list(range(200))
+    few = written(expert, llama)
+    assert all(few)
+    assert 0 < len(few) < 32
+    llama.model.generation_config.eos_token_id = list(range(300))
+    with pytest.raises(TaskError, match="'one' writes no prompts"):
+        written(expert, llama)
+
+
 def test_another_base_or_foreign_files_are_refused_and_nothing_is_lost(llama, tmp_path):
     expert = train(llama, tmp_path / "count")
     changed = replace(llama, fingerprint="sha256:" + "0" * 64)
     with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):
         measured(expert, changed)
+    with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):
+        written_prompts(expert, changed)
     (expert.directory / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in expert.directory.iterdir()}
     with pytest.raises(ExpertError, match=r"also holds notes\.txt"):

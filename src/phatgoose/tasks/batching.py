@@ -16,19 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import one_line
-from ..passes import (
-    acting_at,
-    watching,
-)
+from ..passes import acting_at, watching
 from ..sites import Site, headless, prompt_stack
-from .encoding import TokenPair
+from .encoding import Encoder, TokenPair
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 MOST_PADDING = 32  # tokens
@@ -442,11 +435,12 @@ def continued(
     ids: Tensor,
     mask: Tensor,
     max_new_tokens: int,
+    **options: Any,
 ) -> Tensor:
     """The prompts `ids` [rows, columns], and the likeliest tokens after them.
 
     `mask` is 0 at padding. Of the model's generation_config only the tokens that begin and end
-    answers count.
+    answers count; `options` are other settings of transformers' GenerationConfig.
     """
     usual = model.generation_config
     config = GenerationConfig(
@@ -458,6 +452,7 @@ def continued(
     )
     if model.config.is_encoder_decoder:
         config.decoder_start_token_id = model.config.decoder_start_token_id
+    config.update(**options)
     # It would fill the open fields, and may penalise repetitions, suppress tokens or stop at texts.
     model.generation_config = GenerationConfig()
     try:
@@ -466,6 +461,26 @@ def continued(
     finally:
         model.generation_config = usual
     return output
+
+
+def messages_by(
+    model: PreTrainedModel, encoder: Encoder, count: int, most: int, seed: int
+) -> list[str]:
+    """What `model` writes in place of a user's message, at temperature 1: `count` texts.
+
+    They end where the base's chat template ends a message, at any special token, and after `most`
+    tokens.
+    """
+    (start, following), tokenizer = encoder.around_message(), encoder.tokenizer
+    ids = torch.tensor([start] * count, device=model.device)
+    special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    ends = special.union(end_tokens(model, tokenizer))
+    options = {"do_sample": True, "top_k": 0, "eos_token_id": [*ends]}  # its top_k is 50
+    torch.manual_seed(seed)
+    rows = continued(model, tokenizer, ids, torch.ones_like(ids), most, **options)
+    new = rows[:, len(start) :].tolist()
+    written = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+    return [str(tokenizer.decode(row)).partition(following)[0].strip() for row in written]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

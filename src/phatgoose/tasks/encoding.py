@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base
 from ..config import Formatting
-from ..errors import TaskError
+from ..errors import BaseModelError, TaskError
 from ..files import one_line
 from ..sites import positions_of
 from ..untrusted_text import UntrustedText
@@ -29,6 +29,7 @@ from .task import Chat, Example
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
 CUTS = ("inputs", "inputs_cut")  # in an expert's metrics
+MARK = "phatgoose"  # stands for a user's message in a chat template
 WARN_FROM = 0.1  # warn from this share of cut inputs on
 HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the tail the rest
 
@@ -181,6 +182,20 @@ class Encoder:
         """The tokens of `text` right after `context`, without an end."""
         prompt = self.prompt_text(context)
         return self._following(prompt, context[len(prompt) :] + text)
+
+    def around_message(self) -> tuple[list[int], str]:
+        """(tokens up to a user's first message, the line after it) in the base's chat template.
+
+        Raises BaseModelError where there is no such place: without a template, and in an
+        encoder-decoder, which only answers.
+        """
+        writes = self.tokenizer.chat_template and not self.is_encoder_decoder
+        text = self._rendered(Chat([("user", MARK)])) if writes else ""
+        before, _, after = text.partition(MARK)
+        start = self._tokens(before.rstrip(" "))  # a space is part of the word after it
+        if not (start and after):
+            raise BaseModelError("The base has no chat template to write prompts in; give some.")
+        return start, next(filter(None, map(str.strip, after.split("\n"))), after)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
         return Cuts([pair.cut for pair in pairs], [pair.target_cut for pair in pairs])

@@ -34,7 +34,7 @@ from ..base import (
     recorded_id,
 )
 from ..config import Formatting, GateTraining, Lora, Peft, Training
-from ..errors import ConfigError, ExpertError, WrongBaseError
+from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for
 from ..experts.expert import (
     LAYOUT,
@@ -58,15 +58,16 @@ from ..experts.kind import (
 from ..experts.statistics import readings_by
 from ..files import sha256_of, write_text, writing
 from ..sites import Site, find_sites
-from ..tasks.batching import Collator, read_pairs
+from ..tasks.batching import Collator, messages_by, read_pairs
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
-from ..tasks.task import Task, draw
+from ..tasks.task import Example, Task, draw
 from .trainer import Hyperparameters, Run, fit, work_of
 
 IDENTITY, LOCK = "run.json", "lock"
 REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
+WRITTEN = 32, 120  # prompts that an expert writes itself, and tokens of each
 # Settings that unfinished work may differ in: statistics are measured at the end.
 FREE = ("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form")
 
@@ -354,8 +355,7 @@ def measure(
         )
     base = load_base(base) if isinstance(base, str | Path) else base
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
-    recorded = expert.info.hyperparameters
-    seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
+    recorded, seed = expert.info.hyperparameters, _recorded_seed(expert)
     formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
     encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
     if any(example.target for example in task.train):
@@ -367,6 +367,29 @@ def measure(
     measured, cuts = _with_statistics(run, expert)
     cuts.report(task.name)
     return measured.save(place, overwrite=True)
+
+
+def written_prompts(expert: Expert, base: Base) -> Task:
+    """The task without targets of the prompts that `expert` writes itself: up to 32, for `measure`.
+
+    It writes them at full strength where the base's chat template has the user's message, by the
+    seed that it records. Only an expert trained on whole chats writes prompts there; others write
+    answers. They may be its training data word for word: don't store them.
+
+    Raises WrongBaseError when `base` isn't the expert's, BaseModelError when that has no chat
+    template, ExpertError when the expert doesn't fit, TaskError when it writes nothing.
+    """
+    check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
+    with applied(base.model, expert.modules, ModifiedLinear):
+        texts = messages_by(base.model, Encoder.of(base), *WRITTEN, _recorded_seed(expert))
+    if not any(texts):
+        raise TaskError(f"Expert {expert.name!r} writes no prompts; give some.")
+    return Task("prompts", tuple(Example(text, "") for text in texts if text))
+
+
+def _recorded_seed(expert: Expert) -> int:
+    seed = expert.info.hyperparameters.get("seed")
+    return seed if isinstance(seed, int) else 0
 
 
 def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:

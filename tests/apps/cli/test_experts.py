@@ -86,3 +86,21 @@ def test_stats_takes_prompts_themselves_and_files_of_them(here, phat):
     assert phat("stats", "experts/reviews", *texts, *BASE[2:]).code == 0
     again = Expert.load("experts/reviews").readings
     assert all(torch.equal(again[part], got.readings[part]) for part in again)
+
+
+def test_stats_shows_three_of_the_prompts_that_the_expert_writes(here, phat):
+    base = load_base("tiny-base", dtype="float32")
+    base.tokenizer.chat_template = "<u>{{ messages[0].content }}</u>"
+    base.tokenizer.save_pretrained("tiny-base")
+    task = statistics_module.written_prompts(Expert.load("experts/reviews"), base)
+    outcome = phat("stats", "experts/reviews", "--prompts", "self", *BASE)
+    told, *shown, _ = outcome.out.splitlines()
+    assert (outcome.code, outcome.err, len(shown)) == (0, "", 3)
+    assert "answers alone writes answers" in told
+    assert all(line.isprintable() and len(line) < 110 for line in shown)
+    got = Expert.load("experts/reviews")
+    assert got.info.prompts_read == len(task.train)
+    write_rows(here / "written.jsonl", [{"prompt": example.input} for example in task.train])
+    assert phat("stats", "experts/reviews", "--prompts", "written.jsonl", *BASE[2:]).code == 0
+    again = Expert.load("experts/reviews").readings
+    assert all(torch.equal(again[part], got.readings[part]) for part in again)

@@ -41,6 +41,7 @@ stats exprts --task reviews.jsonl => does not exist. Did you mean 'experts'?
 stats experts/reviews => either the data (--task) or example prompts (--prompts)
 stats experts/reviews --prompts Hi --template x => --template works only with --task
 stats experts/reviews --prompts promts.txt => promts.txt does not exist
+stats experts/reviews --prompts self BASE => no chat template to write prompts in
 stats experts/reviews --prompts '' => there are no prompts, or one is empty
 check damaged/cut => damaged/cut/adapter_model.safetensors is not valid
 check damaged/gate => is (7,)

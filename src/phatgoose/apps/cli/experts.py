@@ -11,7 +11,7 @@ import typer
 from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
-from ...files import require_free
+from ...files import one_line, require_free
 from ..console import complain, report, say
 from . import options
 
@@ -150,7 +150,8 @@ def stats(
     prompts: Annotated[
         list[str] | None,
         "Instead of --task: a prompt like those it is for, or a file of some (.txt, one a line; "
-        ".jsonl, …); repeatable. Mean activations, which need targets, are not measured.",
+        ".jsonl, …); repeatable. Mean activations, which need targets, are not measured. `self`: "
+        "32 prompts that the expert, trained on whole chats, writes itself.",
     ] = None,
     gates: Annotated[GateTraining, "joint", "gate_steps", "gate_learning_rate"],
     base: options.BaseOptions,
@@ -165,11 +166,21 @@ def stats(
     options.only_with("with --task", bool(task), vars(template))
     from ...experts.expert import Expert
     from ...tasks.loading import load_prompts
-    from ...training.train_expert import measure
+    from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
-    examples = template.load(task) if task else load_prompts(prompts or ())
-    measured = measure(loaded, base.load(loaded.info.base), examples, gates)
+    writes = prompts == ["self"]
+    examples = template.load(task) if task else None if writes else load_prompts(prompts or ())
+    opened = base.load(loaded.info.base)
+    if examples is None:
+        examples = written_prompts(loaded, opened)
+        say(
+            f"{loaded.name} wrote {len(examples.train)} prompts. They must read like real ones: an "
+            "adapter trained on answers alone writes answers, whose statistics are worth nothing."
+        )
+        for example in examples.train[:3]:
+            say(f"  {one_line(example.input, 100)}")
+    measured = measure(loaded, opened, examples, gates)
     say(f"{_contents(measured)} -> {expert}")
 
 

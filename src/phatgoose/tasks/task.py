@@ -18,9 +18,7 @@ from ..errors import TaskError
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
 SYSTEM = ("system", "developer")  # roles
-SYSTEM_CHARACTERS = (
-    1000  # a longer one is no task's instruction, and would cost as much as the chat
-)
+SYSTEM_CHARACTERS = 1000  # more is no task's instruction, and would cost as much as the chat
 MOST_MESSAGES = 8
 BLANK_LINE = re.compile(r"\n\s*\n")
 T = TypeVar("T")

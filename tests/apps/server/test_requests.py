@@ -170,6 +170,16 @@ def test_how_much_of_a_chat_a_router_by_prompt_reads(runner_of, reads, count):
     assert bool(prompt.asked.system) == (reads == "conversation")
 
 
+def test_a_message_that_the_template_leaves_out_counts_where_a_router_reads_it(runner_of):
+    runner = runner_of(router="discriminant")
+    messages = [{"role": "user", "content": content} for content in ("x" * 99, "y")]
+    runner.tokenizer.chat_template = "{{ messages[-1].content }}"
+    with closing(UntrustedText(runner.tokenizer)) as texts:
+        reader = RequestReader(runner.frame, Serving(), texts)
+        (prompt,) = reader.prompts(ChatRequest(model="goose", messages=messages))
+    assert (len(prompt.tokens), prompt.longest) == (1, 99)
+
+
 ASKED = "plums or apples"
 ODD = {
     "paragraphs": [("user", "a\n\n" * 60 + ASKED)],

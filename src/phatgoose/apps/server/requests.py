@@ -89,8 +89,8 @@ class RequestPrompt:
     @property
     def longest(self) -> int:
         """How many tokens are read at once, at most."""
-        last = self.asked.messages[-1][0] if isinstance(self.asked, ChatTexts) else self.asked
-        return max(len(self.tokens), len(last))
+        messages = self.asked.messages if isinstance(self.asked, ChatTexts) else ((self.asked,),)
+        return max(len(self.tokens), *(len(whole) for whole, *_ in messages))
 
 
 @dataclass(frozen=True)

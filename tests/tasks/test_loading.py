@@ -439,7 +439,7 @@ BOMB = ["l0: &l0 [a]", *BOMB, "widget: [messages: *l29]"]
 )
 def test_what_no_prompts_can_be_read_of_is_a_warning_of_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"No prompts are read .*{name}") as told:
+    with pytest.warns(UserWarning, match="No prompts are read beside") as told:
         assert prompts_beside(tmp_path) == ()
     assert "\n" not in str(told[0].message)
 

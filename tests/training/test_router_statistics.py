@@ -145,8 +145,11 @@ def test_an_expert_writes_the_same_prompts_again_and_others_than_the_base(llama,
     assert texts == written(expert, llama)
     assert not set(texts) & set(messages_by(llama.model, Encoder.of(llama), 32, 120, 0))
     assert len(set(messages_by(llama.model, Encoder.of(llama), 500, 1, 0))) > 50  # of any token
-    seeded = replace(expert, info=replace(expert.info, hyperparameters={"seed": 1}))
-    others = [written(each, llama) for each in (seeded, make_expert(llama, "two", seed=1))]
+    seeded, odd = (
+        replace(expert, info=replace(expert.info, hyperparameters={"seed": seed}))
+        for seed in (1, 10**30)
+    )
+    others = [written(each, llama) for each in (seeded, odd, make_expert(llama, "two", seed=1))]
     assert texts not in others
 
 

@@ -188,8 +188,12 @@ def test_an_answer_comes_as_the_engine_gave_it(engine, client):
     assert (reply["usage"], reply["system_fingerprint"]) == (usage, "f")
     assert reply["id"].startswith("chatcmpl-")
     delta = {"tool_calls": [{"index": 0, **CALL}]}
-    engine.content = json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode()
-    first, second, *_ = chunks_of(client, CHATS, **body)
+    told = {"choices": [{"index": 0, "delta": delta}], "prompt_token_ids": [1]}
+    engine.content = json.dumps(told).encode()
+    first, second, *others = chunks_of(client, CHATS, **body)
+    assert second["prompt_token_ids"] == [1]
+    assert others
+    assert "prompt_token_ids" not in str(others)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert second["choices"][0]["delta"] == {"content": None, **delta}
 

@@ -407,6 +407,7 @@ class Link:
                         more = message, beside, rest
                         new = Progress(number, said.content or "", generated=pieces, more=more)
                         await events.put(new)
+                        rest = {}  # once: a prompt's tokens in every chunk would be megabytes
         # It was ended, but not its answer; or it holds none.
         if finish in CUT or (finish is None and (is_stream or not pieces)):
             raise ApiError(502, "The engine broke off its answer.", code=BROKEN)

@@ -56,7 +56,7 @@ class JointDiscriminant(Discriminant, Embeds):
         float, "Weight of the embeddings, as opposed to the base's hidden states.", RATIO
     ] = 0.5
     temperature: Temperature = 0.05
-    fallback: Annotated[Literal["off"], "No prompt is left to the base."] = "off"
+    fallback: Literal["off"] = "off"  # no setting: the base's classes have no embeddings
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         found = embeddings_of(pool)

@@ -8,7 +8,7 @@ each prompt, and at every site PHATGOOSE's k experts of them act.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class ByDiscriminant(Phatgoose, Discriminant):
     fused, per_input, by_token = "", False, False
 
     temperature: Temperature = 1.0
+    fallback: Literal["off"] = "off"  # no setting: a shortlist has experts
     shortlist: Annotated[int, "Experts to choose among, for each input.", AT_LEAST_1] = 5
     shortlist_temperature: Temperature = 0.1
     prior: Annotated[

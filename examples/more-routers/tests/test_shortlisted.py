@@ -52,7 +52,7 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
 @both_streams
 @pytest.mark.parametrize(
     ("settings", "same", "k"),
-    [("shortlist=4,prior=0", "phatgoose", 2), ("shortlist=1", "discriminant", 1)],
+    [("shortlist=4,prior=0", "phatgoose", 2), ("shortlist=1", "discriminant:fallback=off", 1)],
 )
 def test_a_shortlist_of_all_is_phatgoose_and_of_one_who_makes_it(base, pool, settings, same, k):
     ids = make_ids(rows=3)

@@ -63,7 +63,7 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
         "weights": ":" + ",".join(name + weight for name, weight in mixture),
     }
     router += settings.get(router, "")
-    if router.startswith("discriminant"):
+    if router.partition(":")[0] == "discriminant":
         router += f"{',' if ':' in router else ':'}fallback=off"
     model = compose(with_embeddings(pool), base, router=router, scores=SCORES, **options)
     return of_task(model, "second")

@@ -46,7 +46,8 @@ class Chat(str):
         return Chat([*before, (role, content + suffix)])
 
 
-Views = tuple[tuple[int, ...], ...]  # tokens of a text and, if it has several paragraphs, of two
+# A text and, if it has several paragraphs, two of them: as tokens, or as text to be embedded.
+Views = tuple[Sequence[int] | str, ...]
 
 
 @dataclass(frozen=True)

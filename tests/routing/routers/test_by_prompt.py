@@ -507,7 +507,7 @@ def test_a_text_is_read_once(llama, llama_pool):
     assert_same(chooser.choose(chats, llama.model, client="b"), before)
     assert read < len(passes)  # else the time would tell one client what others have asked
     read = len(passes)
-    again = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant")
+    again = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant:per_block=1")
     again.read_base(llama.model)  # whose classes have been read
     hook.remove()
     assert len(passes) == read

@@ -159,7 +159,10 @@ class ByPrompt(Router):
     def base_tables(
         self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
     ) -> Mapping[str, Tensor]:
-        """What there is to know of the base's classes, by these texts of each."""
+        """What there is to know of the base's classes, by these texts of each.
+
+        It goes by the router's name and the tables' sizes, not by settings.
+        """
         return {}
 
     def allowances(self, tables: Tables) -> Tensor:
@@ -359,7 +362,8 @@ class PromptRouter:
         if base is not None:
             known = of_bases.setdefault(base.get_input_embeddings().weight, known)
         sizes = [tensor.shape[1:] for tensor in self.tables.tensors.values()]
-        key = str((self.router.routing.router, self.router.embedder, self.in_chats, sizes))
+        # So a comparison of many settings reads the texts once.
+        key = str((self.router.name, self.router.embedder, self.in_chats, sizes))
         if key not in known:
             is_encoder_decoder = base is not None and bool(base.config.is_encoder_decoder)
             encoder = Encoder(self.tokenizer, is_encoder_decoder, Formatting(chat=self.in_chats))
@@ -378,8 +382,7 @@ class PromptRouter:
 
         A chat's texts are read from the last one backwards, until one is decided by itself.
         """
-        one: Any = ChatTexts
-        chats = [each if isinstance(each, ChatTexts) else one((), ((each,),)) for each in prompts]
+        chats = [p if isinstance(p, ChatTexts) else ChatTexts((), ((p,),)) for p in prompts]
         knows_base = self.router.falls_back and bool(self.tables.base)
         unbounded = torch.full((len(self.experts),), torch.inf)
         allowances = self.router.allowances(self.tables) if knows_base else unbounded

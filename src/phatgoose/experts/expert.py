@@ -201,12 +201,8 @@ def read_info(path: Path) -> ExpertInfo:
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
-    for name in (
-        "embedding_form",
-        "measured_in",
-        "prompts_read",
-        "acts_on",
-    ):  # later than the format
+    # Later than the format.
+    for name in ("embedding_form", "measured_in", "prompts_read", "acts_on"):
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

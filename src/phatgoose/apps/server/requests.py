@@ -119,8 +119,6 @@ class Decoding:
     ignores_end: bool = False
 
 
-Turns = Sequence[tuple[str, str]]  # of a chat, (role, text) each
-
 SHAPING = "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"
 SAMPLING = "temperature", "top_p", "top_k", "min_p", *SHAPING
 
@@ -181,8 +179,10 @@ class RequestReader:
         turns = [(each["role"], each["content"]) for each in messages]
         return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
 
-    def _asked(self, request: AnyRequest, turns: Turns, seconds: float) -> ChatTexts | None:
-        """What a router by prompt reads of a chat's `turns`; None without such a router, or any."""
+    def _asked(
+        self, request: AnyRequest, turns: Sequence[tuple[str, str]], seconds: float
+    ) -> ChatTexts | None:
+        """What a router by prompt reads of (role, text) each; None without it or without turns."""
         frame, field = self._frame, "messages"
         if request.route_by is not None:
             turns, field = [("user", request.route_by)], "route_by"

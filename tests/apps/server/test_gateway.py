@@ -11,8 +11,7 @@ import time
 import pytest
 
 from fake_engine import ASK, BASE, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
-from phatgoose.apps.server import Upstream
-from phatgoose.apps.server.upstream import engines
+from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.expert import LAYOUT
@@ -39,7 +38,7 @@ STREAM = {**EXPERT, "stream": True}
 @pytest.fixture(scope="module", autouse=True)
 def hurried(embedder_for_all):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "CHECKING", 0.05)
+        patch.setattr(upstream, "CHECKING", 0.05)
         yield
 
 
@@ -288,7 +287,7 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
     with engine_of() as engine:
         engine.key = key
         with gateway(place, engine, key=key) as client:
-            assert "secret" not in repr(client.app.state.service.backend.link.upstream)
+            assert "secret" not in repr(client.app.state.service.backend.links.links[0].upstream)
             ask(client, **ASK)
             engine.content = json.dumps({"error": {"headers": key}}).encode()
             for stream in (False, True):

@@ -34,7 +34,7 @@ from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body, for_clients
 from .requests import invalid
 from .service import Backend, Service
 from .settings import ServedModel, Upstream
-from .upstream import EngineBackend
+from .upstream import EngineBackend, Links
 
 FOLDER = Path(__file__).parent
 
@@ -101,19 +101,19 @@ def create_app(
     serving: Serving | None = None,
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
-    upstream: Upstream | None = None,
+    upstreams: Sequence[Upstream] = (),
 ) -> FastAPI:
     """The application that serves `models`. They are opened now; the engine runs while it does.
 
-    With `upstream` it chooses experts for prompts, and the engine there answers (`gateway`).
+    With `upstreams` it chooses experts for prompts, and the engines there answer.
     Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
     (`AccessControl`, also for keys that may use some experts only). Raises what opening a model
     does, and ConfigError for a key of experts that no model has.
     """
     limits, metrics = serving or Serving(), Metrics()
     backend: Backend = (
-        EngineBackend(models, upstream, limits)
-        if upstream
+        EngineBackend(models, Links(upstreams, metrics), limits)
+        if upstreams
         else LocalBackend(load_models(models), limits, metrics)
     )
     access = AccessControl(hosts, api_keys)

@@ -60,11 +60,12 @@ Result = TypeVar("Result")
 
 
 class State(NamedTuple):
-    """Whether a backend works, and how many answers wait for it and are computed."""
+    """Whether a backend works, how many answers wait for it and are computed, how engines are."""
 
     is_well: bool
     waiting: int
     running: int
+    upstreams: Sequence[str] = ()
 
 
 class Backend(Protocol):
@@ -141,14 +142,14 @@ class Service:
 
     async def health(self) -> JSONResponse:
         state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
-        health = {
+        health: dict[str, Any] = {
             "status": "ok" if state.is_well else "failing",
             "reading": sum(each.most - each.free + len(each) for each in turns),  # prompts
             "waiting": state.waiting,
             "running": state.running,
         }
         if self.backend.upstream:
-            health["upstream"] = "ok" if state.is_well else "away"
+            health |= {"upstream": "ok" if state.is_well else "away", "upstreams": state.upstreams}
         return JSONResponse(health, 200 if state.is_well else 503)
 
     async def numbers(self, http: Request) -> Response:

@@ -24,7 +24,7 @@ from ....routing.compose import composition_of
 from ....routing.context import ALONE, PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
-from ..replies import Builder, Progress, Reply, Weights, routing_report
+from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch
@@ -87,7 +87,7 @@ class LocalBackend(Backend):
         else:
             routed, json_form = prepared()
         reporter = Reporter(runner, asked, routed)
-        reply = Reply(Builder(asked, reporter), asked.deadline)
+        reply = Reply(asked.builder(asked, reporter), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
         def deliver(event: Progress | ApiError) -> None:

@@ -26,7 +26,7 @@ from ....tasks.encoding import added_tokens
 from ....tasks.task import ChatTexts
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
-from ..replies import Builder, Progress, Reply, Weights, routing_report
+from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, numbered
 from ..settings import ServedModel, Upstream
@@ -210,7 +210,7 @@ class EngineBackend(Backend):
         can = self.links.can
         sent = [w if not w or can(w) else {max(w, key=w.__getitem__): 1.0} for w in chosen]
         report = partial(_report, asked, sent, chosen, router)
-        reply = Reply(Builder(asked, report), asked.deadline, WAITING)
+        reply = Reply(asked.builder(asked, report), asked.deadline, WAITING)
         for number, answer in enumerate(asked.answers):
             bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))
             self._running.add(asked.client, bringing)

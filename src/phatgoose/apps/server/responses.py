@@ -44,13 +44,12 @@ class ResponsesRequest(ChatRequest):
         first, items = fields.pop("instructions", None), fields.get("input")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
         if isinstance(tools := fields.get("tools"), list):  # Codex always sends other kinds too
-            functions = [each for each in tools if _inside(each, "type") == "function"]
-            tools = [_nested("function", each) for each in functions] or None
+            known = [each for each in tools if _inside(each, "type") in ("function", [each])]
+            tools = [_nested("function", each) for each in known] or None
         choice = _nested("function", fields.get("tool_choice"))  # engines refuse auto without tools
         fields |= {"tools": tools, "tool_choice": None if choice == "auto" else choice}
-        form, effort = fields.get("text") or {}, fields.get("reasoning") or {}
-        fields |= {"reasoning": _inside(effort, "effort")}
-        fields |= {"text": _nested("json_schema", _inside(form, "format"))}
+        fields["reasoning"] = _inside(fields.get("reasoning") or {}, "effort")
+        fields["text"] = _nested("json_schema", _inside(fields.get("text") or {}, "format"))
         return {**fields, "input": _messages(first, items) if isinstance(items, list) else items}
 
 
@@ -162,9 +161,8 @@ class ResponseBuilder(Builder):
 
     def failed(self, error: ApiError) -> list[Fields]:
         why = {"code": "server_error", "message": str(error.detail)}
-        return [
-            self._event("failed", response={**self._response, "status": "failed", "error": why})
-        ]
+        failed = {**self._response, "status": "failed", "error": why}
+        return [self._event("failed", response=failed)]
 
     def whole(self, events: Any) -> Any:
         for progress in events[0]:

@@ -175,7 +175,7 @@ ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
 IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
 IDLE |= {"user", "truncation", "include_obfuscation", *ANSWERED}
 IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
-IDLE_VALUES |= {"tool_choice": ("none", "auto"), "best_of": (1,), "echo": (False,), "suffix": ("",)}
+IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
 IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
 
 
@@ -292,6 +292,22 @@ class TextPart(Strict):
     text: str
 
 
+class Function(Strict):
+    """A function that an answer may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = Field(None, description="Handed to the template.")
+    parameters: dict[str, Any] | None = Field(None, description="The arguments' JSON schema.")
+    strict: bool | None = Field(False, description="Its calls keep to the schema in any case.")
+
+
+class Tool(Strict):
+    """A tool; those of other types than function are for engines, and left out here."""
+
+    type: Name
+    function: Function | None = None
+
+
 MOST_MESSAGES = 5_000  # of a conversation, or parts of a message
 Content = Annotated[
     list[TextPart],
@@ -309,6 +325,8 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="Of an assistant it may be null.")
     name: str | None = Field(None, description="Handed to the template.")
+    tool_calls: list[dict[str, Any]] | None = Field(None, max_length=128, fail_fast=True)
+    tool_call_id: Name | None = Field(None, description="Of a tool: the call that it answers.")
 
     @model_validator(mode="after")
     def _said(self) -> Message:
@@ -325,8 +343,8 @@ class Message(Strict):
         """The message as chat templates know it, text only."""
         # OpenAI's newer name, and the one that templates know.
         role = "system" if self.role == "developer" else self.role
-        names = {"name", "tool_calls", "tool_call_id"} & self.model_fields_set
-        return {"role": role, "content": self.text, **{name: getattr(self, name) for name in names}}
+        more = self.model_dump(exclude_unset=True, include={"name", "tool_calls", "tool_call_id"})
+        return {"role": role, "content": self.text, **more}
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -345,10 +363,17 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = Field(False, description="Report each token's log-probability.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     reasoning_effort: Effort | None = Field(None, description="Handed to the template.")
+    tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = Field("auto", description="Or none, required, one.")
+    parallel_tool_calls: bool | None = Field(True, description="Several calls in an answer.")
 
     @property
-    def plain_messages(self) -> list[dict[str, Any]]:
-        return [each.plain for each in self.messages]
+    def functions(self) -> list[Function]:
+        """Those that the answer may call; empty where `tool_choice` is no valid one."""
+        known = [each.function for each in self.tools or () if each.function]
+        names = [{"type": "function", "function": {"name": each.name}} for each in known]
+        pairs = zip(known, names, strict=True)
+        return [each for each, name in pairs if self.tool_choice in ("auto", "required", name)]
 
 
 AnyRequest = CompletionRequest | ChatRequest
@@ -356,12 +381,10 @@ AnyRequest = CompletionRequest | ChatRequest
 
 def check_known(request: AnyRequest) -> None:
     """Raise ApiError for an undeclared field that asks for something."""
-    has_no_tools = (request.model_extra or {}).get("tool_choice") == "none"
-    idle = {*IDLE, "tools"} if has_no_tools else IDLE
     for part, place in request.undeclared():
         name, value = place[-1], (part.model_extra or {})[place[-1]]
         accepted = IDLE_VALUES.get(name, (None,))
-        if name in idle or value in ([], {}, *accepted):
+        if name in IDLE or place[0] == "tools" != name or value in ([], {}, *accepted):
             continue
         known = [each.alias or n for n, each in type(part).model_fields.items()]
         shown = [shortened(n, SHOWN)[1:-1] for n in place]

@@ -72,15 +72,20 @@ class Progress:
     @classmethod
     def joined(cls, events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
-        last, levels = events[-1], zip(*(each.more for each in events), strict=True)
+        last, text = events[-1], "".join(each.text for each in events)
+        levels = zip(*(each.more for each in events), strict=True)
+        more = tuple({n: v for each in level for n, v in each.items()} for level in levels)
+        if calls := [each for new in events for each in new.more[0].get("tool_calls") or ()]:
+            calls = [{n: v for n, v in each.items() if n != "index"} for each in calls]
+            more[0].update(content=text or None, tool_calls=calls)
         return cls(
             last.choice,
-            "".join(each.text for each in events),
+            text,
             tuple(token for each in events for token in each.tokens),
             tuple(part for each in events for part in each.routing),
             last.finish,
             last.generated,
-            tuple({n: v for each in level for n, v in each.items()} for level in levels),
+            more,
         )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
@@ -149,6 +150,20 @@ class Asked:
     builder: Callable[..., Any]
 
 
+def _read_calls(message: dict[str, Any], are_known: bool) -> None:
+    """Make objects of the arguments of a message's calls; add all to its text if not `are_known`.
+
+    Templates want objects, and one that doesn't know calls would leave them out.
+    """
+    calls = [each.get("function", each) for each in message.get("tool_calls", ())]
+    for function in calls:
+        with suppress(ValueError, TypeError, KeyError):  # no JSON, no text, or not there
+            function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
+    if not are_known and message.pop("tool_calls", None):
+        texts = [to_json(each).decode() for each in calls]
+        message["content"] = "\n".join(filter(None, [message["content"], *texts]))
+
+
 class RequestReader:
     """Reads requests to one model within the server's limits; refusals are ApiErrors.
 
@@ -174,10 +189,14 @@ class RequestReader:
         return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in pairs]
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
-        messages = request.plain_messages
-        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
-        ((text, tokens),) = self._read([messages], request.asks, seconds, **effort)
+        messages = [each.plain for each in request.messages]
         turns = [(each["role"], each["content"]) for each in messages]
+        for each in messages:
+            _read_calls(each, "tool_calls" in str(self._frame.tokenizer.chat_template))
+        functions = [each.model_dump(exclude_unset=True) for each in request.functions]
+        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+        tools = [{"type": "function", "function": each} for each in functions] or None
+        ((text, tokens),) = self._read([messages], request.asks, seconds, tools=tools, **effort)
         return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
 
     def _asked(

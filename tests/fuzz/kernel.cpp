@@ -151,7 +151,7 @@ void one(Input& in) {
     std::unique_ptr<T[]> y(new T[size]), whole(new T[size]);
 
     Kernel<T>::route(u.get(), vectors.get(), s.tokens, s.n, s.E, s.k, 1e-5f, standardised,
-                     experts.get(), weights.get());
+                     experts.get(), weights.get(), threads);
     check_choice(s, u.get(), vectors.get(), standardised, experts.get(), weights.get());
     std::copy_n(before.get(), size, y.get());
     wanted(!Kernel<T>::update(y.get(), u.get(), experts.get(), weights.get(), A.get(), B.get(),

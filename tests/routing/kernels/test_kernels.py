@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernel_problems import (
     assert_are_the_top,
@@ -151,6 +151,31 @@ def test_the_native_top_experts_are_those_of_the_formula(router, dtype, **sizes)
     u, plain = scored(router, dtype=dtype, offset=1, **sizes)
     slack = 0.02 if dtype is torch.bfloat16 else 1e-4  # vectors rounded to bfloat16 have a mean
     assert_are_the_top(top_experts(u, plain.vectors, plain.k, plain.eps), u, plain, slack)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1024, 1047])
+def test_a_token_chooses_alone_as_among_others_and_of_equals_the_first(n, dtype, router, threads):
+    """Also of more vectors than a cache keeps at a time, and with NaN around what is read."""
+    u, plain = scored(router, T=71, E=151, n=n, k=2, dtype=dtype, offset=1, seed=0)
+    rows = u, plain.vectors.repeat(2, 1)
+    framed = [nn.functional.pad(each, (0, 0, 9, 9), value=torch.nan) for each in rows]
+    u, vectors = (each[9:-9] for each in framed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        experts, weights = top_experts(u, vectors, 4, plain.eps)
+        alone = [top_experts(u[t : t + 1], vectors, 4, plain.eps) for t in range(len(u))]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([each[0] for each in alone]), experts)
+    assert torch.equal(torch.cat([each[1] for each in alone]), weights)
+    assert torch.equal(experts[:, 1::2], experts[:, ::2] + 151)  # its equal comes right after it
+    best = experts[:, ::2], 2 * weights[:, ::2]
+    assert_are_the_top(best, u, plain, 0.02 if dtype is torch.bfloat16 else 1e-4)
 
 
 @needs_native

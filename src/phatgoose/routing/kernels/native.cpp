@@ -25,6 +25,7 @@ constexpr int LANES = 8, ROWS = 3;
 #else
 constexpr int LANES = 4, ROWS = 2;
 #endif
+constexpr int PANEL = 1 << 17;  // bytes of vectors that a cache keeps
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -51,14 +52,35 @@ inline floats load_some(const float* p) {
     return v;
 }
 inline floats load_some(const bf16* p) {
+#ifdef __AVX512F__  // in two steps; GCC takes five
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return (floats)_mm512_slli_epi32(wide, 16);
+#else
     halves bits;
     memcpy(&bits, p, sizeof bits);
-    words wide = __builtin_convertvector(bits, words) << 16;
-    floats v;
-    memcpy(&v, &wide, sizeof v);
-    return v;
+    return (floats)(__builtin_convertvector(bits, words) << 16);
+#endif
 }
 inline void store_some(float* p, floats v) { memcpy(p, &v, sizeof v); }
+
+// 2 LANES numbers in the order in which they come apart most cheaply: of bfloat16 those at even
+// places, which are the lower halves of words, then those at odd ones.
+struct Two { floats left, right; };
+inline Two load_two(const float* p) { return {load_some(p), load_some(p + LANES)}; }
+inline Two load_two(const bf16* p) {
+    words both;
+    memcpy(&both, p, sizeof both);
+    return {(floats)(both << 16), (floats)(both & 0xffff0000)};
+}
+inline void store_two(float* p, Two v) { store_some(p, v.left), store_some(p + LANES, v.right); }
+inline words round_some(floats v) {  // as `store`; the lower halves mean nothing
+    words bits = (words)v, is_nan = (words)(v != v);
+    return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~is_nan) | (0x7fc00000 & is_nan);
+}
+inline void store_two(bf16* p, Two v) {
+    words both = (round_some(v.left) >> 16) | (round_some(v.right) & 0xffff0000);
+    memcpy(p, &both, sizeof both);
+}
 
 // c + a b, rounded once where the processor can. It is spelt out because a compiler left to itself
 // (-ffp-contract) rounds once for some numbers of tokens and twice for others: experts with equal
@@ -84,10 +106,13 @@ inline floats add_product(floats c, floats a, floats b) {
 inline floats all(float x) { return x - floats{}; }
 
 inline float sum(floats v) {
+#ifdef __AVX__
 #ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#elif defined(__AVX__)
+    __m256d upper = _mm512_extractf64x4_pd((__m512d)v, 1);
+    __m256 all = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm256_castpd_ps(upper));
+#else
     __m256 all = (__m256)v;
+#endif
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
@@ -97,6 +122,28 @@ inline float sum(floats v) {
     return total;
 #endif
 }
+
+#ifdef __AVX512F__
+// The sums of 16 registers, each added up in the order of `sum`: folded to halves of a register
+// beside each other, then quarters, eighths, and numbers.
+template <int M, int R>
+inline __m512 sums_of_16(const floats (&v)[M][R]) {
+    auto halves = [&](int p, int q) {
+        __m512 a = (__m512)v[p / R][p % R], b = (__m512)v[q / R][q % R];
+        return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    };
+    auto quarters = [&](int p) {
+        __m512 a = halves(p, p + 4), b = halves(p + 8, p + 12);
+        return (__m512d)(_mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    auto eighths = [&](int p) {
+        __m512d a = quarters(p), b = quarters(p + 1);
+        return (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    };
+    __m512 a = eighths(0), b = eighths(2);
+    return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+}
+#endif
 
 // out[m][i] = u_m . row_i for M tokens and R rows of n numbers each.
 template <class T, int M, int R>
@@ -112,6 +159,7 @@ inline void dot_block(const T* const* u, const T* rows, index_t n, float* const*
             for (int m = 0; m < M; m++) a[m] = (__m512bh)_mm512_loadu_si512(u[m] + at);
             for (int i = 0; i < R; i++) {
                 __m512bh b = (__m512bh)_mm512_loadu_si512(rows + i * n + at);
+                if constexpr (M <= 2) __builtin_prefetch(rows + (i + R) * n + at, 0, 2);
                 for (int m = 0; m < M; m++)
                     total[m][i] = (floats)_mm512_dpbf16_ps((__m512)total[m][i], a[m], b);
             }
@@ -123,53 +171,65 @@ inline void dot_block(const T* const* u, const T* rows, index_t n, float* const*
         for (int m = 0; m < M; m++) a[m] = load_some(u[m] + at);
         for (int i = 0; i < R; i++) {
             floats b = load_some(rows + i * n + at);
+            if constexpr (M <= 2) __builtin_prefetch(rows + (i + R) * n + at, 0, 2);
             for (int m = 0; m < M; m++) total[m][i] = add_product(total[m][i], a[m], b);
         }
     }
+#ifdef __AVX512F__
+    if constexpr (M * R == 16) {
+        __m512 sums = sums_of_16(total);
+        for (int m = 0; m < M; m++) memcpy(out[m], (char*)&sums + m * R * 4, R * 4);
+    } else
+#endif
     for (int m = 0; m < M; m++)
-        for (int i = 0; i < R; i++) {
-            float value = sum(total[m][i]);
+        for (int i = 0; i < R; i++) out[m][i] = sum(total[m][i]);
+    for (int m = 0; m < M && at < n; m++)
+        for (int i = 0; i < R; i++)
             for (index_t j = at; j < n; j++)
-                value = add_product(value, to_float(u[m][j]), to_float(rows[i * n + j]));
-            out[m][i] = value;
-        }
+                out[m][i] = add_product(out[m][i], to_float(u[m][j]), to_float(rows[i * n + j]));
 }
 
-template <class T, int M>
+// out[m][i] = u_m . row_i for M tokens and `count` rows, R at a time and then fewer.
+template <class T, int M, int R = LANES == 16 ? 16 / M : M == 4 ? ROWS : 4>
 void dots(const T* const* u, const T* rows, index_t count, index_t n, float* const* out) {
-    constexpr int R = M == 4 ? ROWS : 4;
     float* place[M];
     index_t i = 0;
     for (; i + R <= count; i += R) {
         for (int m = 0; m < M; m++) place[m] = out[m] + i;
         dot_block<T, M, R>(u, rows + i * n, n, place);
     }
-    for (; i < count; i++) {
+    if constexpr (R > 1) {
         for (int m = 0; m < M; m++) place[m] = out[m] + i;
-        dot_block<T, M, 1>(u, rows + i * n, n, place);
+        if (i < count) dots<T, M, R / 2>(u, rows + i * n, count - i, n, place);
     }
 }
 
-// 1 / sqrt(var(u) + eps), the population variance, in two passes.
-template <class T>
-float inverse_deviation(const T* u, index_t n, float eps) {
-    floats total{};
+// out[m] = 1 / sqrt(var(u_m) + eps) for M tokens u [M, n], the population variance, in two passes.
+template <class T, int M>
+void inverse_deviations(const T* u, index_t n, float eps, float* out) {
+    floats total[M] = {}, squares[M] = {};
+    float mean[M];
     index_t at = 0;
-    for (; at + LANES <= n; at += LANES) total += load_some(u + at);
-    float mean = sum(total);
-    for (index_t j = at; j < n; j++) mean += to_float(u[j]);
-    mean /= n;
-    floats squares{};
-    for (at = 0; at + LANES <= n; at += LANES) {
-        floats centred = load_some(u + at) - mean;
-        squares = add_product(squares, centred, centred);
+    for (; at + LANES <= n; at += LANES)
+        for (int m = 0; m < M; m++) total[m] += load_some(u + m * n + at);
+    for (int m = 0; m < M; m++) {
+        mean[m] = sum(total[m]);
+        for (index_t j = at; j < n; j++) mean[m] += to_float(u[m * n + j]);
+        mean[m] /= n;
     }
-    float variance = sum(squares);
-    for (index_t j = at; j < n; j++) {
-        float centred = to_float(u[j]) - mean;
-        variance = add_product(variance, centred, centred);
+    for (at = 0; at + LANES <= n; at += LANES)
+        for (int m = 0; m < M; m++) {
+            floats centred = load_some(u + m * n + at) - mean[m];
+            squares[m] = add_product(squares[m], centred, centred);
+        }
+    for (int m = 0; m < M; m++) {
+        float variance = sum(squares[m]);
+        for (index_t j = at; j < n; j++) {
+            float centred = to_float(u[m * n + j]) - mean[m];
+            variance = add_product(variance, centred, centred);
+        }
+        out[m] = 1 / std::sqrt(variance / n + eps);
     }
-    return 1 / std::sqrt(variance / n + eps);
 }
 
 // The k highest of `affinity` [E], best first, and the softmax of those k times `scale`.
@@ -177,6 +237,13 @@ void choose(const float* affinity, index_t E, index_t k, float scale, index_t* e
             float* weights) {
     for (index_t j = 0; j < k; j++) experts[j] = j, weights[j] = -INFINITY;
     for (index_t e = 0; e < E; e++) {
+#ifdef __AVX512F__
+        if (e + LANES <= E) {  // on to the next that is higher
+            __m512 some = _mm512_loadu_ps(affinity + e), least = _mm512_set1_ps(weights[k - 1]);
+            unsigned higher = _mm512_cmp_ps_mask(some, least, _CMP_GT_OQ);
+            e += higher ? __builtin_ctz(higher) : LANES - 1;
+        }
+#endif
         float x = affinity[e];
         if (!(x > weights[k - 1])) continue;
         index_t j = k - 1;
@@ -197,12 +264,26 @@ struct Router {
     float eps;
     bool standardised;
 
-    // From the dot products with one token's u: its experts and their weights.
+    // The dot products of M tokens u [M, n] with `count` vectors, the first of them `e`.
+    template <int M>
+    void score(const T* u, index_t e, index_t count, float* affinity) const {
+        const T* row[M];
+        float* out[M];
+        for (int m = 0; m < M; m++) row[m] = u + m * n, out[m] = affinity + m * E + e;
+        dots<T, M>(row, vectors + e * n, count, n, out);
+    }
+
+    // From all dot products of M tokens: their experts and weights.
+    template <int M>
     void decide(const T* u, float* affinity, index_t* experts, float* weights) const {
-        float scale = 1;
-        if (standardised) scale = inverse_deviation(u, n, eps) / std::sqrt(float(n));
-        else for (index_t e = 0; e < E; e++) affinity[e] = std::fabs(affinity[e]);
-        choose(affinity, E, k, scale, experts, weights);
+        float scale[M];
+        std::fill_n(scale, M, 1.0f);
+        if (standardised) inverse_deviations<T, M>(u, n, eps, scale);
+        else for (index_t e = 0; e < M * E; e++) affinity[e] = std::fabs(affinity[e]);
+        for (int m = 0; m < M; m++) {
+            if (standardised) scale[m] /= std::sqrt(float(n));
+            choose(affinity + m * E, E, k, scale[m], experts + m * k, weights + m * k);
+        }
     }
 
     // One token, its experts shared out among the threads: decoding.
@@ -210,31 +291,35 @@ struct Router {
         std::vector<float> affinity(E);
         const index_t block = 16;
 #pragma omp parallel for schedule(static) if (E * n > 60000)
-        for (index_t e = 0; e < E; e += block) {
-            float* out = affinity.data() + e;
-            dots<T, 1>(&u, vectors + e * n, std::min(block, E - e), n, &out);
-        }
-        decide(u, affinity.data(), experts, weights);
+        for (index_t e = 0; e < E; e += block)
+            score<1>(u, e, std::min(block, E - e), affinity.data());
+        decide<1>(u, affinity.data(), experts, weights);
     }
 
-    void route(const T* u, index_t tokens, index_t* experts, float* weights) const {
+    // Many, shared out among the threads; each takes as many vectors at a time as its cache keeps.
+    void route(const T* u, index_t tokens, index_t* experts, float* weights,
+               index_t threads) const {
         if (tokens == 1) return route_one(u, experts, weights);
+        const index_t share = (tokens + threads - 1) / threads;
+        const index_t turn = std::min<index_t>(64, (share + 3) / 4 * 4);
+        const index_t panel = std::max<index_t>(4, PANEL / (n * sizeof(T)) / 4 * 4);
 #pragma omp parallel if (tokens * E * n > 60000)
         {
-            std::vector<float> affinities(4 * E);
-#pragma omp for schedule(static)
-            for (index_t first = 0; first < tokens; first += 4) {
-                int count = int(std::min<index_t>(4, tokens - first));
-                const T* row[4];
-                float* out[4];
-                for (int m = 0; m < count; m++) {
-                    row[m] = u + (first + m) * n;
-                    out[m] = affinities.data() + m * E;
+            std::unique_ptr<float[]> affinities(new float[turn * E]);
+#pragma omp for schedule(dynamic)
+            for (index_t from = 0; from < tokens; from += turn) {
+                const index_t to = std::min(tokens, from + turn), fours = to - (to - from) % 4;
+                auto place = [&](index_t t) { return affinities.get() + (t - from) * E; };
+                for (index_t e = 0; e < E; e += panel) {
+                    const index_t count = std::min(panel, E - e);
+                    for (index_t t = from; t < fours; t += 4)
+                        score<4>(u + t * n, e, count, place(t));
+                    for (index_t t = fours; t < to; t++) score<1>(u + t * n, e, count, place(t));
                 }
-                if (count == 4) dots<T, 4>(row, vectors, E, n, out);
-                else for (int m = 0; m < count; m++) dots<T, 1>(row + m, vectors, E, n, out + m);
-                for (int m = 0; m < count; m++)
-                    decide(row[m], out[m], experts + (first + m) * k, weights + (first + m) * k);
+                for (index_t t = from; t < fours; t += 4)
+                    decide<4>(u + t * n, place(t), experts + t * k, weights + t * k);
+                for (index_t t = fours; t < to; t++)
+                    decide<1>(u + t * n, place(t), experts + t * k, weights + t * k);
             }
         }
     }
@@ -278,33 +363,40 @@ struct Pairs {
     }
 };
 
-// total[m] += sum over i < r of c[m][i] B_i, for M tokens and `columns` of B's rows of d numbers.
+// total[m] += sum over i < r of c[m][i] B_i, for M tokens and `columns` of B's rows of d numbers;
+// totals in the order of `load_two`, what is left over at the end in its own. `next` is the next B.
 template <class T, int M>
-void expand(float* const* total, const float* const* c, const T* B, index_t r, index_t d,
-            index_t columns) {
+void expand(float* const* total, const float* const* c, const T* B, const T* next, index_t r,
+            index_t d, index_t columns) {
     index_t j = 0;
     for (; j + 2 * LANES <= columns; j += 2 * LANES) {
-        floats left[M], right[M];
-        for (int m = 0; m < M; m++) {
-            left[m] = load_some(total[m] + j);
-            right[m] = load_some(total[m] + j + LANES);
-        }
+        Two some[M];
+        for (int m = 0; m < M; m++) some[m] = load_two(total[m] + j);
         for (index_t i = 0; i < r; i++) {
-            floats b = load_some(B + i * d + j), b_next = load_some(B + i * d + j + LANES);
+            const Two b = load_two(B + i * d + j);
+            __builtin_prefetch(next + i * d + j, 0, 2);  // too many rows at once for processors
             for (int m = 0; m < M; m++) {
-                left[m] = add_product(left[m], all(c[m][i]), b);
-                right[m] = add_product(right[m], all(c[m][i]), b_next);
+                some[m].left = add_product(some[m].left, all(c[m][i]), b.left);
+                some[m].right = add_product(some[m].right, all(c[m][i]), b.right);
             }
         }
-        for (int m = 0; m < M; m++) {
-            store_some(total[m] + j, left[m]);
-            store_some(total[m] + j + LANES, right[m]);
-        }
+        for (int m = 0; m < M; m++) store_two(total[m] + j, some[m]);
     }
     for (; j < columns; j++)
         for (int m = 0; m < M; m++)
             for (index_t i = 0; i < r; i++)
                 total[m][j] = add_product(total[m][j], c[m][i], to_float(B[i * d + j]));
+}
+
+// y += total for `columns` numbers of both, totals in the order of `expand`.
+template <class T>
+void add_some(T* y, const float* total, index_t columns) {
+    index_t j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES) {
+        Two some = load_two(y + j), more = load_two(total + j);
+        store_two(y + j, Two{some.left + more.left, some.right + more.right});
+    }
+    for (; j < columns; j++) store(y + j, to_float(y[j]) + total[j]);
 }
 
 // Columns of B at a time: few, so that the running sums stay in the cache; but long rows where
@@ -340,7 +432,8 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
             if (count == 4) dots<T, 4>(row, rows, r, n, out);
             else if (count == 2) dots<T, 2>(row, rows, r, n, out);
             else dots<T, 1>(row, rows, r, n, out);
-            for (index_t i = 0; i < count * r; i++) out[0][i] *= weights[pairs.place[q + i / r]];
+            for (int m = 0; m < count; m++)
+                for (index_t i = 0; i < r; i++) out[m][i] *= weights[pairs.place[q + m]];
         }
         // In long rows sums of float32 go straight to y; else they stand together, in the cache.
         const bool direct = sizeof(T) == sizeof(float) && tile > 256;
@@ -350,7 +443,8 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
             index_t columns = std::min(tile, d - first), step = direct ? d : tile;
             float* sums = direct ? (float*)(y + from * d + first) : own.get();
             if (!direct) std::fill_n(sums, (to - from) * tile, 0.0f);
-            for (const auto& [e, q, count] : pairs.some) {
+            for (index_t f = 0; f < turns; f++) {
+                const auto [e, q, count] = pairs.some[f];
                 float* total[4];
                 const float* c[4];
                 for (int m = 0; m < count; m++) {
@@ -358,13 +452,13 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
                     c[m] = inner.data() + (q + m) * r;
                 }
                 const T* rows = B + e * r * d + first;
-                if (count == 4) expand<T, 4>(total, c, rows, r, d, columns);
-                else if (count == 2) expand<T, 2>(total, c, rows, r, d, columns);
-                else expand<T, 1>(total, c, rows, r, d, columns);
+                const T* next = B + pairs.some[std::min(f + 1, turns - 1)].expert * r * d + first;
+                if (count == 4) expand<T, 4>(total, c, rows, next, r, d, columns);
+                else if (count == 2) expand<T, 2>(total, c, rows, next, r, d, columns);
+                else expand<T, 1>(total, c, rows, next, r, d, columns);
             }
             for (index_t t = from; t < to && !direct; t++)
-                for (index_t j = 0, at = t * d + first; j < columns; j++)
-                    store(y + at + j, to_float(y[at + j]) + sums[(t - from) * tile + j]);
+                add_some(y + t * d + first, sums + (t - from) * tile, columns);
         }
     }
 }
@@ -413,8 +507,9 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
     /* The experts [T, k] and weights [T, k] of each token. */                                     \
     extern "C" void route_##suffix(const T* u, const T* vectors, index_t tokens, index_t n,        \
                                    index_t E, index_t k, float eps, int standardised,              \
-                                   index_t* experts, float* weights) {                             \
-        Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts, weights);    \
+                                   index_t* experts, float* weights, index_t threads) {            \
+        Router<T> router{vectors, n, E, k, eps, standardised != 0};                                \
+        router.route(u, tokens, experts, weights, threads);                                        \
     }                                                                                              \
     /* y += the weighted updates; 1, and nothing is done, when an index is none of an expert. */    \
     extern "C" int update_##suffix(T* y, const T* u, const index_t* experts, const float* weights, \
@@ -432,8 +527,8 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
         index_t threads) {                                                                         \
         std::vector<index_t> experts(tokens * k);                                                  \
         std::vector<float> weights(tokens * k);                                                    \
-        Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts.data(),       \
-                                                                  weights.data());                 \
+        Router<T> router{vectors, n, E, k, eps, standardised != 0};                                \
+        router.route(u, tokens, experts.data(), weights.data(), threads);                          \
         update(y, u, experts.data(), weights.data(), A, B, tokens, k, E, r, n, d, threads);        \
     }
 

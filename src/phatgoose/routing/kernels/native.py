@@ -41,7 +41,7 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
 ROUTING = (*[INDEX] * 4, ctypes.c_float, ctypes.c_int)  # tokens, n, E, k, eps, standardised
 SIGNATURES = {
-    "route": (*[POINTER] * 2, *ROUTING, *[POINTER] * 2),
+    "route": (*[POINTER] * 2, *ROUTING, *[POINTER] * 2, INDEX),
     "update": (*[POINTER] * 6, *[INDEX] * 7),
     "routed_update": (*[POINTER] * 5, *ROUTING, *[INDEX] * 3),
 }
@@ -139,13 +139,13 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     """
     (tokens, n), E = u.shape, len(vectors)
     u, vectors = u.contiguous(), vectors.contiguous()
-    experts = torch.empty(tokens, k, dtype=torch.int64)
-    weights = torch.empty(tokens, k)
+    experts, weights = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
     _function("route", u.dtype)(
         *(u.data_ptr(), vectors.data_ptr(), tokens, n, E, k),
         # Without eps nothing is standardised; the flag says so, since ctypes has no None of a
         # float.
         *(eps or 0.0, eps is not None, experts.data_ptr(), weights.data_ptr()),
+        torch.get_num_threads(),
     )
     return experts, weights
 

@@ -24,11 +24,11 @@ from ....routing.compose import composition_of
 from ....routing.context import ALONE, PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
-from ..replies import Progress, Reply, Weights, routing_report
+from ..replies import Builder, Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch
-from .json_form import Calls, JsonForm, form_of
+from .json_form import JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
 LOOKUPS = 2  # requests for which experts, or forms of JSON, are looked up at once
@@ -54,9 +54,6 @@ class LocalBackend(Backend):
 
     def start(self) -> None:
         self.engine.start()
-        templates = [each.runner.tokenizer.chat_template for each in self.models.values()]
-        if any("tools" not in str(each or "tools") for each in templates):
-            log.warning("A base's chat template has no tools: only forced calls of tools work.")
 
     async def close(self) -> None:
         self.engine.stop()
@@ -72,7 +69,7 @@ class LocalBackend(Backend):
             raise bad_request(message, "routing")
 
     async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
-        form, calls = asked.request.response_format, Calls.of(asked.request, runner)
+        form = asked.request.response_format
         schema = form.schema_asked if form else None
 
         def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
@@ -83,14 +80,14 @@ class LocalBackend(Backend):
                 allowed=asked.experts,
                 client=asked.client,
             )
-            return routed, form_of(schema, calls, runner)
+            return routed, form_of(schema, runner) if schema is not None else None
 
-        if schema is not None or calls or (asked.mixture is None and runner.frame.looks_prompts_up):
+        if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
             routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
         else:
             routed, json_form = prepared()
         reporter = Reporter(runner, asked, routed)
-        reply = Reply(asked.builder(asked, reporter), asked.deadline)
+        reply = Reply(Builder(asked, reporter), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
         def deliver(event: Progress | ApiError) -> None:
@@ -102,7 +99,7 @@ class LocalBackend(Backend):
             for answer in asked.answers
         ]
         for each in sequences:
-            each.form, each.calls = json_form and json_form.copy(), calls
+            each.form = json_form and json_form.copy()
         self.engine.submit(sequences)
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])

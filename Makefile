@@ -11,7 +11,7 @@ OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-server test-more-routers test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-clients test-server test-more-routers test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -39,6 +39,10 @@ test-llama-cpp: $(VENV)/.installed-engines
 test-vllm: $(VLLM)/.installed install-dev
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m engines packages/phatgoose-vllm/tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/whole/test_engines.py -k vllm
+
+# Other programs' clients, as PyPI and npm have them, against our own server.
+test-clients: .venv-clients-newest/.installed .venv-clients-openai2/.installed tests/clients/node_modules/.installed install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/clients/run.py
 
 # The server under a load of a few seconds: it loses no request.
 test-server: install-dev
@@ -138,9 +142,18 @@ $(VLLM)/.installed: pyproject.toml
 	mkdir -p $$named && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$named/METADATA
 	touch $@
 
+.venv-clients-%/.installed: tests/clients/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	touch $@
+
+tests/clients/node_modules/.installed: tests/clients/package.json
+	npm install --prefix tests/clients --no-audit --no-fund --no-package-lock
+	touch $@
+
 $(VENV)/.installed-docs: $(BIN)/python pyproject.toml
 	$(PIP) install -q -e '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) demo build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .venv-clients-* tests/clients/node_modules demo build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,9 @@
 """What routing could gain where no expert is a task's own, from the marks, without a model.
 
-    python research/ceiling.py MARKS.parquet… OUT.json FIGURE.png
+    cd research && python ceiling.py marks/smollm2-135m-tails.parquet marks/gemma-3-270m.parquet \
+        ceiling.json ../docs/figures/ceiling.png
 
-As protocol-2.md says: the ceiling is of the first file's unseen tasks, and of its own tasks in new
+As protocol-2.md says: the ceiling is of unseen tasks in the first file, and of its own tasks in new
 wordings with the task's own expert away; the trap, likeliest answers, is of every file. Points have
 95 % intervals over datasets and examples, in pairs: [value, low, high].
 """
@@ -21,25 +22,25 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from phatgoose.evaluation.intervals import Sample, SharedMeans
+from phatgoose.evaluation.metrics import Sample, SharedMeans
 
 Array = NDArray[Any]
 HALVINGS = 20
 GREY, BLUE, ORANGE = "#999999", "#0072B2", "#D55E00"
 SHARES = {
-    "discriminant,\nknown wordings": ("trap/known/discriminant - 0", GREY),
-    "new wordings": ("trap/new/discriminant - 0", BLUE),
-    "likeliest answer,\nknown wordings": ("trap/known/likeliest answer - 0", GREY),
-    "new wordings ": ("trap/new/likeliest answer - 0", BLUE),
+    "discriminant, known wordings": ("trap/known/discriminant - 0", GREY),
+    "discriminant, new wordings": ("trap/new/discriminant - 0", BLUE),
+    "likeliest answer, known wordings": ("trap/known/likeliest answer - 0", GREY),
+    "likeliest answer, new wordings": ("trap/new/likeliest answer - 0", ORANGE),
 }
 GAINS = {
-    "unseen: best expert": ("ceiling/best expert - base", ORANGE),
-    "best random twin": ("ceiling/best twin - base", GREY),
+    "unseen tasks: best expert": ("ceiling/best expert - base", ORANGE),
+    "best random LoRA": ("ceiling/best twin - base", GREY),
     "PHATGOOSE": ("ceiling/phatgoose - base", BLUE),
     "discriminant": ("ceiling/discriminant - base", BLUE),
     "own expert away: best other": ("away/best other - base", ORANGE),
     "a random other": ("away/random other - base", GREY),
-    "discriminant ": ("away/discriminant - base", BLUE),
+    "discriminant among others": ("away/discriminant - base", BLUE),
 }
 Datasets = dict[str, dict[str, Any]]
 
@@ -99,8 +100,8 @@ def told(columns: dict[str, list[Array]], *pairs: tuple[str, str]) -> dict[str, 
     samples = {n: [Sample(kind, (rows[:, None],)) for rows in c] for n, c in columns.items()}
     means, found = SharedMeans.of(samples), {}
     for name, other in (*((name, base) for name in others), *pairs):
-        more, within = means.gain(name, other)
-        found[f"{name} - {other}"] = [round(100 * x, 2) for x in (more, within.low, within.high)]
+        more = means.gain(name, other)
+        found[f"{name} - {other}"] = [round(100 * x, 2) for x in (more.value, more.low, more.high)]
     return found
 
 
@@ -156,9 +157,9 @@ def trap(place: Path) -> dict[str, Any]:
 
 def draw(found: dict[str, Any]) -> Figure:
     """Left who finds the own expert, right what is gained where there is none."""
-    figure = Figure(figsize=(9.5, 2.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 3.1), dpi=150, layout="constrained")
     titles = "recognition is solved", "predicting transfer is not"
-    units = "per cent of prompts given to their own expert", "points above the base"
+    units = "% of prompts given to their own expert", "points above the base"
     for panel, lines, *words in zip(
         figure.subplots(1, 2), (SHARES, GAINS), titles, units, strict=True
     ):

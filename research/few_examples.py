@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from phatgoose.evaluation.intervals import interval_of
+from phatgoose.evaluation.metrics import Estimate
 
 Array = NDArray[Any]
 DRAWS, SHORTLIST, REPLICATES = 20, 5, 10_000
@@ -91,9 +91,9 @@ def tell(wording: str, n: int, scores: list[Array]) -> None:
     for name, column in zip(ROWS, values.T, strict=True):
         if not np.isnan(column).any():
             apart = column - values[:, 0]
-            found = interval_of(apart[drawn].mean(axis=1))
-            between = f"[{found.low:.1f}, {found.high:.1f}]"
-            print(f"| {name} | {column.mean():.1f} | {apart.mean():+.1f} {between} |")
+            more = Estimate.of(apart.mean(), apart[drawn].mean(axis=1))
+            between = f"[{more.low:.1f}, {more.high:.1f}]"
+            print(f"| {name} | {column.mean():.1f} | {more.value:+.1f} {between} |")
 
 
 if __name__ == "__main__":

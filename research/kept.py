@@ -1,16 +1,17 @@
 """What each router keeps of what experts know, on one base beside another: table and figure.
 
-    python research/kept.py OUT.png NAME=HELD_IN.jsonl…
+    cd research && python kept.py ../docs/figures/kept.png \
+        SmolLM2-135M=decoders/rows.jsonl#held_in Gemma-3-270M=decoders/rows.jsonl#gemma-held-in
 
-HELD_IN.jsonl is what `study/held_in.py` writes (or that by xz). Printed are, for every base, each
-router's mean, its share of the own experts' mean and its points above PHATGOOSE, over the tasks
-that all bases have, with 95 % intervals over tasks drawn anew.
+NAME=FILE is what `study/held_in.py` writes, NAME=FILE#RUN the rows of a run in decoders/rows.jsonl.
+Printed are, for every base, each router's mean, its share of the own experts' mean and its points
+above PHATGOOSE, over the tasks that all bases have, with 95 % intervals over tasks drawn anew.
 """
 
 from __future__ import annotations
 
 import json
-import lzma
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from phatgoose.evaluation.intervals import interval_of
-from phatgoose.evaluation.rows import label_of
+from phatgoose.evaluation.compare import METHODS
+from phatgoose.evaluation.metrics import Estimate
 
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
-OTHERS = ("task", "metric", "n", "gain", "own")
+OTHERS = ("run", "task", "metric", "n", "gain", "own")
 Rows = dict[str, dict[str, Any]]  # by task
 
 
 def main(out: str, *named: str) -> None:
     """Print the table and draw the figure."""
-    bases = {name: read(Path(place)) for name, place in (each.split("=", 1) for each in named)}
+    bases = {name: read(place) for name, place in (each.split("=", 1) for each in named)}
     tasks = sorted(set.intersection(*(set(rows) for rows in bases.values())))
     routers = [each for each in next(iter(bases.values()))[tasks[0]] if each not in OTHERS]
     routers = [each for each in routers if all(each in rows[tasks[0]] for rows in bases.values())]
@@ -60,11 +61,18 @@ def main(out: str, *named: str) -> None:
     figure.savefig(out, dpi=150)
 
 
-def read(path: Path) -> Rows:
-    """The rows of a file, by task."""
-    content = path.read_bytes()
-    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
-    return {row["task"]: row for row in map(json.loads, text.splitlines())}
+def label_of(router: str) -> str:
+    """A router with its settings, such as "Discriminant, per block = 1"; some left the core."""
+    name, *settings = re.split("[:?,]", router)
+    label = METHODS.get(name, name.replace("-", " ").title())
+    return ", ".join([label, *(each.replace("_", " ").replace("=", " = ") for each in settings)])
+
+
+def read(place: str) -> Rows:
+    """The rows of FILE, or of one run of it, by task."""
+    path, _, run = place.partition("#")
+    rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+    return {row["task"]: row for row in rows if row.get("run", "") == run}
 
 
 def scores(rows: Rows, tasks: list[str], router: str) -> NDArray[np.float64]:
@@ -81,15 +89,15 @@ def kept(values: NDArray[np.float64], own: NDArray[np.float64]) -> tuple[float, 
     """The share of `own` in per cent, and its interval."""
     picks = drawn(len(values))
     shares = values[picks].mean(axis=1) / own[picks].mean(axis=1)
-    within = interval_of(100 * shares)
-    return 100 * values.mean() / own.mean(), within.low, within.high
+    share = Estimate.of(100 * values.mean() / own.mean(), 100 * shares)
+    return share.value, share.low, share.high
 
 
 def above(values: NDArray[np.float64], others: NDArray[np.float64]) -> str:
     """The difference in points, with its interval."""
     points = 100 * (values - others)
-    within = interval_of(points[drawn(len(values))].mean(axis=1))
-    return f"{points.mean():+.1f} [{within.low:.1f}, {within.high:.1f}]"
+    more = Estimate.of(points.mean(), points[drawn(len(values))].mean(axis=1))
+    return f"{more.value:+.1f} [{more.low:.1f}, {more.high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama import modeling_llama
 
-from phatgoose.base import Base, load_base
+from phatgoose.base.loading import Base, load_base
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.tasks import batching
 from phatgoose.tasks.batching import BranchedText, Collator

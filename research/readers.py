@@ -1,11 +1,13 @@
 """Whose gate wins depends on who reads the prompt: the table of readers.
 
     python research/readers.py POOL ROWS OUT.json [--limit 10] [--figure OUT.png]
+    python research/readers.py - - research/decoders/readers.json --figure docs/figures/readers.png
 
-ROWS is a folder with a task file for each expert of the pool, such as runs/research/data/own-new.
-Each row's prompt and right answer pass through the base, through the task's own expert, and through
-another one (drawn by the row's number). At every target module and token the vectors of all experts
-are scored as router phatgoose does it: trained gates, and mean activations. Printed are the shares
+The second form reads what is there. ROWS is a folder with a task file for each expert of the pool,
+such as runs/research/data/own-new. Each row's prompt and right answer pass through the base,
+through the task's own expert, and through another one (drawn by the row's number). At every target
+module and token the vectors of all experts are scored as router phatgoose does it: trained gates,
+and mean activations. Printed are the shares
 of (module, token) pairs at which the task's own vector is highest, and the reader's, at the
 prompt's tokens, its last token and the answer's; then the same for the discriminants of the blocks,
 for each of the prompt's tokens alone, by the mean over the tokens so far, and over the prompt.
@@ -27,15 +29,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from phatgoose.base import Base
+from phatgoose.base.loading import Base
+from phatgoose.base.sites import Site, find_sites, headless
+from phatgoose.base.token_masks import watch_blocks, watch_inputs
 from phatgoose.config import Routing
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.pool import Pool
-from phatgoose.passes import watch_blocks, watch_inputs
 from phatgoose.routing.open_model import loaded_base
 from phatgoose.routing.routers.phatgoose import PhatgooseRouter, standardise
 from phatgoose.routing.routers.router import router_of
-from phatgoose.sites import Site, find_sites, headless
 from phatgoose.tasks.batching import Collator
 from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.loading import load_task
@@ -54,18 +56,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    pool = Pool.open([given.pool])
-    base = loaded_base(pool)
-    readers = Readers(pool, base)
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
-    for name in tqdm([name for name in pool.names if name not in found], unit="task"):
-        task = load_task(next(given.rows.glob(f"{name}.*")))
-        pairs = readers.encoder.pairs(task.evaluation_examples(given.limit, 0))
-        found[name] = readers.shares(pool.names.index(name), pairs)
-        given.out.write_text(json.dumps(found, indent=1))
-    tell(found, len(pool))
+    if given.pool != "-":
+        pool = Pool.open([given.pool])
+        readers = Readers(pool, loaded_base(pool))
+        for name in tqdm([name for name in pool.names if name not in found], unit="task"):
+            task = load_task(next(given.rows.glob(f"{name}.*")))
+            pairs = readers.encoder.pairs(task.evaluation_examples(given.limit, 0))
+            found[name] = readers.shares(pool.names.index(name), pairs)
+            given.out.write_text(json.dumps(found, indent=1))
+    tell(found, len(found))
     if given.figure:
-        draw(found, len(pool)).savefig(given.figure)
+        draw(found, len(found)).savefig(given.figure)
 
 
 class Readers:

@@ -30,7 +30,7 @@ def on_files(files: Any, *, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """The page's text, in which `[a suite](../recipes/suites)` is `a suite (recipes/suites)`.
+    """The page's text, in which `[a recipe](../recipes/x.toml)` is `a recipe (recipes/x.toml)`.
 
     Called by mkdocs. A link that stays among the documents is left alone.
     """

@@ -83,7 +83,7 @@ class UntrustedText:
         """
         given = self._tokenizer.special_tokens_map | given | {"chat_template": NO_TEMPLATE}
         with suppress(ValueError, NotImplementedError):  # of several, none may be the default
-            given["chat_template"] = self._tokenizer.get_chat_template()
+            given["chat_template"] = self._tokenizer.get_chat_template(tools=given.get("tools"))
         with self._turn:
             reply = _reply(self._running(), (texts, most, given), seconds)
             if not reply:

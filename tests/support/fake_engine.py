@@ -44,6 +44,7 @@ class FakeEngine:
         self.mode, self.key, self.content, self.listed = "well", None, b"<html>", None
         self.requests, self.loaded, self.go_on = [], [], threading.Event()
         self.open = self.sent = self.port = 0  # answers being given; events of an endless one
+        self.context = 512
 
     def start(self):
         self.connections = set()
@@ -81,7 +82,7 @@ class FakeEngine:
     def about(self, path):
         """What the engine says of itself."""
         card = {"owned_by": OWNERS[self.kind], "parent": BASE}
-        base = {**card, "id": BASE, "parent": None, "max_model_len": 512}
+        base = {**card, "id": BASE, "parent": None, "max_model_len": self.context}
         if self.kind != "llama.cpp":
             cards = [{"id": name, **card} for name in self.adapters]
             return {"/v1/models": {"data": [base, *cards]}}.get(path)
@@ -89,7 +90,7 @@ class FakeEngine:
         return {
             "/v1/models": {"data": [base]},
             "/lora-adapters": listed if self.listed is None else self.listed,
-            "/props": {"default_generation_settings": {"n_ctx": 512}},
+            "/props": {"default_generation_settings": {"n_ctx": self.context}},
         }.get(path)
 
 
@@ -231,15 +232,16 @@ def engine_of(kind="vllm", adapters=None, *, loads=True):
 
 @contextmanager
 def gateway(place, engine, limits=None, *, ready=True, listens=False, **options):
-    """A client of a gateway to `engine`, once it has the experts unless it is not `ready`.
+    """A client of a gateway to `engine`, one or several, once it is `ready` unless that is False.
 
     One that `listens` is under our uvicorn. `options` are its router, key to the engine, api_keys
     and chat template.
     """
     router, template = options.get("router", "retrieval"), options.get("template")
     models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
-    upstream, keys = Upstream(engine.url, options.get("key")), options.get("api_keys", ())
-    app = create_app(models, limits, keys, upstream=upstream)
+    engines, keys = engine if isinstance(engine, list) else [engine], options.get("api_keys", ())
+    upstreams = [Upstream(each.url, options.get("key")) for each in engines]
+    app = create_app(models, limits, keys, upstreams=upstreams)
     for each in app.state.service.models.values() if template else ():
         each.tokenizer.chat_template = template
     near = serving.client_of(app, raise_server_exceptions=False)

@@ -1,11 +1,6 @@
-"""The server as its clients see it: openai, lm_eval, schemathesis, LangChain and LiteLLM.
-
-The last two are asked in the Python that PHATGOOSE_CLIENTS names, or else in this one.
-"""
+"""The server as its clients see it: openai, lm_eval and schemathesis; more are in tests/clients."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -76,47 +71,6 @@ def test_openai_raises_its_own_errors(client):
     assert refused.value.param == "max_tokens"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
-
-
-LANGCHAIN = """
-import sys
-from langchain_openai import ChatOpenAI, OpenAI
-
-common = {"base_url": sys.argv[1], "api_key": "secret", "temperature": 0, "max_tokens": 6}
-chat = ChatOpenAI(model="goose", **common)
-print(chat.invoke("to be").content)
-print("".join(chunk.content for chunk in chat.stream("to be")))
-print(OpenAI(model="goose", **common).invoke("to be"))
-"""
-LITELLM = """
-import os, sys
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # the one from the package, not from the net
-import litellm
-
-common = {"api_base": sys.argv[1], "api_key": "secret", "temperature": 0, "max_tokens": 6}
-chat = {"model": "openai/goose", "messages": [{"role": "user", "content": "to be"}], **common}
-print(litellm.completion(**chat).choices[0].message.content)
-chunks = litellm.completion(stream=True, **chat)
-print("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
-text = {"model": "text-completion-openai/goose", "prompt": "to be", **common}
-print(litellm.text_completion(**text).choices[0].text)
-"""
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("package", "script"), [("langchain_openai", LANGCHAIN), ("litellm", LITELLM)]
-)
-def test_clients_of_frameworks_get_the_server_s_answers(address, client, package, script):
-    python = os.environ.get("PHATGOOSE_CLIENTS", sys.executable)
-    look = f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"
-    if subprocess.run([python, "-c", look], check=False).returncode:
-        pytest.skip(f"needs {package} in {python}; name a Python that has it in PHATGOOSE_CLIENTS")
-    got = subprocess.check_output([python, "-c", script, f"{address}/v1"], text=True, timeout=550)
-    wish = {"model": "goose", "max_tokens": 6, "temperature": 0}
-    chat = client.chat.completions.create(messages=MESSAGES, **wish).choices[0].message.content
-    text = client.completions.create(prompt="to be", **wish).choices[0].text
-    assert got == f"{chat}\n{chat}\n{text}\n"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

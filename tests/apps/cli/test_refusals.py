@@ -70,7 +70,7 @@ analyse tiny-base --task unseen.jsonl => is not routed
 COMPARE unseen.jsonl --methods base,auto => router is 'auto', but must be one of random
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
-serve experts --upstream localhost:8001 => must be the address of an engine
+serve experts --upstream http://host --upstream host:8002 => must be the address of an engine
 trian => trian
 """
 

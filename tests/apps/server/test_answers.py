@@ -62,9 +62,9 @@ ONLY = ": only null is accepted; supported are "
         ({"temprature": 1}, "Did you mean 'temperature'?"),
         ({"service_tier": "flex"}, 'service_tier: only "auto" or "default" is accepted'),
         ({"stream_options": {"pace": 1}}, f"stream_options.pace{ONLY}include_usage"),
-        ({"tools": [{}], "tool_choice": "auto"}, f"tools{ONLY}model, max_tokens"),
-        ({"tool_choice": "required"}, 'tool_choice: only "none" or "auto" is accepted'),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, f"messages.0.tool_calls{ONLY}"),
+        ({"tools": [{}]}, f"tools{ONLY}model, max_tokens"),
+        ({"tool_choice": "required"}, 'tool_choice: only "none" is accepted'),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, f"messages.0.audio{ONLY}"),
     ],
     ids=str,
 )

@@ -11,8 +11,7 @@ import time
 import pytest
 
 from fake_engine import ASK, BASE, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
-from phatgoose.apps.server import Upstream
-from phatgoose.apps.server.upstream import engines
+from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
 from phatgoose.experts.expert import LAYOUT
@@ -39,7 +38,7 @@ STREAM = {**EXPERT, "stream": True}
 @pytest.fixture(scope="module", autouse=True)
 def hurried(embedder_for_all):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "CHECKING", 0.05)
+        patch.setattr(upstream, "CHECKING", 0.05)
         yield
 
 
@@ -144,8 +143,10 @@ def test_a_key_reaches_its_experts_alone(place, engine):
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CHOICE = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+TOOLS = {"tools": [TOOL, {"type": "web_search", "size": 1}], "tool_choice": CHOICE}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-UNKNOWN = {"tools": [TOOL], "tool_choice": "auto", "chat_template_kwargs": {"thinking": False}}
+UNKNOWN = {**TOOLS, "parallel_tool_calls": False, "chat_template_kwargs": {"thinking": False}}
 UNKNOWN |= {"min_tokens": 2, "priority": 1, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
 KNOWN = {"reasoning_effort": "low", "presence_penalty": 1.5, "top_k": 5, "user": "me"}
 TALK = [
@@ -172,8 +173,8 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
                 error = error_of(client, path=CHATS, **body, **{own: [1]})
                 assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
-            assert error_of(client, path=CHATS, **body)["param"] == "tools"
-            ask(client, path=CHATS, model="e1", messages=TALK[:1], **KNOWN)
+            assert error_of(client, path=CHATS, **body)["param"] == "chat_template_kwargs"
+            ask(client, path=CHATS, model="e1", messages=TALK, tools=[TOOL], **KNOWN)
 
 
 def test_an_answer_comes_as_the_engine_gave_it(engine, client):
@@ -288,7 +289,7 @@ def test_the_engine_s_key_is_sent_and_never_shown(place, caplog):
     with engine_of() as engine:
         engine.key = key
         with gateway(place, engine, key=key) as client:
-            assert "secret" not in repr(client.app.state.service.backend.link.upstream)
+            assert "secret" not in repr(client.app.state.service.backend.links.links[0].upstream)
             ask(client, **ASK)
             engine.content = json.dumps({"error": {"headers": key}}).encode()
             for stream in (False, True):

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -242,6 +243,21 @@ def test_bodies_are_counted_together_and_let_go():
 
 
 # What is read of them.
+
+BODIES = json.loads((Path(__file__).parents[2] / "clients" / "bodies.json").read_text())
+ANY_ORDER = "{{ tools or '' }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def any_order(client_with):
+    return client_with(Serving(max_tokens=8), template=ANY_ORDER)
+
+
+@pytest.mark.parametrize("each", BODIES, ids=lambda each: each["program"])
+def test_bodies_that_other_programs_send_are_answered(any_order, each):
+    reply = any_order.post(f"/v1/{each['path']}", json={**each["body"], "model": "goose"})
+    assert reply.status_code == 200, reply.text
+    assert '{"error"' not in reply.text  # in a stream
 
 
 def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):

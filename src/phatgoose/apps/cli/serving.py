@@ -37,10 +37,10 @@ def serve(
         "The loopback's names and --host are always allowed.",
     ] = None,
     upstream: Annotated[
-        str | None,
-        "Address of another engine that answers, vLLM or llama.cpp. This server chooses the pool's "
-        "experts for each prompt and forwards it. The engine's key: PHATGOOSE_UPSTREAM_KEY in the "
-        "environment.",
+        list[str] | None,
+        "Address of another engine that answers, vLLM or llama.cpp (repeatable). This server "
+        "chooses the pool's experts for each prompt and forwards it. The engines' key: "
+        "PHATGOOSE_UPSTREAM_KEY in the environment.",
     ] = None,
     opening: ServedOptions,
 ) -> None:
@@ -75,8 +75,9 @@ def serve(
     # Refused now, not after the models were opened.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
-    engine = None if upstream is None else Upstream(upstream, os.environ.get(UPSTREAM_KEY) or None)
-    app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engine)
+    key = os.environ.get(UPSTREAM_KEY) or None
+    engines = [Upstream(each, key) for each in upstream or ()]
+    app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engines)
     names = ", ".join(each.name for each in models)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):

@@ -34,7 +34,7 @@ from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body, for_clients
 from .requests import invalid
 from .service import Backend, Service
 from .settings import ServedModel, Upstream
-from .upstream import EngineBackend
+from .upstream import EngineBackend, Links
 
 FOLDER = Path(__file__).parent
 
@@ -56,14 +56,14 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-EVENTS = {"schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."}}
+EVENTS = {"schema": {"description": "Server-sent events in OpenAI's form; the last is [DONE]."}}
 ANSWERED = {
     "description": "The answer in OpenAI's form, or with stream a chunk in each event.",
     "content": {"text/event-stream": EVENTS},
 }
 
 
-async def refused(_: Request, error: Exception) -> JSONResponse:
+async def refused(request: Request, error: Exception) -> JSONResponse:
     """Every error as the protocol has it."""
     if isinstance(error, RequestValidationError):
         error = invalid(error)
@@ -71,8 +71,11 @@ async def refused(_: Request, error: Exception) -> JSONResponse:
         is_ours = isinstance(error, PhatgooseError)
         message = for_clients(error) if is_ours else "The server failed; its log says more."
         return JSONResponse(error_body(500, message), 500)
-    plain = error_body(error.status_code, str(error.detail))
-    body = error.body if isinstance(error, ApiError) else plain
+    message = str(error.detail)
+    if error.status_code == 404:  # of a path, unless it is an ApiError
+        there = ", ".join(each.path for each in request.app.routes if "/v1" in each.path)
+        message = f"{message}: there are {there}; answers aren't kept."
+    body = error.body if isinstance(error, ApiError) else error_body(error.status_code, message)
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -93,6 +96,7 @@ def routes_of(service: Service) -> list[tuple[str, Any, str, dict[str, Any]]]:
         ("/v1/models/{name:path}", service.card, "One model", {}),
         ("/v1/completions", service.completions, "Continue a text", answering),
         ("/v1/chat/completions", service.chats, "Answer in a conversation", answering),
+        ("/v1/responses", service.responses, "The same in the form of responses", answering),
     ]
 
 
@@ -101,19 +105,19 @@ def create_app(
     serving: Serving | None = None,
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
-    upstream: Upstream | None = None,
+    upstreams: Sequence[Upstream] = (),
 ) -> FastAPI:
     """The application that serves `models`. They are opened now; the engine runs while it does.
 
-    With `upstream` it chooses experts for prompts, and the engine there answers (`gateway`).
+    With `upstreams` it chooses experts for prompts, and the engines there answer.
     Without `api_keys` every client may use it that asks for one of `hosts` or a loopback name
     (`AccessControl`, also for keys that may use some experts only). Raises what opening a model
     does, and ConfigError for a key of experts that no model has.
     """
     limits, metrics = serving or Serving(), Metrics()
     backend: Backend = (
-        EngineBackend(models, upstream, limits)
-        if upstream
+        EngineBackend(models, Links(upstreams, metrics), limits)
+        if upstreams
         else LocalBackend(load_models(models), limits, metrics)
     )
     access = AccessControl(hosts, api_keys)

@@ -72,15 +72,20 @@ class Progress:
     @classmethod
     def joined(cls, events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
-        last, levels = events[-1], zip(*(each.more for each in events), strict=True)
+        last, text = events[-1], "".join(each.text for each in events)
+        levels = zip(*(each.more for each in events), strict=True)
+        more = tuple({n: v for each in level for n, v in each.items()} for level in levels)
+        if calls := [each for new in events for each in new.more[0].get("tool_calls") or ()]:
+            calls = [{n: v for n, v in each.items() if n != "index"} for each in calls]
+            more[0].update(content=text or None, tool_calls=calls)
         return cls(
             last.choice,
-            "".join(each.text for each in events),
+            text,
             tuple(token for each in events for token in each.tokens),
             tuple(part for each in events for part in each.routing),
             last.finish,
             last.generated,
-            tuple({n: v for each in level for n, v in each.items()} for level in levels),
+            more,
         )
 
 
@@ -138,13 +143,19 @@ class Builder:
         numbers = range(self.answers if self.is_chat else 0)
         return [self._chunk({"index": n, "delta": delta, "finish_reason": None}) for n in numbers]
 
-    def chunk(self, progress: Progress) -> dict[str, Any]:
+    def chunks(self, progress: Progress) -> list[dict[str, Any]]:
         self._count(progress)
         said = {"delta": {"content": progress.text, **progress.more[0]}}
-        return {**progress.more[2], **self._chunk(self._choice(progress, said))}
+        return [{**progress.more[2], **self._chunk(self._choice(progress, said))}]
 
-    def closing(self) -> dict[str, Any]:
-        return self._chunk(usage=self.usage)
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunks after the last token: what was used, if that was asked for."""
+        options = self.request.stream_options
+        return [self._chunk(usage=self.usage)] if options and options.include_usage else []
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """The chunks that come in place of all others."""
+        return [error.body]
 
     def _count(self, progress: Progress) -> None:
         self._generated[progress.choice] = progress.generated
@@ -239,19 +250,17 @@ class Reply:
 
     async def as_events(self) -> AsyncIterator[str]:
         """The answers as server-sent events."""
-        builder, options = self.builder, self.builder.request.stream_options
+        builder = self.builder
         try:
-            for chunk in builder.opening():
-                yield _event(chunk)
+            yield _events(builder.opening)
             async for new in self.progress():
-                make = partial(builder.chunk, new)
+                make = partial(_events, builder.chunks, new)
                 # That of a prompt's tokens takes long.
-                yield _event(await run_in_threadpool(make) if new.routing else make())
-            if options is not None and options.include_usage:
-                yield _event(builder.closing())
+                yield await run_in_threadpool(make) if new.routing else make()
+            yield await run_in_threadpool(_events, builder.closing)
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield _event(error.body)
+            yield _events(builder.failed, error)
 
     async def _next(self) -> Progress:
         async with self._deadline.kept():
@@ -285,8 +294,11 @@ def _written(content: Any) -> str:
     return to_json(content, inf_nan_mode="null").decode()
 
 
-def _event(content: Any) -> str:
-    return f"data: {_written(content)}\n\n"
+def _events(make: Callable[..., list[dict[str, Any]]], *new: Any) -> str:
+    """The chunks that come of what is `new`, as events; those of the Responses API are named."""
+    chunks = make(*new)
+    names = [f"event: {each['type']}\n" if "sequence_number" in each else "" for each in chunks]
+    return "".join(f"{n}data: {_written(each)}\n\n" for n, each in zip(names, chunks, strict=True))
 
 
 class EventStream(StreamingResponse):

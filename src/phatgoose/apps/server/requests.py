@@ -8,12 +8,13 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
@@ -136,7 +137,7 @@ class Answer(NamedTuple):
 class Asked:
     """A request to a model, read; a `mixture` of experts stands for what its router chooses.
 
-    `experts` are those of the model that its client may use.
+    `experts` are those of the model that its client may use. `builder` builds the response.
     """
 
     request: AnyRequest
@@ -146,6 +147,21 @@ class Asked:
     client: str
     deadline: Deadline
     experts: tuple[str, ...]
+    builder: Callable[..., Any]
+
+
+def _read_calls(message: dict[str, Any], are_known: bool) -> None:
+    """Make objects of the arguments of a message's calls; add all to its text if not `are_known`.
+
+    Templates want objects, and one that doesn't know calls would leave them out.
+    """
+    calls = [each.get("function", each) for each in message.get("tool_calls", ())]
+    for function in calls:
+        with suppress(ValueError, TypeError, KeyError):  # no JSON, no text, or not there
+            function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
+    if not are_known and message.pop("tool_calls", None):
+        texts = [to_json(each).decode() for each in calls]
+        message["content"] = "\n".join(filter(None, [message["content"], *texts]))
 
 
 class RequestReader:
@@ -159,31 +175,35 @@ class RequestReader:
         self._most_tokens = min(limits.max_batch_tokens, frame.context or limits.max_batch_tokens)
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
-        field = "messages" if isinstance(request, ChatRequest) else "prompt"
         try:
             if isinstance(request, ChatRequest):
                 return [self._chat_prompt(request, seconds)]
-            rows = self._read(request.prompt, field, seconds)
+            rows = self._read(request.prompt, request.asks, seconds)
             asked = self._asked(request, [], seconds)
         except (BaseModelError, EngineError) as error:
             status = 503 if isinstance(error, EngineError) else 400
-            raise ApiError(status, for_clients(error), param=field, code=UNREADABLE) from error
+            message = for_clients(error)
+            raise ApiError(status, message, param=request.asks, code=UNREADABLE) from error
         whole = [self._plain(tokens) for _, tokens in rows]
         pairs = zip(whole, request.prompt, strict=True)
         return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in pairs]
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
-        messages = request.plain_messages
-        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
-        ((text, tokens),) = self._read([messages], "messages", seconds, **effort)
+        messages = [each.plain for each in request.messages]
         turns = [(each["role"], each["content"]) for each in messages]
+        for each in messages:
+            _read_calls(each, "tool_calls" in str(self._frame.tokenizer.chat_template))
+        functions = [each.model_dump(exclude_unset=True) for each in request.functions]
+        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+        tools = [{"type": "function", "function": each} for each in functions] or None
+        ((text, tokens),) = self._read([messages], request.asks, seconds, tools=tools, **effort)
         return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
 
     def _asked(
         self, request: AnyRequest, turns: Sequence[tuple[str, str]], seconds: float
     ) -> ChatTexts | None:
         """What a router by prompt reads of (role, text) each; None without it or without turns."""
-        frame, field = self._frame, "messages"
+        frame, field = self._frame, request.asks
         if request.route_by is not None:
             turns, field = [("user", request.route_by)], "route_by"
         elif turns and self._limits.reads == "last-message":
@@ -221,11 +241,11 @@ class RequestReader:
         """How answer `number` is generated."""
         if isinstance(request, ChatRequest):
             asked = request.max_completion_tokens or request.max_tokens
-            logprobs, what = (request.top_logprobs or 0) if request.logprobs else None, "messages"
+            logprobs = (request.top_logprobs or 0) if request.logprobs else None
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
-            logprobs, what = request.logprobs, "prompt"
-        seed, room = request.seed, self._room(prompt, what)
+            logprobs = request.logprobs
+        seed, room = request.seed, self._room(prompt, request.asks)
         return Decoding(
             max_tokens=min(asked or room, room),
             is_cut=room < (asked or 0) < protocol.NO_LIMIT,

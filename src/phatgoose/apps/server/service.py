@@ -34,17 +34,10 @@ from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol
 from .guards import ALLOWED, CLIENT, Metrics
-from .protocol import (
-    AnyRequest,
-    ApiError,
-    Deadline,
-    RoutingOverride,
-    bad_request,
-    busy,
-    for_clients,
-)
-from .replies import EXPERTS, EventStream, Reply, Weights, header_of, unless_gone
+from .protocol import AnyRequest, ApiError, Deadline, RoutingOverride, bad_request, busy
+from .replies import EXPERTS, Builder, EventStream, Reply, Weights, header_of, unless_gone
 from .requests import Answer, Asked, RequestReader
+from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS
 
 MOST_TOKENS = "X-Phatgoose-Max-Tokens"  # that an answer may have, where more were asked for
@@ -60,11 +53,12 @@ Result = TypeVar("Result")
 
 
 class State(NamedTuple):
-    """Whether a backend works, and how many answers wait for it and are computed."""
+    """Whether a backend works, how many answers wait for it and are computed, how engines are."""
 
     is_well: bool
     waiting: int
     running: int
+    upstreams: Sequence[str] = ()
 
 
 class Backend(Protocol):
@@ -141,14 +135,14 @@ class Service:
 
     async def health(self) -> JSONResponse:
         state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
-        health = {
+        health: dict[str, Any] = {
             "status": "ok" if state.is_well else "failing",
             "reading": sum(each.most - each.free + len(each) for each in turns),  # prompts
             "waiting": state.waiting,
             "running": state.running,
         }
         if self.backend.upstream:
-            health["upstream"] = "ok" if state.is_well else "away"
+            health |= {"upstream": "ok" if state.is_well else "away", "upstreams": state.upstreams}
         return JSONResponse(health, 200 if state.is_well else 503)
 
     async def numbers(self, http: Request) -> Response:
@@ -162,6 +156,9 @@ class Service:
 
     async def chats(self, body: protocol.ChatRequest, http: Request) -> Response:
         return await self._answer(body, http)
+
+    async def responses(self, body: ResponsesRequest, http: Request) -> Response:
+        return await self._answer(body, http, partial(ResponseBuilder, await http.json()))
 
     async def cards(self, http: Request) -> dict[str, Any]:
         data = [await self.card(name, http) for name in self._all_names(http)]
@@ -222,7 +219,7 @@ class Service:
         hint = closest(name[:MOST_NAME], names_here)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
-    async def _answer(self, request: AnyRequest, http: Request) -> Response:
+    async def _answer(self, request: AnyRequest, http: Request, builder: Any = Builder) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
@@ -246,7 +243,7 @@ class Service:
                     override = replace(override, allowed=mine)
                 cached = await self.routings.acquire(model, override, client, deadline)
             except PhatgooseError as error:
-                raise bad_request(for_clients(error), request.changed) from error
+                raise bad_request(protocol.for_clients(error), request.changed) from error
             runner = at_end.enter_context(cached)
             reads_prompts = mixture is None and runner.frame.looks_prompts_up
             if request.route_by is not None and not reads_prompts:
@@ -261,7 +258,7 @@ class Service:
                 Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
                 for number, row in enumerate(rows)
             ]
-            asked = Asked(request, mixture, prompts, answers, client, deadline, mine)
+            asked = Asked(request, mixture, prompts, answers, client, deadline, mine, builder)
             reply, chosen = await self.backend.begin(asked, runner)
             headers = {} if chosen is None else {EXPERTS: header_of(chosen)}
             by_base = [each for each in answers if chosen is not None and not chosen[each.row]]

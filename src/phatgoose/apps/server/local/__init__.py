@@ -24,11 +24,11 @@ from ....routing.compose import composition_of
 from ....routing.context import ALONE, PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
-from ..replies import Builder, Progress, Reply, Weights, routing_report
+from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import Backend, FairQueue, State, Turns
 from .batches import ActiveSequence, Batch
-from .json_form import JsonForm, form_of
+from .json_form import Calls, JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
 LOOKUPS = 2  # requests for which experts, or forms of JSON, are looked up at once
@@ -54,6 +54,9 @@ class LocalBackend(Backend):
 
     def start(self) -> None:
         self.engine.start()
+        templates = [each.runner.tokenizer.chat_template for each in self.models.values()]
+        if any("tools" not in str(each or "tools") for each in templates):
+            log.warning("A base's chat template has no tools: only forced calls of tools work.")
 
     async def close(self) -> None:
         self.engine.stop()
@@ -69,7 +72,7 @@ class LocalBackend(Backend):
             raise bad_request(message, "routing")
 
     async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
-        form = asked.request.response_format
+        form, calls = asked.request.response_format, Calls.of(asked.request, runner)
         schema = form.schema_asked if form else None
 
         def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
@@ -80,14 +83,14 @@ class LocalBackend(Backend):
                 allowed=asked.experts,
                 client=asked.client,
             )
-            return routed, form_of(schema, runner) if schema is not None else None
+            return routed, form_of(schema, calls, runner)
 
-        if schema is not None or (asked.mixture is None and runner.frame.looks_prompts_up):
+        if schema is not None or calls or (asked.mixture is None and runner.frame.looks_prompts_up):
             routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
         else:
             routed, json_form = prepared()
         reporter = Reporter(runner, asked, routed)
-        reply = Reply(Builder(asked, reporter), asked.deadline)
+        reply = Reply(asked.builder(asked, reporter), asked.deadline)
         loop, events = asyncio.get_running_loop(), reply.events
 
         def deliver(event: Progress | ApiError) -> None:
@@ -99,7 +102,7 @@ class LocalBackend(Backend):
             for answer in asked.answers
         ]
         for each in sequences:
-            each.form = json_form and json_form.copy()
+            each.form, each.calls = json_form and json_form.copy(), calls
         self.engine.submit(sequences)
         reply.on_close.append(
             lambda: self.engine.cancel([each for each in sequences if each.finish is None])

@@ -27,7 +27,7 @@ from ....tasks.batching import pad_left
 from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken
 from ..requests import Answer, Decoding
-from .json_form import JsonForm
+from .json_form import Calls, JsonForm, beginning_of, calls_begin
 from .runner import Cache, ModelRunner, PrefixStore, Reader, begin_with
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
@@ -94,10 +94,12 @@ class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
     `deliver` is called from the engine's thread. `client` is who has asked, `routed` what the
-    model's context found for the prompt, `form` what an answer in JSON keeps to.
+    model's context found for the prompt, `form` what an answer in JSON keeps to, `calls` those that
+    may be in it.
     """
 
     form: JsonForm | None = None
+    calls: Calls | None = None
 
     def __init__(
         self,
@@ -146,6 +148,8 @@ class ActiveSequence:
             return
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)
+        if self.calls:
+            piece += self.calls.hidden.get(token, "")
         self._text += piece
         self.shown.append(shown_as(self.runner.tokenizer, token, piece))
         self._unsent.append((len(self._text), self._scored(token, begin, logits)))
@@ -184,6 +188,8 @@ class ActiveSequence:
     def _emit(self) -> None:
         waiting = 0 if self.finish else beginning_of(self.decoding.stop, self._text)
         safe = len(self._text) - waiting
+        if self.calls and not self.finish:
+            safe = min(safe, self._sent + calls_begin(self._text[self._sent :]))
         ready = [each for each in self._unsent if self.finish or each[0] <= safe]
         if ready and not self.finish:
             safe = ready[-1][0]
@@ -197,16 +203,8 @@ class ActiveSequence:
         if (text or ready or routing or self.finish) and not self.is_cancelled:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)
-            self.deliver(Progress(self.choice, text, tokens, routing, self.finish, generated))
-
-
-def beginning_of(stops: Sequence[str], text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+            new = Progress(self.choice, text, tokens, routing, self.finish, generated)
+            self.deliver(self.calls.found(new) if self.calls and self.finish else new)
 
 
 # transformers' caches can drop rows; joining two caches and dropping columns is done here.

@@ -1,4 +1,6 @@
-"""Answers in JSON: tokens that would break the form or a schema are left out, by llguidance.
+"""Answers in JSON, and calls of tools, which are JSON in the form that a base's template shows.
+
+Tokens that would break a form or a schema are left out, by llguidance.
 
 Its matcher gives the tokens that may come next, and has limits of its own on the size of a schema
 and the work of a step: a schema is a client's. It never raises, but says that it is in error.
@@ -6,17 +8,25 @@ and the work of a step: a schema is a client's. It never raises, but says that i
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
 import threading
 import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic_core import from_json, to_json
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
 from ....files import first_line
-from ..protocol import bad_request
+from ..protocol import INVALID, AnyRequest, ChatRequest, bad_request
+from ..replies import Progress
 from .runner import ModelRunner
 
 try:
@@ -62,11 +72,13 @@ class JsonForm:
             raise EngineError(f"The JSON can't be written: {said}.")
 
 
-def form_of(schema: Any, runner: ModelRunner) -> JsonForm:
-    """The form of a model's answer by `schema`. Raises ApiError.
+def form_of(schema: Any, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
+    """The form of a model's answer, by `schema` or with `calls`, if it has one. Raises ApiError.
 
     The first call for a tokenizer takes seconds.
     """
+    if schema is None and not (calls and calls.are_bound):
+        return None
     why = "this server lacks llguidance (pip install 'phatgoose[json]')"
     tokenizer = runner.tokenizer
     try:
@@ -75,11 +87,115 @@ def form_of(schema: Any, runner: ModelRunner) -> JsonForm:
                 if tokenizer not in _known:
                     size = max(runner.vocabulary, len(tokenizer))
                     _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=WRITTEN)
+            grammar = calls.grammar(schema) if calls else f"start: {_by(schema)}"
             form = JsonForm(LLMatcher(_known[tokenizer], grammar))
             if form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
                 return form
             why = "no answer can begin by it, as where it is only itself"  # {"$ref": "#"}
     except Exception as error:  # also of a tokenizer that is written in Python, or an odd one
         why = first_line(error).rstrip(".")
-    raise bad_request(f"Answers can't keep to this form: {why}.", "response_format")
+    field = "tools" if calls else "response_format"
+    raise bad_request(f"Answers can't keep to this form: {why}.", field)
+
+
+def _by(schema: Any) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': WRITTEN})}"
+
+
+# How bases write calls, by the mark before; the first one in the chat template counts. They are
+# those of Hermes and Qwen, Mistral, Granite and Phi; of Llama, JSON alone.
+FORMS = {"<tool_call>": "\n%s\n</tool_call>", "[TOOL_CALLS]": "[%s]", "<|tool_call|>": "[%s]"}
+FORMS[""] = "%s"
+BEGINS = "<tool_call>", "[TOOL_CALLS]", "<|tool_call|>", '{"name"'  # small models forget the mark
+MARK = re.compile(r"(</?tool_call>|\[TOOL_CALLS\]|<\|tool_call\|>)")
+ENDS = r'</tool_call>|(?<=})(?=\n{"name")|\Z'
+CALL = re.compile(rf'(?s)(?:{MARK.pattern}|(?={{"name"))(?P<json>.*?)(?:{ENDS})')
+
+
+class Calls:
+    """The calls of tools in the answers to a request. What isn't one stays text.
+
+    They `are_bound` where a grammar is needed. `hidden` are special tokens that belong to them.
+    """
+
+    def __init__(self, request: ChatRequest, runner: ModelRunner) -> None:
+        tokens = runner.tokenizer.added_tokens_decoder.items()
+        self._functions = {each.name: each for each in request.functions}
+        self._must = request.tool_choice != "auto"
+        self._most = 1 if request.parallel_tool_calls is False else None
+        self.are_bound = self._must or any(each.strict for each in request.functions)
+        self._mark = next(each for each in FORMS if each in str(runner.tokenizer.chat_template))
+        self._numbers = {each.content: number for number, each in tokens}
+        self.hidden = {n: t.content for n, t in tokens if t.special and MARK.fullmatch(t.content)}
+
+    @classmethod
+    def of(cls, request: AnyRequest, runner: ModelRunner) -> Calls | None:
+        """None where there can be none, or the model isn't shown the tools. Raises ApiError."""
+        if not isinstance(request, ChatRequest):
+            return None
+        if not request.functions and request.tool_choice not in ("auto", "none"):
+            message = "tool_choice is none, auto, required, or one function of tools by its name."
+            raise bad_request(message, "tool_choice", INVALID)
+        is_told = "tools" in str(runner.tokenizer.chat_template) or request.tool_choice != "auto"
+        return cls(request, runner) if is_told and request.functions else None
+
+    def grammar(self, schema: Any) -> str:
+        """llguidance's: one call where it must be, JSON by a `schema` or one, or calls in text."""
+        (before, after), functions = FORMS[self._mark].split("%s"), list[str]()
+        for each in self._functions.values():
+            asked = each.parameters if self._must or each.strict else None
+            begin = self._lark_of(f'{before}{{"name": "{each.name}", "arguments": ')
+            functions.append(begin + _by({**(asked or {}), "type": "object"}))
+        mark, often = self._lark_of(self._mark), "*" if self._most is None else "?"
+        start = f"(head call){often} TEXT" if mark else r"call | /[^{](.|\n)*/"
+        if self._must or schema is not None:
+            start = f"{mark} call" if self._must else f"{_by(schema)} | {mark} call"
+        lazy = "" if self._mark in self._numbers else "[lazy]"  # as text ends where a mark begins
+        text = f"start: {start}\nhead{lazy}: TEXT {mark}\nTEXT: /(.|\\n)*/\n"
+        return f"{text}call: ({' | '.join(functions)}) {self._lark_of('}' + after)}\n"
+
+    def _lark_of(self, text: str) -> str:
+        """`text` in a grammar, where added tokens have numbers."""
+        numbers, pieces = self._numbers, filter(None, MARK.split(text))
+        return " ".join(f"<[{numbers[p]}]>" if p in numbers else json.dumps(p) for p in pieces)
+
+    def found(self, new: Progress) -> Progress:
+        """The end of an answer with its calls in OpenAI's form."""
+        matches = CALL.finditer(new.text)
+        functions = [each for match in matches for each in self._functions_in(match)][: self._most]
+        if not functions:
+            return new
+        left = CALL.sub(lambda match: "" if self._functions_in(match) else match[0], new.text)
+        # Mistral's template takes no other ids.
+        begin, digits = ("", 9) if self._mark == "[TOOL_CALLS]" else ("call_", 24)
+        calls = [
+            {"index": n, "id": begin + secrets.token_hex(12)[:digits], "type": "function", **each}
+            for n, each in enumerate(functions)
+        ]
+        finish = "tool_calls" if new.finish == "stop" else new.finish
+        return replace(new, text=left.rstrip(), more=({"tool_calls": calls}, {}, {}), finish=finish)
+
+    def _functions_in(self, match: re.Match[str]) -> list[dict[str, Any]]:
+        """What is called where calls may be; nothing where there is anything else."""
+        functions = []
+        with suppress(ValueError, TypeError, LookupError, AttributeError):
+            value = from_json(match["json"], allow_inf_nan=False)
+            for each in value if isinstance(value, list) else [value]:
+                name = self._functions[each["name"]].name
+                arguments = {**each.get("arguments", each.get("parameters", {}))}
+                written = to_json(arguments, inf_nan_mode="null").decode()  # 1e999 is infinite
+                functions.append({"function": {"name": name, "arguments": written}})
+            return functions
+        return []
+
+
+def calls_begin(text: str) -> int:
+    """Where calls may begin in `text`, or the spaces before them; its length where none do."""
+    places = [place for each in BEGINS if (place := text.find(each)) >= 0]
+    return len(text[: min(places, default=len(text) - beginning_of(BEGINS, text))].rstrip())
+
+
+def beginning_of(stops: Sequence[str], text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `stops`."""
+    lengths = range(min(max(map(len, stops), default=1) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from hashlib import sha256
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,14 +24,17 @@ from ....routing.routers.prompt import PromptRouter
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
 from ....tasks.task import ChatTexts
+from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
-from ..replies import Builder, Progress, Reply, Weights, routing_report
+from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
 from ..service import Backend, FairQueue, State, Turns, numbered
 from ..settings import ServedModel, Upstream
-from .engines import Engine, Link
+from .engines import IS_AWAY, AwayError, Engine, Link, client_of
 
 WAITING = 64  # pieces that are held for a client that reads slowly
+CHECKING = 2.0  # seconds between two looks at whether an engine is well
+SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
@@ -71,14 +75,9 @@ class ChosenPool:
 
     @property
     def frame(self) -> Frame:
-        engine = self._backend.link.engine
-        return Frame(
-            self.tokenizer,
-            engine.context if engine else None,
-            added_tokens(self.tokenizer, is_encoder_decoder=False),
-            looks_prompts_up=True,
-            in_chats=self.in_chats,
-        )
+        added = added_tokens(self.tokenizer, is_encoder_decoder=False)
+        context, in_chats = self._backend.links.context, self.in_chats
+        return Frame(self.tokenizer, context, added, looks_prompts_up=True, in_chats=in_chats)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -86,8 +85,7 @@ class ChosenPool:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        engine = self._backend.link.engine
-        return (self.pool.base.id, engine.base) if engine else (self.pool.base.id,)
+        return self.pool.base.id, *(each.base for each in self._backend.links.engines)
 
     def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
         router = open_prompt_router(pool, self.tokenizer, routing=routing)
@@ -120,41 +118,45 @@ class PromptChooser:
 
 
 class EngineBackend(Backend):
-    """Pools, whose experts the engine at `upstream` has and answers with.
+    """Pools, whose experts the engines behind `links` have and answer with.
 
     Raises ConfigError for models that are no pools, and routers that don't choose by a prompt
-    alone. The engine may come later.
+    alone. The engines may come later.
     """
 
     upstream = True
 
-    def __init__(self, models: Sequence[ServedModel], upstream: Upstream, limits: Serving) -> None:
-        self.link, self._limits = Link(upstream), limits
+    def __init__(self, models: Sequence[ServedModel], links: Links, limits: Serving) -> None:
+        self.links, self._limits = links, limits
         self.tokenizer_at, self.base_at = cache(load_tokenizer), cache(load_base)  # for all pools
         self.models = {each.name: ChosenPool(each, self) for each in models}
         self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
-        self.link.folders = self._folders_of(self.models)
+        self.links.folders = self._folders_of(self.models)
         self._choosing, self._running = Turns(1), FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
-        self.link.open()
+        links = self.links
+        self._watching = [asyncio.ensure_future(links.watch(each)) for each in links.links]
 
     async def close(self) -> None:
-        await self.link.close()
+        for each in self._watching:
+            each.cancel()
+        await asyncio.wait(self._watching)
 
     @property
     def state(self) -> State:
-        return State(self.link.engine is not None, 0, len(self._running))
+        return State(self.links.is_well, 0, len(self._running), self.links.states)
 
     @property
     def limits(self) -> Serving:  # type: ignore[override]
-        context = self.link.engine and self.link.engine.context
+        context = self.links.context
         return replace(self._limits, max_batch_tokens=context) if context else self._limits
 
     async def take(self, models: dict[str, ChosenPool]) -> None:
-        there = self.link.engine.ids if self.link.engine else self._adapters  # others may change
-        self._adapters = {name: each for name, each in self._adapters.items() if name in there}
-        await self.link.take(self._folders_of(models))
+        if "away" not in self.links.states:  # what no engine has may change
+            for name in self.links.lacking(self._adapters):
+                del self._adapters[name]
+        await self.links.take(self._folders_of(models))
         self.models = models
 
     def _folders_of(self, pools: Mapping[str, ChosenPool]) -> dict[str, str]:
@@ -188,27 +190,27 @@ class EngineBackend(Backend):
 
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:
         async with asked.deadline.kept():
-            engine = await self.link.ready()
+            await self.links.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         if asked.mixture is None:
             router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
-            chosen = await self._choosing.run(
-                asked.client,
-                asked.deadline,
-                lambda _: runner.choose(questions, allowed=asked.experts, client=asked.client),
-            )
+            kept = {"allowed": asked.experts, "client": asked.client}
+            choose = partial(runner.choose, questions, **kept)
+            chosen = await self._choosing.run(asked.client, asked.deadline, lambda _: choose())
         else:
             router = "" if asked.request.weights is None else WEIGHTS
             weights = {name: weight for name, weight in asked.mixture.items() if weight}
-            if not engine.mixes and list(weights.values()) not in ([], [1.0]):
-                message = f"{engine.label} applies one expert with the weight 1; it can't mix."
-                raise bad_request(message, "weights")
+            if not self.links.can(weights):
+                one = self.links.engines[0]
+                message = f"{one.label} applies one expert with the weight 1; it can't mix."
+                why = "No engine has all of these experts." if one.mixes else message
+                raise bad_request(why, "weights")
             chosen = [weights] * len(asked.prompts)
-        sent = chosen
-        if not engine.mixes:  # the heaviest expert alone; nothing of nothing
-            sent = [{max(each, key=each.__getitem__): 1.0} if each else {} for each in chosen]
+        # The heaviest expert alone, where no engine mixes them.
+        can = self.links.can
+        sent = [w if not w or can(w) else {max(w, key=w.__getitem__): 1.0} for w in chosen]
         report = partial(_report, asked, sent, chosen, router)
-        reply = Reply(Builder(asked, report), asked.deadline, WAITING)
+        reply = Reply(asked.builder(asked, report), asked.deadline, WAITING)
         for number, answer in enumerate(asked.answers):
             bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))
             self._running.add(asked.client, bringing)
@@ -219,13 +221,115 @@ class EngineBackend(Backend):
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
-            fields = partial(_body, number, asked, sent)
-            await self.link.bring(fields, number, asked, reply.events)
+            body, events = partial(_body, number, asked, sent), reply.events
+            await self.links.bring(sent, lambda link: link.bring(body, number, asked, events))
         except ApiError as error:
             await reply.events.put(error)
         except Exception:
             log.exception("An answer could not be brought.")
             await reply.events.put(ApiError(500, "The server failed; its log says more."))
+
+
+class Links:
+    """The engines behind a gateway, which have the experts in `folders` together."""
+
+    folders: Mapping[str, str]
+
+    def __init__(self, upstreams: Sequence[Upstream], metrics: Metrics) -> None:
+        self.links = [Link(each) for each in upstreams]
+        up = metrics.gauge("upstream_up", "Whether an engine is there.", ["upstream"])
+        for link in self.links:
+            up.labels(link.upstream.root).set_function(lambda link=link: link.engine is not None)
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that are there."""
+        return [each.engine for each in self.links if each.engine is not None]
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens each of them can hold."""
+        return min((each.context for each in self.engines if each.context), default=None)
+
+    @property
+    def states(self) -> list[str]:
+        """How each is."""
+        return ["away" if each.engine is None else "ok" for each in self.links]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether each expert is at an engine that is there."""
+        return not self.lacking(self.folders)
+
+    def lacking(self, experts: Iterable[str]) -> set[str]:
+        """Those that no engine has."""
+        return set(experts).difference(*(each.ids for each in self.engines))
+
+    def can(self, weights: Mapping[str, float]) -> bool:
+        """Whether an engine can answer with these experts."""
+        return any(each.can(weights) for each in self.links)
+
+    async def take(self, folders: Mapping[str, str]) -> None:
+        """Have these experts from now on. Raises ConfigError for one that no engine can load."""
+        there = [each for each in self.links if each.engine is not None]
+        said = await asyncio.gather(*(each.prepare(folders) for each in there))
+        if there and self.lacking(folders):
+            raise ConfigError(" ".join(filter(None, said)) or IS_AWAY)
+        self.folders = folders
+
+    async def ready(self) -> None:
+        """Wait until each expert is at an engine. Raises AwayError when one isn't."""
+        if not self.is_well:
+            await asyncio.gather(*map(self._prepare, self.links))
+        if not self.is_well:
+            raise AwayError
+
+    async def _prepare(self, link: Link) -> None:
+        said = await link.prepare(self.folders)
+        if said and said != link.problem:  # once, not with every look
+            what = " for all experts" if link.engine and len(self.links) > 1 else ""
+            log.warning("The engine at %s can't be used%s: %s", link.upstream.root, what, said)
+        link.problem = said
+
+    async def watch(self, link: Link) -> None:
+        """Keep to an engine, with connections to it, until this is cancelled."""
+        async with client_of(link.upstream) as link.client:
+            while True:
+                await link.check()
+                # What it can't load is tried again when the pool changes, or can't do without.
+                if not (link.engine and link.folders is self.folders and self.is_well):
+                    await self._prepare(link)
+                await asyncio.sleep(CHECKING)
+
+    async def bring(
+        self, weights: Mapping[str, float], ask: Callable[[Link], Awaitable[None]]
+    ) -> None:
+        """Have an engine with these experts answer; one that can't begin gives way to the next."""
+        last, tried = AwayError(), set[Link]()
+        while able := [each for each in self.links if each.can(weights) and each not in tried]:
+            tried.add(best := best_of(able, weights))
+            try:
+                return await ask(best)
+            except AwayError as error:
+                last = error
+        raise last
+
+
+def best_of(links: Sequence[Link], weights: Mapping[str, float]) -> Link:
+    """The one that is asked for an answer by these experts.
+
+    Engines don't tell which adapters they have in memory: those that were used last. So each expert
+    has its own order of the engines, by a hash. It goes to the first that isn't clearly busier than
+    the least busy one: with at most twice its answers and SEVERAL more. Adapters spread over the
+    engines and stay there, and what is in demand overflows to the same second engine every time. A
+    mixture goes where its heaviest expert does, and the base alone to the least busy.
+    """
+    least = min(each.busy for each in links)
+    if not weights:
+        return next(each for each in links if each.busy == least)
+    name = max(weights, key=weights.__getitem__)
+    order = sorted(links, key=lambda x: sha256(f"{name} {x.upstream.root}".encode()).digest())
+    return next(each for each in order if each.busy <= 2 * least + SEVERAL)
 
 
 def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
@@ -253,11 +357,7 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
 
 
 def _report(
-    asked: Asked,
-    sent: Sequence[Weights],
-    chosen: Sequence[Weights],
-    router: str,
-    progress: Progress,
+    asked: Asked, sent: list[Weights], chosen: list[Weights], router: str, progress: Progress
 ) -> dict[str, Any] | None:
     """What is reported of the routing: an engine's pieces stand for tokens."""
     if not asked.request.routing:

@@ -1,4 +1,4 @@
-"""Engines: their forms, and the way to one.
+"""Engines: their forms, and the way to each.
 
 A form says which adapters an engine holds, and how a request names experts to it. Forms are those
 of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run).
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -34,14 +33,12 @@ CONNECTING = 5.0  # seconds for a connection
 LOOKING = 10.0  # seconds for a question about what the engine has
 LOADING = 300.0  # seconds for it to load one adapter
 MOST_SHOWN = 200  # characters of what an engine says
-CHECKING = 2.0  # seconds between two looks at whether the engine is well
 MOST_READ = 8 << 20  # bytes of an answer to a question about the engine
 MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
 MOST_TOKEN = 512  # bytes that a token may take in a whole answer
 BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
+IS_AWAY = "The engine behind this server is away; try again."
 CUT = ("abort", "error")  # reasons that end an answer before its end
-
-log = logging.getLogger(__name__)
 
 
 class TooMuchError(httpx2.HTTPError):
@@ -49,6 +46,13 @@ class TooMuchError(httpx2.HTTPError):
 
     def __init__(self, most: int) -> None:
         super().__init__(f"The engine answers more than {most} bytes.")
+
+
+class AwayError(ApiError):
+    """An engine hasn't begun its answer, so that another may give it."""
+
+    def __init__(self, message: str = IS_AWAY, status: int = 503) -> None:
+        super().__init__(status, message, code=AWAY, headers={"Retry-After": "1"})
 
 
 def client_of(upstream: Upstream) -> httpx2.AsyncClient:
@@ -198,10 +202,10 @@ class Engine(ABC):
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         """The fields of a request that has these experts, by name; the base's for none."""
 
-    async def prepare(self, client: httpx2.AsyncClient, folders: Mapping[str, str]) -> None:
+    async def prepare(self, client: httpx2.AsyncClient, folders: Mapping[str, str]) -> str:
         """Look, and load the experts in `folders` that the engine lacks.
 
-        Raises HTTPError, and ConfigError that names every expert that isn't there after all.
+        Returns which it lacks after all, and why; "" for none. Raises HTTPError, ConfigError.
         """
         await self.look(client)
         said = ""
@@ -209,11 +213,11 @@ class Engine(ABC):
             said = await self.load(client, name, folders[name])
         if said:
             await self.look(client)
-        if lacking := [name for name in folders if name not in self.ids]:
-            raise ConfigError(
-                f"{self.label} at {self._upstream.root} lacks {', '.join(lacking)} ({said}). Start "
-                f"it as phatgoose export --engine {self.label.lower()} writes it."
-            )
+        lacking = ", ".join(name for name in folders if name not in self.ids)
+        return lacking and (
+            f"{self.label} at {self._upstream.root} lacks {lacking} ({said}). Start it as "
+            f"phatgoose export --engine {self.label.lower()} writes it."
+        )
 
 
 class Vllm(Engine):
@@ -300,84 +304,67 @@ async def _sent(
 
 
 class Link:
-    """Connections to an engine that has the experts in `folders`.
+    """The way to one engine, which may come later than the gateway, and be restarted."""
 
-    It may come later than the gateway, and be restarted.
-    """
-
-    folders: Mapping[str, str]
+    client: httpx2.AsyncClient
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.engine: Engine | None = None  # not while it is away: it may hold others then
-        self._problem = ""  # why it can't be used
+        self.busy = 0  # answers that it was asked for
+        self.folders: Mapping[str, str] = {}  # of the experts that it was last prepared for
+        self.problem = ""  # why it can't be used, or not for all of them
         self._lock = asyncio.Lock()  # for whoever prepares it
 
-    def open(self) -> None:
-        self._client = client_of(self.upstream)
-        self._timer = asyncio.ensure_future(self._watch())
+    def can(self, weights: Mapping[str, float]) -> bool:
+        """Whether the engine is there, has these experts, and applies them with these weights."""
+        if self.engine is None or not weights.keys() <= self.engine.ids.keys():
+            return False
+        return self.engine.mixes or list(weights.values()) in ([], [1.0])
 
-    async def close(self) -> None:
-        self._timer.cancel()
-        await asyncio.wait([self._timer])
-        await self._client.aclose()
-
-    async def take(self, folders: Mapping[str, str]) -> None:
-        """Have these experts from now on. Raises ConfigError where the engine can't load them."""
+    async def prepare(self, folders: Mapping[str, str]) -> str:
+        """Have the engine load what it lacks of these experts; why it can't, or ""."""
         async with self._lock:
-            if self.engine is not None:
-                await self.engine.prepare(self._client, folders)
             self.folders = folders
-
-    async def ready(self) -> Engine:
-        """The engine, which has the experts. Raises ApiError while it is away."""
-        if self.engine is not None:  # also while a new expert is being loaded
-            return self.engine
-        try:
-            async with self._lock:
-                if self.engine is None:
-                    engine = await _engine_at(self.upstream, self._client)
-                    await engine.prepare(self._client, self.folders)
-                    self.engine = engine
-        except Exception as error:
-            said = first_line(error)
-            if said != self._problem:  # once, not with every look
-                log.warning("The engine at %s can't be used: %s", self.upstream.root, said)
-            self._problem = said
-            raise _away("The engine behind this server is away; try again.") from error
-        self._problem = ""
-        return self.engine
-
-    async def _watch(self) -> None:
-        while True:
+            if self.engine and folders.keys() <= self.engine.ids.keys():
+                return ""  # others have prepared it
             try:
-                async with self._client.stream("GET", "/health", timeout=LOOKING) as reply:
-                    answers = reply.is_success
-            except httpx2.HTTPError:
-                answers = False
-            if not answers:
-                self.engine = None
-            with suppress(ApiError):
-                await self.ready()
-            await asyncio.sleep(CHECKING)
+                engine = self.engine or await _engine_at(self.upstream, self.client)
+                said = await engine.prepare(self.client, folders)
+            except Exception as error:
+                return first_line(error)
+            self.engine = engine
+            return said
+
+    async def check(self) -> None:
+        """See whether the engine is still well."""
+        with suppress(httpx2.HTTPError):
+            if (await _sent(self.client, "GET", "/health")).is_success:
+                return
+        self.engine = None
 
     async def bring(
-        self, fields: Callable[[Engine], dict[str, Any]], number: int, asked: Asked, events: Any
+        self, body: Callable[[Engine], dict[str, Any]], number: int, asked: Asked, events: Any
     ) -> None:
-        """Put into `events` what the engine answers to the body that `fields` makes for it.
+        """Put into `events` what the engine answers to the `body` that is made for it.
 
-        Raises ApiError when the engine is away, refuses the request, or fails.
+        Raises ApiError when the engine refuses the request or fails, AwayError if it is away.
         """
-        engine, is_chat = await self.ready(), isinstance(asked.request, ChatRequest)
+        if self.engine is None:
+            raise AwayError
+        is_chat = isinstance(asked.request, ChatRequest)
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
+        self.busy += 1
         try:
-            request = self._client.build_request("POST", path, json=fields(engine))
-            response = await self._client.send(request, stream=True)
+            request = self.client.build_request("POST", path, json=body(self.engine))
+            response = await self.client.send(request, stream=True)
             if response.is_error:
                 raise await self._refusal(response)
             await self._pass_on(response, number, asked, events)
-        except (httpx2.HTTPError, ValueError, KeyError) as error:
+        except (httpx2.HTTPError, ValueError) as error:
             raise self._failure(error) from error
+        finally:
+            self.busy -= 1
 
     async def _pass_on(
         self, response: httpx2.Response, number: int, asked: Asked, events: Any
@@ -423,9 +410,8 @@ class Link:
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             return ApiError(502, message, code=BROKEN)
         self.engine = None
-        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, KeyError)):
-            # Nothing was sent. KeyError: it was restarted, and lacks an expert that was there.
-            return _away("The engine behind this server is away; try again.")
+        if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):  # nothing was sent
+            return AwayError()
         return ApiError(502, "The engine broke off its answer.", code=BROKEN)
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
@@ -436,10 +422,10 @@ class Link:
         if status in (400, 413, 422):
             return bad_request(f"The engine refuses the request: {said}.", code="upstream_refused")
         if status in (429, 503):
-            return _away(f"The engine can't take the request now: {said}.", status)
+            return AwayError(f"The engine can't take the request now: {said}.", status)
         if status == 404:  # it doesn't know the adapter any more
             self.engine = None
-            return _away(f"The engine doesn't know the expert now: {said}.")
+            return AwayError(f"The engine doesn't know the expert now: {said}.")
         return ApiError(502, f"The engine failed by {status}: {said}.", code=FAILED)
 
     def _said(self, content: bytes) -> str:
@@ -450,10 +436,6 @@ class Link:
         if isinstance(value, dict) and "error" in value:
             raise ApiError(502, f"The engine failed: {self._said(content)}.", code=FAILED)
         return _Answer.model_validate(value)
-
-
-def _away(message: str, status: int = 503) -> ApiError:
-    return ApiError(status, message, code=AWAY, headers={"Retry-After": "1"})
 
 
 async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, None]:

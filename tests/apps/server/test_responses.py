@@ -16,6 +16,8 @@ openai = pytest.importorskip("openai", "3.50", reason="needs the package openai"
 PATH, KEEPS_NOTHING = "/v1/responses", "This server keeps nothing: send the whole conversation"
 BODY = {"model": "goose", "input": "hi", "max_output_tokens": 5, "temperature": 0}
 WEATHER = {"name": "weather", "parameters": {"type": "object"}, "strict": True}
+SCHEMA = {"type": "object", "properties": {"city": {"const": "Bonn"}}, "required": ["city"]}
+SCHEMA["additionalProperties"] = False
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 CALLED = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"}
 SAID = {"type": "output_text", "text": "well", "annotations": [], "logprobs": []}
@@ -175,3 +177,9 @@ def test_openai_s_client_reads_all_of_it(client):
             assert "".join(each.delta for each in stream if "text.delta" in each.type) == text
         if not hasattr(client, "engine") and json_form.LLMatcher is not None:
             assert ours.responses.parse(**fields, text_format=form).output_parsed.kind is not None
+            fields |= {"tools": [{"type": "function", **WEATHER, "parameters": SCHEMA}]}
+            (call,) = ours.responses.create(**fields, tool_choice="required").output
+            assert json.loads(call.arguments) == {"city": "Bonn"}
+            said = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+            fields["input"] = [{"role": "user", "content": "hi"}, call, said]
+            assert ours.responses.create(**fields).usage.input_tokens > 60

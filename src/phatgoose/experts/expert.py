@@ -128,8 +128,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: F
         there = ", ".join(f"{each} {one_line(trained[each], 40)}" for each in differ)
         more = f" ({len(others)} of the experts differ)" if len(others) > 1 else ""
         warnings.warn(
-            f"Inputs are read with {here}, but {name} was trained with {there}{more}.",
-            stacklevel=3,
+            f"Inputs are read with {here}, but {name} was trained with {there}{more}.", stacklevel=3
         )
 
 

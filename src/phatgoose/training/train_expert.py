@@ -25,14 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..base import (
-    Base,
-    check_base,
-    fingerprint_here,
-    load_base,
-    number_format,
-    recorded_id,
-)
+from ..base import Base, check_base, fingerprint_here, load_base, number_format, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for
@@ -85,11 +78,7 @@ class Options(TypedDict, total=False):
 
 
 def train_expert(
-    base: Base | str | Path,
-    task: Task | str | Path,
-    *,
-    out: str | Path,
-    **options: Unpack[Options],
+    base: Base | str | Path, task: Task | str | Path, *, out: str | Path, **options: Unpack[Options]
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (paper section 3).
 

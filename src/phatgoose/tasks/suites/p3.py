@@ -105,10 +105,7 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 ENVIRONMENT = SandboxedEnvironment()
 ENVIRONMENT.globals["zip"] = zip
-ENVIRONMENT.filters |= {
-    "choice": _choice,
-    "most_frequent": lambda items: multimode(items) or None,
-}
+ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": lambda items: multimode(items) or None}
 
 
 @lru_cache(maxsize=2048)

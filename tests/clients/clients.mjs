@@ -5,7 +5,7 @@ import { createOpenAI } from '@ai-sdk/openai'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
 import { generateText, Output, streamText, tool } from 'ai'
 import OpenAI from 'openai'
-import { zodResponseFormat } from 'openai/helpers/zod'
+import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod'
 import { z } from 'zod'
 
 const { CLIENTS_URL: baseURL, CLIENTS_MODEL: MODEL } = process.env
@@ -98,5 +98,6 @@ await check('openai', 'JSON schema', async () => {
 })
 await check('openai', 'responses', async () => {
   assert((await responses.create({ model: MODEL, input: PROMPT })).output_text)
-  assert((await responses.stream({ model: MODEL, input: PROMPT }).finalResponse()).output_text)
+  const text = { format: zodTextFormat(Weather, 'weather') }
+  Weather.parse((await responses.stream({ model: MODEL, input: ASKED, text }).finalResponse()).output_parsed)
 })

@@ -75,11 +75,12 @@ with check("openai", "responses"):
     first = client.responses.create(model=MODEL, input=PROMPT, instructions="Be brief.")
     assert first.output_text
     assert client.responses.create(model=MODEL, input=[*TALK, *first.output, *QUESTION]).output
-    with client.responses.stream(model=MODEL, input=PROMPT) as events:
+with check("openai", "responses by JSON schema, and a stream"):
+    wish = {"model": MODEL, "input": ASKED, "text_format": Weather}
+    assert client.responses.parse(**wish).output_parsed
+    with client.responses.stream(**wish) as events:
         assert "response.output_text.delta" in [event.type for event in events]
-        assert events.get_final_response().output_text
-with check("openai", "responses by JSON schema"):
-    assert client.responses.parse(model=MODEL, input=ASKED, text_format=Weather).output_parsed
+        assert events.get_final_response().output_parsed
 with check("openai", "responses with a forced tool"):
     tool = {"type": "function", **TOOL["function"]}
     wish = {"model": MODEL, "tools": [tool], "tool_choice": "required"}

@@ -177,6 +177,7 @@ IDLE |= {"user", "truncation", "include_obfuscation", *ANSWERED}
 IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
 IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
 IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
+IDLE_VALUES |= dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,))
 
 
 class Strict(BaseModel):

@@ -2,7 +2,7 @@
 
 import instructor
 import openai
-from common import ASKED, KEY, MODEL, PROMPT, QUESTION, URL, Weather, check, check_freed, weather
+from common import ASKED, KEY, MODEL, PROMPT, QUESTION, URL, Weather, check, weather
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
@@ -32,11 +32,6 @@ with check(LLAMA, "chat, stream and completion"):
     talk = [ChatMessage(PROMPT), said, ChatMessage(ASKED)]
     assert list(llm().stream_chat(talk))[-1].message.content
     assert OpenAILike(model=MODEL, api_base=URL, api_key=KEY).complete(PROMPT).raw
-with check(LLAMA, "stream that is left"):
-    chunks = llm().stream_chat([ChatMessage(PROMPT)])
-    next(chunks)
-    chunks.close()
-    check_freed()
 calling = llm(is_function_calling_model=True)
 with check(LLAMA, "tools"):
     assert calling.chat_with_tools([TOOL], ASKED).message

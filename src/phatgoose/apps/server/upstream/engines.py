@@ -77,7 +77,7 @@ async def content_of(reply: httpx2.Response, most: int) -> bytes:
                 raise TooMuchError(most)
     finally:
         with suppress(httpx2.HTTPError):
-            await reply.aclose()
+            await asyncio.shield(reply.aclose())
     return bytes(content)
 
 
@@ -357,7 +357,10 @@ class Link:
         self.busy += 1
         try:
             request = self.client.build_request("POST", path, json=body(self.engine))
-            response = await self.client.send(request, stream=True)
+            try:
+                response = await self.client.send(request, stream=True)
+            except AttributeError as error:  # anyio's, where a connection is cut as it opens
+                raise AwayError from error
             if response.is_error:
                 raise await self._refusal(response)
             await self._pass_on(response, number, asked, events)
@@ -459,4 +462,4 @@ async def _events(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
                     yield event
     finally:
         with suppress(httpx2.HTTPError):
-            await response.aclose()
+            await asyncio.shield(response.aclose())

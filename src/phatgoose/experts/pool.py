@@ -74,7 +74,7 @@ class Pool(Mapping[str, Expert]):
             others[expert.name] = expert
         return pool
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """In order: index z of a routing is the z-th of them."""
         return tuple(expert.name for expert in self.experts)

@@ -316,7 +316,7 @@ class Service:
 def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:
     """Those of `experts` that the client of a request may use."""
     allowed = http.scope[ALLOWED]
-    return tuple(name for name in experts if allowed is None or name in allowed)
+    return tuple(experts if allowed is None else (each for each in experts if each in allowed))
 
 
 def seen_at(place: str) -> list[tuple[str, int, int]]:

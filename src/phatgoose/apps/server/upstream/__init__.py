@@ -61,6 +61,7 @@ class ChosenPool:
         revision = None if settings.base else pool.base.revision
         self._loaded = partial(backend.base_at, name, dtype=settings.dtype, revision=revision)
         self.tokenizer = backend.tokenizer_at(name, revision=revision)
+        self.added = added_tokens(self.tokenizer, is_encoder_decoder=False)
         self.in_chats = trained_in_chats(pool.records())
         self.prompts = pool.prompts
         if pool.unread:
@@ -75,9 +76,8 @@ class ChosenPool:
 
     @property
     def frame(self) -> Frame:
-        added = added_tokens(self.tokenizer, is_encoder_decoder=False)
         context, in_chats = self._backend.links.context, self.in_chats
-        return Frame(self.tokenizer, context, added, looks_prompts_up=True, in_chats=in_chats)
+        return Frame(self.tokenizer, context, self.added, looks_prompts_up=True, in_chats=in_chats)
 
     @property
     def experts(self) -> tuple[str, ...]:

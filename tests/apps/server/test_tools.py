@@ -63,13 +63,13 @@ def runner(pool):
     return ModelRunner(compose_by("discriminant", pool, base), base.tokenizer)
 
 
-def said_by(runner, text, template=HERMES, *, is_bound=False, most=300, **wish):
+def said_by(runner, text, template=HERMES, *, is_bound=False, most=300, schema=None, **wish):
     """(the text, functions called, how it ends) of an answer whose model wants to say `text`."""
     runner.tokenizer.chat_template = template
     calls, events = Calls.of(request_of(**wish), runner), []
     answer = Answer(0, 0, RequestPrompt((5,), "", ()), Decoding(most, temperature=0))
     row = ActiveSequence(runner, answer, events.append)
-    row.calls, row.form = calls, form_of(None, calls, runner) if is_bound else None
+    row.calls, row.form = calls, form_of(schema, calls, runner) if is_bound else None
     tokens = [*runner.tokenizer(text)["input_ids"], *[*runner.ends] * most]
     while not row.is_over:
         logits = torch.zeros(runner.vocabulary)
@@ -145,6 +145,9 @@ def test_strict_calls_keep_to_the_schema_and_text_is_free(runner):
     changed = ONE.replace("Köln", "Rome").replace("city", "town")
     assert said_by(runner, changed, **wish)[1] == [("weather", {"city": "Bonn"})]
     assert said_by(runner, changed)[1] == [("weather", {"town": "Rome"})]
+    wish = {"is_bound": True, "schema": {"const": "rain"}}  # of response_format
+    assert said_by(runner, ONE, **wish)[1:] == ([KOELN], "tool_calls")
+    assert said_by(runner, '"rai', **wish) == ('"rain"', [], "stop")
 
 
 def prompt_of(runner, template, **wish):
@@ -205,10 +208,10 @@ def test_a_forced_call_comes_whole_and_in_a_stream_as_openai_has_it(chat):
         ({"tools": [CLOCK] * 129}, "tools", "at most 128"),
         *(({"tools": [tool_of(name)]}, "tools", "pattern") for name in ("a b", "a" * 65, "")),
         *(
-            ({"tools": [CLOCK], "tool_choice": choice}, "tool_choice", "one function of tools")
+            ({"tools": [CLOCK], "tool_choice": choice}, "tool_choice", "one function of")
             for choice in (NAMED, "any", {"type": "function", "function": 1})
         ),
-        ({"tools": [{"type": "x"}], "tool_choice": "required"}, "tool_choice", "one function"),
+        ({"tools": [{"type": "x"}], "tool_choice": "required"}, "tool_choice", "one function of"),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages", "dictionary"),
     ],
     ids=lambda value: str(value)[:60],

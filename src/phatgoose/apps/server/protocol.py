@@ -344,7 +344,8 @@ class Message(Strict):
         """The message as chat templates know it, text only."""
         # OpenAI's newer name, and the one that templates know.
         role = "system" if self.role == "developer" else self.role
-        more = self.model_dump(exclude_unset=True, include={"name", "tool_calls", "tool_call_id"})
+        names = {"name", "tool_calls", "tool_call_id"} & self.model_fields_set
+        more = self.model_dump(include=names) if names else {}
         return {"role": role, "content": self.text, **more}
 
     @property
@@ -371,10 +372,9 @@ class ChatRequest(GenerationRequest):
     @property
     def functions(self) -> list[Function]:
         """Those that the answer may call; empty where `tool_choice` is no valid one."""
-        known = [each.function for each in self.tools or () if each.function]
-        names = [{"type": "function", "function": {"name": each.name}} for each in known]
-        pairs = zip(known, names, strict=True)
-        return [each for each, name in pairs if self.tool_choice in ("auto", "required", name)]
+        known = {each.function.name: each.function for each in self.tools or () if each.function}
+        names = {name: {"type": "function", "function": {"name": name}} for name in known}
+        return [known[n] for n in known if self.tool_choice in ("auto", "required", names[n])]
 
 
 AnyRequest = CompletionRequest | ChatRequest

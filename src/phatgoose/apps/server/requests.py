@@ -150,18 +150,19 @@ class Asked:
     builder: Callable[..., Any]
 
 
-def _read_calls(message: dict[str, Any], are_known: bool) -> None:
-    """Make objects of the arguments of a message's calls; add all to its text if not `are_known`.
+def _read_calls(messages: list[dict[str, Any]], are_known: bool) -> None:
+    """Make objects of the arguments of messages' calls; add all to the text if not `are_known`.
 
     Templates want objects, and one that doesn't know calls would leave them out.
     """
-    calls = [each.get("function", each) for each in message.get("tool_calls", ())]
-    for function in calls:
-        with suppress(ValueError, TypeError, KeyError):  # no JSON, no text, or not there
-            function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
-    if not are_known and message.pop("tool_calls", None):
-        texts = [to_json(each).decode() for each in calls]
-        message["content"] = "\n".join(filter(None, [message["content"], *texts]))
+    for message in (each for each in messages if "tool_calls" in each):
+        calls = [each.get("function", each) for each in message["tool_calls"]]
+        for function in calls:
+            with suppress(ValueError, TypeError, KeyError):  # no JSON, no text, or not there
+                function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
+        if not are_known:
+            texts = [message["content"], *(to_json(each).decode() for each in calls)]
+            message |= {"content": "\n".join(filter(None, texts)), "tool_calls": None}
 
 
 class RequestReader:
@@ -191,8 +192,7 @@ class RequestReader:
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
         messages = [each.plain for each in request.messages]
         turns = [(each["role"], each["content"]) for each in messages]
-        for each in messages:
-            _read_calls(each, "tool_calls" in str(self._frame.tokenizer.chat_template))
+        _read_calls(messages, "tool_calls" in str(self._frame.tokenizer.chat_template))
         functions = [each.model_dump(exclude_unset=True) for each in request.functions]
         effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
         tools = [{"type": "function", "function": each} for each in functions] or None

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
 from ....files import first_line
-from ..protocol import INVALID, AnyRequest, ChatRequest, bad_request
+from ..protocol import AnyRequest, ChatRequest, bad_request
 from ..replies import Progress
 from .runner import ModelRunner
 
@@ -134,8 +134,8 @@ class Calls:
         if not isinstance(request, ChatRequest):
             return None
         if not request.functions and request.tool_choice not in ("auto", "none"):
-            message = "tool_choice is none, auto, required, or one function of tools by its name."
-            raise bad_request(message, "tool_choice", INVALID)
+            message = "tool_choice is none, auto, required, or one function of the tools by name."
+            raise bad_request(message, "tool_choice")
         is_told = "tools" in str(runner.tokenizer.chat_template) or request.tool_choice != "auto"
         return cls(request, runner) if is_told and request.functions else None
 

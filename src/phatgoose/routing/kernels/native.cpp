@@ -457,8 +457,11 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
                 else if (count == 2) expand<T, 2>(total, c, rows, next, r, d, columns);
                 else expand<T, 1>(total, c, rows, next, r, d, columns);
             }
-            for (index_t t = from; t < to && !direct; t++)
+            for (index_t t = from; t < to && !direct; t++) {
+                for (index_t j = 0; j < columns; j += 64 / sizeof(T))
+                    __builtin_prefetch(y + (t + 8) * d + first + j, 1, 2);
                 add_some(y + t * d + first, sums + (t - from) * tile, columns);
+            }
         }
     }
 }

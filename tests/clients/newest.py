@@ -151,7 +151,7 @@ agents.set_default_openai_client(openai.AsyncOpenAI(**PLACE), use_for_tracing=Fa
 
 def run(talk, forced=None, **wish):
     # It takes an answer that was cut for an error.
-    brief = agents.ModelSettings(tool_choice=forced, extra_body={"stop": [".", "\n"]})
+    brief = agents.ModelSettings(tool_choice=forced, extra_body={"stop": [".", "!", " a"]})
     return agents.Runner.run_sync(
         agents.Agent("it", model=MODEL, model_settings=brief, **wish), talk
     )

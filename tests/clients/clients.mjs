@@ -74,32 +74,28 @@ await checkSdk('@ai-sdk/openai-compatible', compatible(MODEL), '')
 
 const { chat, completions, responses } = new OpenAI({ ...place, maxRetries: 0 })
 const talk = (content) => ({ model: MODEL, messages: [user(content)] })
-await check('openai', 'chat, stream and completion', async () => {
+const weather = { name: 'weather', parameters: z.toJSONSchema(Weather) }
+const asked = { ...talk(ASKED), tools: [{ type: 'function', function: weather }] }
+await check('openai', 'chat, stream, completion and responses', async () => {
   assert((await chat.completions.create(talk(PROMPT))).choices[0].message.content)
   assert((await chat.completions.stream(talk(PROMPT)).finalChatCompletion()).choices[0].message.content)
   assert((await completions.create({ model: MODEL, prompt: PROMPT })).usage)
+  assert((await responses.create({ model: MODEL, input: PROMPT })).output_text)
 })
 await check('openai', 'stream that is left', async () => {
   for await (const _ of await chat.completions.create({ ...talk(PROMPT), stream: true })) break
   await checkFreed()
 })
-const parameters = z.toJSONSchema(Weather)
-const asked = { ...talk(ASKED), tools: [{ type: 'function', function: { name: 'weather', parameters } }] }
-await check('openai', 'tools', async () => {
+await check('openai', 'tools and a JSON schema', async () => {
   assert((await chat.completions.create(asked)).choices[0].finish_reason)
+  const form = { ...talk(ASKED), response_format: zodResponseFormat(Weather, 'weather') }
+  Weather.parse((await chat.completions.parse(form)).choices[0].message.parsed)
+  const wish = { model: MODEL, input: ASKED, text: { format: zodTextFormat(Weather, 'weather') } }
+  Weather.parse((await responses.stream(wish).finalResponse()).output_parsed)
 })
 await check('openai', 'forced tool and its answer', async () => {
   const { message } = (await chat.completions.create({ ...asked, tool_choice: 'required' })).choices[0]
   const [{ id, function: call }] = message.tool_calls
   const result = { role: 'tool', tool_call_id: id, content: await execute(Weather.parse(JSON.parse(call.arguments))) }
   assert(await chat.completions.create({ ...asked, messages: [user(ASKED), message, result] }))
-})
-await check('openai', 'JSON schema', async () => {
-  const wish = { ...talk(ASKED), response_format: zodResponseFormat(Weather, 'weather') }
-  Weather.parse((await chat.completions.parse(wish)).choices[0].message.parsed)
-})
-await check('openai', 'responses', async () => {
-  assert((await responses.create({ model: MODEL, input: PROMPT })).output_text)
-  const text = { format: zodTextFormat(Weather, 'weather') }
-  Weather.parse((await responses.stream({ model: MODEL, input: ASKED, text }).finalResponse()).output_parsed)
 })

@@ -34,7 +34,7 @@ from tiny import write_expert
 NAMES = [f"e{z:04}" for z in range(1000)]
 SHARES = [1 / (rank + 1) for rank in range(len(NAMES))]
 RESIDENT, LOAD, ANSWER = 32, 0.05, 0.5
-ROUNDS, REQUESTS, CLIENTS = 3, 1000, (8, 32)
+ROUNDS, REQUESTS, CLIENTS = 3, 600, (8, 32)
 
 
 def stand_in(port: int) -> None:

@@ -338,7 +338,7 @@ class Link:
 
     async def check(self) -> None:
         """See whether the engine is still well."""
-        with suppress(httpx2.HTTPError):
+        with suppress(Exception):  # not all are HTTPErrors: whoever watches must not end
             if (await _sent(self.client, "GET", "/health")).is_success:
                 return
         self.engine = None

@@ -197,6 +197,7 @@ def test_a_random_models_answers_keep_to_the_schema(client, temperature):
         assert answer["kind"] in ("bird", "fish")
         assert len(answer["note"]) <= 3
     assert (len({choice["text"] for choice in choices}) > 1) == bool(temperature)
+    assert text_of(client, **body, response_format=by(None)).startswith("{")
     assert text_of(client, **GREEDY) == plain
 
 

@@ -112,8 +112,9 @@ def test_items_and_settings_become_a_chat_s(far):
     more = [{}, {}, {"tool_calls": [CALL, CALL]}, {"tool_call_id": "c1"}, {"tool_calls": [CALL]}]
     pairs = zip(talk, [*more, more[3]], strict=True)
     wanted["messages"] = [{"role": who, "content": what, **each} for (who, what), each in pairs]
-    responded(far, tools=tools[::2], tool_choice="auto", text={}, reasoning=None)
+    responded(far, tools=tools[::2], tool_choice="auto", text={"format": {"type": "text"}}, reasoning=None)
     told, plain = far.engine.requests[-2:]
+    assert plain.pop("response_format") == {"type": "text"}
     assert {**told, **wanted} == told
     assert not (told.keys() & sent.keys()) - {"tools", "stop", "truncation"}
     assert not plain.keys() & {*wanted} - {"messages", "max_tokens"}
@@ -148,6 +149,8 @@ def test_calls_are_items_and_failures_the_last_event(far, stream):
         ({"input": []}, "input: List should have at least 1 item"),
         ({"input": "x" * 3000}, "the model can hold"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0.type"),
+        ({"input": [{"role": "x"}], "instructions": "brief"}, "input.0.role: Input"),
+        ({"instructions": 5}, "instructions: Input should be a valid string"),
         ({"max_output_tokens": 0}, "max_output_tokens: Input should be greater"),
         ({"text": {"format": {"type": "xml"}}}, "text.type: Input should be 'text'"),
         ({"text": 5}, "text: Input should be a valid dictionary"),
@@ -158,6 +161,19 @@ def test_calls_are_items_and_failures_the_last_event(far, stream):
 )
 def test_what_is_wrong_is_named_as_it_was_sent(client, change, said):
     error = error_of(client, path=PATH, **{**BODY, **change})
+    assert said in error["message"]
+    assert error["param"] == next(iter(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input": [{"role": "user", "content": [{**SAID, "a": 1}]}]}, "input.0.content.0.a: only"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "odd"}}}}, "can't keep"),
+    ],
+)
+def test_what_this_server_cannot_do_is_named_as_it_was_sent(here, change, said):
+    error = error_of(here, path=PATH, **{**BODY, **change})
     assert said in error["message"]
     assert error["param"] == next(iter(change))
 

@@ -13,7 +13,7 @@ from phatgoose.apps.server.local import json_form
 from phatgoose.apps.server.local.batches import ActiveSequence
 from phatgoose.apps.server.local.json_form import Calls, form_of
 from phatgoose.apps.server.local.runner import ModelRunner
-from phatgoose.apps.server.protocol import ChatRequest
+from phatgoose.apps.server.protocol import ApiError, ChatRequest
 from phatgoose.apps.server.replies import Progress
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt, RequestReader
 from phatgoose.base import load_base
@@ -66,10 +66,12 @@ def runner(pool):
 def said_by(runner, text, template=HERMES, *, is_bound=False, most=300, schema=None, **wish):
     """(the text, functions called, how it ends) of an answer whose model wants to say `text`."""
     runner.tokenizer.chat_template = template
-    calls, events = Calls.of(request_of(**wish), runner), []
+    if schema is not None:
+        wish["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    calls, events = Calls.of(request := request_of(**wish), runner), []
     answer = Answer(0, 0, RequestPrompt((5,), "", ()), Decoding(most, temperature=0))
     row = ActiveSequence(runner, answer, events.append)
-    row.calls, row.form = calls, form_of(schema, calls, runner) if is_bound else None
+    row.calls, row.form = calls, form_of(request, calls, runner) if is_bound else None
     tokens = [*runner.tokenizer(text)["input_ids"], *[*runner.ends] * most]
     while not row.is_over:
         logits = torch.zeros(runner.vocabulary)
@@ -150,6 +152,15 @@ def test_strict_calls_keep_to_the_schema_and_text_is_free(runner):
     assert said_by(runner, '"rai', **wish) == ('"rain"', [], "stop")
 
 
+@needs_library
+def test_a_schema_with_unknown_words_is_kept_to_as_far_as_known_unless_it_is_strict(runner):
+    odd = {"oneOf": [CITY, CITY], "$defs": CITY["$defs"], "propertyNames": {"minLength": 1}}
+    wish = {"tool_choice": "required", "is_bound": True}
+    assert said_by(runner, "So", tools=[tool_of("weather", odd)], **wish)[1][0][0] == "weather"
+    with pytest.raises(ApiError, match="Unimplemented"):
+        said_by(runner, "So", tools=[tool_of("weather", odd, strict=True)], **wish)
+
+
 def prompt_of(runner, template, **wish):
     runner.tokenizer.chat_template = template
     with closing(UntrustedText(runner.tokenizer)) as texts:
@@ -175,6 +186,9 @@ def test_a_template_without_calls_gets_them_as_text_so_that_nothing_is_lost(runn
     first = '[user] plums\n[assistant] {"name":"weather","arguments":{"city":"Köln"}}\n'
     assert text == first + '[assistant] Hm.\n{"arguments":"{"}\n{"a":1}\n[assistant] '
     assert Calls.of(request_of(), runner) is None
+    many = {"function": {"arguments": f"[{'[],' * 10_000}[]]"}}  # reading them takes a second
+    text = prompt_of(runner, CHAT_TEMPLATE, messages=[TURNS[0], {**odd, "tool_calls": [many]}]).text
+    assert '"arguments":"[[],' in text
 
 
 @pytest.fixture(scope="module")

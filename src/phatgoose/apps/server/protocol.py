@@ -195,12 +195,17 @@ class Strict(BaseModel):
         """(what it is a field of, where it is) of each undeclared field, here and inside."""
         for name in self.model_extra or ():
             yield self, (*place, name)
-        for name in type(self).model_fields:
-            value = getattr(self, name)
+        for field in type(self).model_fields:
+            value, name = getattr(self, field), self.sent_as(field)
             for number, each in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(each, Strict):
                     inside = (name, str(number)) if isinstance(value, list) else (name,)
                     yield from each.undeclared((*place, *inside))
+
+    @classmethod
+    def sent_as(cls, field: str) -> str:
+        """The name of a field in bodies."""
+        return cls.model_fields[field].alias or field
 
 
 class StreamOptions(Strict):
@@ -214,12 +219,6 @@ class ResponseFormat(Strict):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = Field(None, description="With the schema in it.")
-
-    @property
-    def schema_asked(self) -> Any:
-        """The schema that an answer keeps to; None for text."""
-        any_object = {"type": "object"}
-        return None if self.type == "text" else (self.json_schema or {}).get("schema", any_object)
 
 
 class GenerationRequest(Strict):
@@ -257,6 +256,15 @@ class GenerationRequest(Strict):
     routing: Literal[False, True, "trace"] | None = Field(
         False, description="Report tokens' experts; trace: at every site (docs/analysis.md)."
     )
+
+    @property
+    def schema_asked(self) -> Any:
+        """The schema that an answer keeps to; None for text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        schema = (form.json_schema or {}).get("schema")
+        return {"type": "object"} if schema is None else schema
 
     @property
     def override(self) -> RoutingOverride:
@@ -387,7 +395,7 @@ def check_known(request: AnyRequest) -> None:
         accepted = IDLE_VALUES.get(name, (None,))
         if name in IDLE or place[0] == "tools" != name or value in ([], {}, *accepted):
             continue
-        known = [each.alias or n for n, each in type(part).model_fields.items()]
+        known = list(map(part.sent_as, type(part).model_fields))
         shown = [shortened(n, SHOWN)[1:-1] for n in place]
         only, hint = " or ".join(map(json.dumps, accepted)), closest(name[:SHOWN], known)
         message = f"{'.'.join(shown)}: only {only} is accepted; supported are {', '.join(known)}."

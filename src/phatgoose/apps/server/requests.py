@@ -155,11 +155,15 @@ def _read_calls(messages: list[dict[str, Any]], are_known: bool) -> None:
 
     Templates want objects, and one that doesn't know calls would leave them out.
     """
+    room = MOST_CONTAINERS  # in all of these texts; more of them stay texts
     for message in (each for each in messages if "tool_calls" in each):
         calls = [each.get("function", each) for each in message["tool_calls"]]
         for function in calls:
-            with suppress(ValueError, TypeError, KeyError):  # no JSON, no text, or not there
-                function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
+            # There may be none, or no text, or no JSON.
+            with suppress(AttributeError, ValueError, TypeError, KeyError):
+                room -= function["arguments"].count("[") + function["arguments"].count("{")
+                if room >= 0:
+                    function["arguments"] = from_json(function["arguments"], allow_inf_nan=False)
         if not are_known:
             texts = [message["content"], *(to_json(each).decode() for each in calls)]
             message |= {"content": "\n".join(filter(None, texts)), "tool_calls": None}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from ...files import shortened
-from .protocol import INVALID, SHOWN, ApiError, ChatRequest, bad_request
+from .protocol import INVALID, SHOWN, ApiError, ChatRequest, Message, bad_request
 from .replies import Builder, Progress, Reports
 from .requests import Asked
 
@@ -31,6 +31,7 @@ class ResponsesRequest(ChatRequest):
     model_config = ConfigDict(alias_generator=lambda name: NAMES.get(name, name))
     asks: ClassVar[str] = "input"
     include: list[Literal["reasoning.encrypted_content"]] | None = Field(None, exclude=True)
+    instructions: str | None = Field(None, exclude=True, description="Before the input.")
     n: Literal[1] | None = Field(1, description="There is one answer.")
 
     @model_validator(mode="before")
@@ -41,7 +42,7 @@ class ResponsesRequest(ChatRequest):
         for name in KEPT:
             if fields.pop(name, None):
                 raise bad_request(f"{name}: {KEEPS_NOTHING}", name, INVALID)
-        first, items = fields.pop("instructions", None), fields.get("input")
+        items = fields.get("input")
         items = [{"role": "user", "content": items}] if isinstance(items, str) else items
         if isinstance(tools := fields.get("tools"), list):  # Codex always sends other kinds too
             known = [each for each in tools if _inside(each, "type") in ("function", [each])]
@@ -50,12 +51,19 @@ class ResponsesRequest(ChatRequest):
         fields |= {"tools": tools, "tool_choice": None if choice == "auto" else choice}
         fields["reasoning"] = _inside(fields.get("reasoning") or {}, "effort")
         fields["text"] = _nested("json_schema", _inside(fields.get("text") or {}, "format"))
-        return {**fields, "input": _messages(first, items) if isinstance(items, list) else items}
+        return {**fields, "input": _messages(items) if isinstance(items, list) else items}
+
+    @model_validator(mode="after")
+    def _instructed(self) -> ResponsesRequest:
+        # Not before: errors number the messages as they were sent.
+        if self.instructions:
+            self.messages.insert(0, Message(role="system", content=self.instructions))
+        return self
 
 
-def _messages(instructions: Any, items: list[Any]) -> list[Fields]:
+def _messages(items: list[Any]) -> list[Fields]:
     """A chat's messages; an assistant's calls are in one with what it said before them."""
-    messages: list[Fields] = [{"role": "system", "content": instructions}] if instructions else []
+    messages = list[Fields]()
     for item in items:
         kind = _inside(item, "type") or "message"
         if kind == "function_call":
@@ -81,8 +89,10 @@ def _inside(value: Any, name: str) -> Any:
 
 def _nested(kind: str, flat: Any) -> Any:
     """A tool or a format: what is beside a type here is one level below in chats."""
-    fields = {n: each for n, each in flat.items() if n != "type"} if isinstance(flat, dict) else {}
-    return {"type": flat.get("type"), kind: fields} if isinstance(flat, dict) else flat
+    if not isinstance(flat, dict):
+        return flat
+    fields = {name: each for name, each in flat.items() if name != "type"}
+    return {"type": flat.get("type"), **({kind: fields} if fields else {})}
 
 
 TEXT = -1  # the number of the text among calls

@@ -72,8 +72,7 @@ class LocalBackend(Backend):
             raise bad_request(message, "routing")
 
     async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
-        form, calls = asked.request.response_format, Calls.of(asked.request, runner)
-        schema = form.schema_asked if form else None
+        request, calls = asked.request, Calls.of(asked.request, runner)
 
         def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
             routed = runner.routings_of(
@@ -83,9 +82,10 @@ class LocalBackend(Backend):
                 allowed=asked.experts,
                 client=asked.client,
             )
-            return routed, form_of(schema, calls, runner)
+            return routed, form_of(request, calls, runner)
 
-        if schema is not None or calls or (asked.mixture is None and runner.frame.looks_prompts_up):
+        looks_up = asked.mixture is None and runner.frame.looks_prompts_up
+        if looks_up or calls or request.schema_asked is not None:
             routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
         else:
             routed, json_form = prepared()

@@ -72,12 +72,12 @@ class JsonForm:
             raise EngineError(f"The JSON can't be written: {said}.")
 
 
-def form_of(schema: Any, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
-    """The form of a model's answer, by `schema` or with `calls`, if it has one. Raises ApiError.
+def form_of(request: AnyRequest, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
+    """The form of a model's answer, by a schema or with `calls`, if it has one. Raises ApiError.
 
     The first call for a tokenizer takes seconds.
     """
-    if schema is None and not (calls and calls.are_bound):
+    if (schema := request.schema_asked) is None and not (calls and calls.are_bound):
         return None
     why = "this server lacks llguidance (pip install 'phatgoose[json]')"
     tokenizer = runner.tokenizer
@@ -94,12 +94,12 @@ def form_of(schema: Any, calls: Calls | None, runner: ModelRunner) -> JsonForm |
             why = "no answer can begin by it, as where it is only itself"  # {"$ref": "#"}
     except Exception as error:  # also of a tokenizer that is written in Python, or an odd one
         why = first_line(error).rstrip(".")
-    field = "tools" if calls else "response_format"
+    field = "tools" if calls else request.sent_as("response_format")
     raise bad_request(f"Answers can't keep to this form: {why}.", field)
 
 
-def _by(schema: Any) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': WRITTEN})}"
+def _by(schema: Any, **options: bool) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': {**WRITTEN, **options}})}"
 
 
 # How bases write calls, by the mark before; the first one in the chat template counts. They are
@@ -143,9 +143,12 @@ class Calls:
         """llguidance's: one call where it must be, JSON by a `schema` or one, or calls in text."""
         (before, after), functions = FORMS[self._mark].split("%s"), list[str]()
         for each in self._functions.values():
-            asked = each.parameters if self._must or each.strict else None
+            asked = (each.parameters if self._must or each.strict else None) or {}
             begin = self._lark_of(f'{before}{{"name": "{each.name}", "arguments": ')
-            functions.append(begin + _by({**(asked or {}), "type": "object"}))
+            # What llguidance doesn't know in a schema binds only a call that must keep to it.
+            loose = not each.strict
+            by = _by({**asked, "type": "object"}, lenient=loose, coerce_one_of=loose)
+            functions.append(begin + by)
         mark, often = self._lark_of(self._mark), "*" if self._most is None else "?"
         start = f"(head call){often} TEXT" if mark else r"call | /[^{](.|\n)*/"
         if self._must or schema is not None:

@@ -4,6 +4,7 @@ And the engine: who is computed when, and what happens when it fails.
 """
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ import serving  # noqa: F401  skips without the extra
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local import FAILED, GenerationEngine
 from phatgoose.apps.server.local.batches import ActiveSequence, Batch, Sampler
+from phatgoose.apps.server.local.json_form import beginning_of
 from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
@@ -174,6 +176,16 @@ def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of, monkeyp
     assert row.generated == whole[: whole.index(whole[3]) + 1]
     assert row.finish == "stop"
     assert len(row.deliver.tokens) == len(row.generated)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("so ab", 2), ("so abca", 1), ("so b", 1), ("ab so", 0), ("", 0)]
+)
+def test_the_beginning_of_a_stop_is_held_back_and_sixteen_long_ones_cost_little(text, count):
+    assert beginning_of(("abcd", "bx"), text) == count
+    stops, begun = [f"{'x' * 250}{n}" for n in range(16)], time.perf_counter()
+    assert not any(beginning_of(stops, "plain text " * 100) for _ in range(1000))
+    assert time.perf_counter() - begun < 2
 
 
 TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)

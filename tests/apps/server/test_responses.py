@@ -112,7 +112,9 @@ def test_items_and_settings_become_a_chat_s(far):
     more = [{}, {}, {"tool_calls": [CALL, CALL]}, {"tool_call_id": "c1"}, {"tool_calls": [CALL]}]
     pairs = zip(talk, [*more, more[3]], strict=True)
     wanted["messages"] = [{"role": who, "content": what, **each} for (who, what), each in pairs]
-    responded(far, tools=tools[::2], tool_choice="auto", text={"format": {"type": "text"}}, reasoning=None)
+    responded(
+        far, tools=tools[::2], tool_choice="auto", text={"format": {"type": "text"}}, reasoning=None
+    )
     told, plain = far.engine.requests[-2:]
     assert plain.pop("response_format") == {"type": "text"}
     assert {**told, **wanted} == told

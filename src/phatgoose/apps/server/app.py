@@ -30,7 +30,7 @@ from ...errors import PhatgooseError
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
 from .local.runner import load_models
-from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body, for_clients
+from .protocol import REQUESTABLE_ROUTERS, ApiError, for_clients
 from .requests import invalid
 from .service import Backend, Service
 from .settings import ServedModel, Upstream
@@ -65,18 +65,19 @@ ANSWERED = {
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
     """Every error as the protocol has it."""
+    if isinstance(error, ApiError):
+        return error.reply
     if isinstance(error, RequestValidationError):
-        error = invalid(error)
+        return invalid(error).reply
     if not isinstance(error, HTTPException):
         is_ours = isinstance(error, PhatgooseError)
         message = for_clients(error) if is_ours else "The server failed; its log says more."
-        return JSONResponse(error_body(500, message), 500)
+        return ApiError(500, message).reply
     message = str(error.detail)
-    if error.status_code == 404:  # of a path, unless it is an ApiError
+    if error.status_code == 404:  # of a path
         there = ", ".join(each.path for each in request.app.routes if "/v1" in each.path)
         message = f"{message}: there are {there}; answers aren't kept."
-    body = error.body if isinstance(error, ApiError) else error_body(error.status_code, message)
-    return JSONResponse(body, error.status_code, error.headers)
+    return ApiError(error.status_code, message, error.headers).reply
 
 
 async def page() -> HTMLResponse:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .protocol import CLIENT_GONE, ApiError, busy
@@ -33,9 +32,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ours: Any = {"namespace": "phatgoose", "registry": self.registry}
-        named: Any = partial
-        self.counter, self.gauge = named(Counter, **ours), named(Gauge, **ours)
-        self.histogram = named(Histogram, **ours)
+        kinds: Any = Counter, Gauge, Histogram
+        self.counter, self.gauge, self.histogram = (partial(each, **ours) for each in kinds)
         self.requests = self.counter("requests", "Requests answered.", ["path", "status"])
         words = "Seconds from a request to the end of its answer."
         self.seconds = self.histogram("request_seconds", words, ["path"], buckets=SECONDS)
@@ -103,12 +101,8 @@ class AccessControl:
         digest = hashlib.sha256((key or "").encode(errors="replace")).digest()
         same = [hmac.compare_digest(digest, each) for each in self._digests]
         if key is None or not sum(same):
-            raise ApiError(
-                401,
-                "This server requires an API key: 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            message = "This server requires an API key: 'Authorization: Bearer KEY'."
+            raise ApiError(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
         return _name_of(digest)
 
 
@@ -224,9 +218,7 @@ class RequestGuard:
 
         async def refuse(error: ApiError) -> None:
             body.release()
-            await JSONResponse(error.body, error.status_code, error.headers)(
-                scope, receive, watched
-            )
+            await error.reply(scope, receive, watched)
 
         try:
             scope[CLIENT] = client = self._access.check(scope)

@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...config import closest
 from ...errors import ConfigError
 from ...files import one_line, shortened
-from ...routing.routers.registry import AUTO, MOST_WEIGHT, WEIGHTS
+from ...routing.routers.registry import AUTO, MOST_WEIGHT
 from ...routing.routers.router import all_routers, canonical
 
 MOST_SHOWN = 500  # characters of an error
@@ -38,11 +39,20 @@ class ApiError(HTTPException):
     """Why a request is not answered; `param` is the field at fault."""
 
     def __init__(
-        self, status: int, message: str, headers: dict[str, str] | None = None, **named: str | None
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        code: str | None = None,
+        param: str | None = None,
     ) -> None:
-        """`named` are its code and its param."""
         super().__init__(status, message, headers)
-        self.body = error_body(status, message, **named)
+        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    @property
+    def reply(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -52,13 +62,6 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 def busy(message: str, seconds: int = 1) -> ApiError:
     """The error 429; the client may try again after `seconds`."""
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
-
-
-def error_body(
-    status: int, message: str, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def for_clients(error: object) -> str:
@@ -102,15 +105,10 @@ ANY_MODEL = "auto"  # the first model of a gateway
 MOST_ANSWERS = 64  # to one request
 MOST_MIXED = 64  # experts of a request's own mixture
 SEED = 1 << 63
-# Not those that need a task, or a file: which files the server reads is not a client's to say.
-REQUESTABLE_ROUTERS = (
-    AUTO,
-    *(
-        name
-        for name, kind in all_routers().items()
-        if name != WEIGHTS and not {"task", "examples"} & {*kind.given}
-    ),
-)
+# What a router can't get from a request: weights have a field of their own, and which files the
+# server reads is not a client's to say.
+LACKING = {"weights", "task", "examples"}
+REQUESTABLE_ROUTERS = AUTO, *(n for n, each in all_routers().items() if not LACKING & {*each.given})
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -164,9 +162,9 @@ class RoutingOverride:
 
     router: str | None = None
     k: int | None = None
-    keep: tuple[str, ...] | None = None
-    leave_out: tuple[str, ...] | None = None
-    allowed: tuple[str, ...] | None = None
+    keep: Sequence[str] | None = None
+    leave_out: Sequence[str] | None = None
+    allowed: Sequence[str] | None = None
 
 
 ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
@@ -268,10 +266,7 @@ class GenerationRequest(Strict):
 
     @property
     def override(self) -> RoutingOverride:
-        keep, leave_out = (
-            None if names is None else tuple(names) for names in (self.keep, self.leave_out)
-        )
-        return RoutingOverride(self.router, self.k, keep, leave_out)
+        return RoutingOverride(self.router, self.k, self.keep, self.leave_out)
 
     @property
     def changed(self) -> str | None:
@@ -352,8 +347,7 @@ class Message(Strict):
         """The message as chat templates know it, text only."""
         # OpenAI's newer name, and the one that templates know.
         role = "system" if self.role == "developer" else self.role
-        names = {"name", "tool_calls", "tool_call_id"} & self.model_fields_set
-        more = self.model_dump(include=names) if names else {}
+        more = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_unset=True)
         return {"role": role, "content": self.text, **more}
 
     @property

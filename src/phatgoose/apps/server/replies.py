@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -69,8 +69,8 @@ class Progress:
     generated: int = 0
     more: tuple[Mapping[str, Any], ...] = ({}, {}, {})
 
-    @classmethod
-    def joined(cls, events: Sequence[Progress]) -> Progress:
+    @staticmethod
+    def joined(events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
         last, text = events[-1], "".join(each.text for each in events)
         levels = zip(*(each.more for each in events), strict=True)
@@ -78,15 +78,9 @@ class Progress:
         if calls := [each for new in events for each in new.more[0].get("tool_calls") or ()]:
             calls = [{n: v for n, v in each.items() if n != "index"} for each in calls]
             more[0].update(content=text or None, tool_calls=calls)
-        return cls(
-            last.choice,
-            text,
-            tuple(token for each in events for token in each.tokens),
-            tuple(part for each in events for part in each.routing),
-            last.finish,
-            last.generated,
-            more,
-        )
+        tokens = tuple(token for each in events for token in each.tokens)
+        routing = tuple(part for each in events for part in each.routing)
+        return replace(last, text=text, tokens=tokens, routing=routing, more=more)
 
 
 def routing_report(
@@ -124,11 +118,9 @@ class Builder:
         self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
         self._counted: dict[str, Any] = {}  # by an engine
-        self._identity: dict[str, Any] = {
-            "id": ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12),
-            "created": int(time.time()),
-            "model": asked.request.model,
-        }
+        name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._identity: dict[str, Any] = {"id": name, "created": int(time.time())}
+        self._identity["model"] = asked.request.model
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -215,19 +207,14 @@ class Reply:
     """The answers to one request while they come, due by `deadline`; made in the event loop.
 
     Whoever computes them puts what is new into `events`, which holds `room` of them (0: any
-    number), or an error. `close` must be called in any case: it calls each of `on_close`, once.
+    number), or an error. `at_end` frees the places of unfinished answers: close it in any case.
     """
 
     def __init__(self, builder: Builder, deadline: Deadline, room: int = 0) -> None:
         self.builder, self._deadline = builder, deadline
-        self.on_close: list[Callable[[], object]] = []
+        self.at_end = ExitStack()
         self.events: asyncio.Queue[Progress | ApiError] = asyncio.Queue(room)
         self._first: Progress | None = None
-
-    def close(self) -> None:
-        """Free the places of unfinished answers."""
-        while self.on_close:
-            self.on_close.pop(0)()
 
     async def begun(self, http: Request) -> None:
         """Wait for what is first. Raises ApiError when that is an error, or no one waits."""

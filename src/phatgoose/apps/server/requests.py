@@ -120,8 +120,8 @@ class Decoding:
     ignores_end: bool = False
 
 
-SHAPING = "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"
-SAMPLING = "temperature", "top_p", "top_k", "min_p", *SHAPING
+PENALTIES = "repetition_penalty", "frequency_penalty", "presence_penalty"
+SAMPLING = "temperature", "top_p", "top_k", "min_p", "logit_bias", *PENALTIES
 
 
 class Answer(NamedTuple):
@@ -189,9 +189,8 @@ class RequestReader:
             status = 503 if isinstance(error, EngineError) else 400
             message = for_clients(error)
             raise ApiError(status, message, param=request.asks, code=UNREADABLE) from error
-        whole = [self._plain(tokens) for _, tokens in rows]
-        pairs = zip(whole, request.prompt, strict=True)
-        return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in pairs]
+        whole = [(self._plain(tokens), text) for text, tokens in rows]
+        return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in whole]
 
     def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
         messages = [each.plain for each in request.messages]

@@ -57,7 +57,8 @@ class ResponsesRequest(ChatRequest):
     def _instructed(self) -> ResponsesRequest:
         # Not before: errors number the messages as they were sent.
         if self.instructions:
-            self.messages.insert(0, Message(role="system", content=self.instructions))
+            first = {"role": "system", "content": self.instructions}
+            self.messages.insert(0, Message.model_validate(first))
         return self
 
 

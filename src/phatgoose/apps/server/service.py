@@ -135,12 +135,9 @@ class Service:
 
     async def health(self) -> JSONResponse:
         state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
-        health: dict[str, Any] = {
-            "status": "ok" if state.is_well else "failing",
-            "reading": sum(each.most - each.free + len(each) for each in turns),  # prompts
-            "waiting": state.waiting,
-            "running": state.running,
-        }
+        reading = sum(each.most - each.free + len(each) for each in turns)  # prompts
+        health: dict[str, Any] = {"status": "ok" if state.is_well else "failing"}
+        health |= {"reading": reading, "waiting": state.waiting, "running": state.running}
         if self.backend.upstream:
             health |= {"upstream": "ok" if state.is_well else "away", "upstreams": state.upstreams}
         return JSONResponse(health, 200 if state.is_well else 503)
@@ -266,7 +263,7 @@ class Service:
             if cut := [each.decoding.max_tokens for each in answers if each.decoding.is_cut]:
                 headers[MOST_TOKENS] = str(min(cut))
             at_end.callback(self._count, reply)
-            at_end.callback(reply.close)
+            at_end.push(reply.at_end)
             if request.stream:
                 await reply.begun(http)
                 return EventStream(reply, headers, at_end.pop_all())

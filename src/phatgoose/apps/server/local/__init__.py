@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -75,13 +75,9 @@ class LocalBackend(Backend):
         request, calls = asked.request, Calls.of(asked.request, runner)
 
         def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
-            routed = runner.routings_of(
-                [prompt.tokens for prompt in asked.prompts],
-                [prompt.asked for prompt in asked.prompts],
-                asked.mixture,
-                allowed=asked.experts,
-                client=asked.client,
-            )
+            tokens, read = zip(*((each.tokens, each.asked) for each in asked.prompts), strict=True)
+            known = {"allowed": asked.experts, "client": asked.client}
+            routed = runner.routings_of(tokens, read, asked.mixture, **known)
             return routed, form_of(request, calls, runner)
 
         looks_up = asked.mixture is None and runner.frame.looks_prompts_up
@@ -104,9 +100,7 @@ class LocalBackend(Backend):
         for each in sequences:
             each.form, each.calls = json_form and json_form.copy(), calls
         self.engine.submit(sequences)
-        reply.on_close.append(
-            lambda: self.engine.cancel([each for each in sequences if each.finish is None])
-        )
+        reply.at_end.callback(self.engine.cancel, sequences)
         return reply, reporter.chosen
 
 
@@ -122,15 +116,15 @@ class Reporter:
         self.chosen = [
             each.named(composition_of(runner.model).experts)[0] for each in choices
         ] or None
-        self._sums: dict[int, Counter[str]] = {}  # each expert's share of the tokens so far
+        # Each expert's share of the tokens so far.
+        self._sums = defaultdict[int, Counter[str]](Counter)
         self._tokens: Counter[int] = Counter()
 
     def __call__(self, progress: Progress) -> dict[str, Any] | None:
         if not progress.routing:
             return None
-        choice = progress.choice
-        parts = composition_of(self._runner.model)
-        streams = join_streams(progress.routing)
+        choice, streams = progress.choice, join_streams(progress.routing)
+        parts, sums = composition_of(self._runner.model), self._sums[choice]
         mine, tokens = self._asked.experts, list[dict[str, Any]]()
         names = tuple(name if name in mine else f"#{z}" for z, name in enumerate(parts.experts))
         for stream in streams:
@@ -139,24 +133,17 @@ class Reporter:
                 best = {names[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))}
                 where = {"part": PARTS[part], "stream": stream.name}
                 tokens.append({"token": text, **where, "experts": best})
-        sums = self._sums.setdefault(choice, Counter())
-        for token in tokens:
-            sums.update(token["experts"])
-            self._tokens[choice] += bool(token["experts"])
+                sums.update(best)
+                self._tokens[choice] += bool(best)
         count, row = self._tokens[choice], self._asked.answers[choice].row
         alone = ALONE if self.chosen and not self.chosen[row] else {}
-        report = routing_report(
-            parts.router.recorded.router,
-            parts.router.k or None,
-            [name for name in names if name in mine],
-            tokens,
-            {name: round(total / count, 4) for name, total in sums.most_common()} or alone,
-        )
+        router, known = parts.router.recorded.router, [name for name in names if name in mine]
+        summary = {name: round(total / count, 4) for name, total in sums.most_common()} or alone
+        report = routing_report(router, parts.router.k or None, known, tokens, summary)
         if self._asked.request.routing == "trace":
             routed = self._routed[row]
             whole = chosen_for_whole(parts, routed.choice if routed else None)
-            trace = Trace(names, parts.router.recorded.router, tuple(streams), whole)
-            report["trace"] = trace.to_dict()
+            report["trace"] = Trace(names, router, tuple(streams), whole).to_dict()
         return report
 
 

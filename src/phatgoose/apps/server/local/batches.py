@@ -111,6 +111,7 @@ class ActiveSequence:
     ) -> None:
         self.choice, _, prompt, self.decoding = answer
         self.runner, self.prompt, self.deliver = runner, prompt.tokens, deliver
+        self.most_tokens = len(self.prompt) + self.decoding.max_tokens
         self.client, self.routed = client, routed
         self.is_cancelled = False
         self.finish: Finish | None = None
@@ -122,10 +123,6 @@ class ActiveSequence:
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
-
-    @property
-    def most_tokens(self) -> int:
-        return len(self.prompt) + self.decoding.max_tokens
 
     @property
     def reader(self) -> Reader:

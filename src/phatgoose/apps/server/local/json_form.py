@@ -145,10 +145,9 @@ class Calls:
         for each in self._functions.values():
             asked = (each.parameters if self._must or each.strict else None) or {}
             begin = self._lark_of(f'{before}{{"name": "{each.name}", "arguments": ')
-            # What llguidance doesn't know in a schema binds only a call that must keep to it.
-            loose = not each.strict
-            by = _by({**asked, "type": "object"}, lenient=loose, coerce_one_of=loose)
-            functions.append(begin + by)
+            # Words of a schema that llguidance doesn't know matter where the client says strict.
+            unknown = dict.fromkeys(("lenient", "coerce_one_of"), not each.strict)
+            functions.append(begin + _by({**asked, "type": "object"}, **unknown))
         mark, often = self._lark_of(self._mark), "*" if self._most is None else "?"
         start = f"(head call){often} TEXT" if mark else r"call | /[^{](.|\n)*/"
         if self._must or schema is not None:
@@ -200,5 +199,12 @@ def calls_begin(text: str) -> int:
 
 def beginning_of(stops: Sequence[str], text: str) -> int:
     """How many characters at the end of `text` may be the beginning of one of `stops`."""
-    lengths = range(min(max(map(len, stops), default=1) - 1, len(text)), 0, -1)
-    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+    def beginning(stop: str) -> int:
+        place = max(len(text) - len(stop), -1)
+        while (place := text.find(stop[0], place + 1)) >= 0:
+            if stop.startswith(text[place:]):
+                return len(text) - place
+        return 0
+
+    return max(map(beginning, stops), default=0)

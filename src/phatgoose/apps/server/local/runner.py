@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
@@ -147,19 +147,17 @@ def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> T
 
     Returns the mask [rows, columns] of what is there.
     """
+    counts = [each[1] if each else 0 for each in prefixes]
     first = next((each[0] for each in prefixes if each), None)
     for layer, sides in enumerate(first.layers if first else ()):
         filled = []
         for side, nothing in enumerate(sides):
-            rows = [
-                each[0].layers[layer][side][:, : each[1]] if each else nothing[:, :0]
-                for each in prefixes
-            ]
-            tokens_first = [row.transpose(0, 1) for row in rows]
-            padded = pad_sequence(tokens_first, batch_first=True, padding_side="left")
-            filled.append(padded.transpose(1, 2).contiguous())
+            rows = [each[0].layers[layer][side] if each else nothing for each in prefixes]
+            sizes = zip(rows, counts, strict=True)
+            begun = [pad(row[:, :n], (0, 0, max(counts) - n, 0)) for row, n in sizes]
+            filled.append(torch.stack(begun))
         cache.update(*filled, layer)
-    return pad_left([[1] * (each[1] if each else 0) for each in prefixes], 0)
+    return pad_left([[1] * n for n in counts], 0)
 
 
 _NUMBERS = itertools.count()  # of runners: an id would be used again
@@ -241,9 +239,7 @@ class ModelRunner:
         if self._parts is None:
             return Reader(base, limit)
         tails, choice = self._tails, routed.choice if routed else None
-        used = (
-            range(len(tails)) if choice is None else sorted(set(choice.experts.flatten().tolist()))
-        )
+        used = range(len(tails)) if choice is None else set(choice.experts.flatten().tolist())
         reach = [tails[z] for z in used if z >= 0]
         limit = max(0, limit - max((tail for tail in reach if tail), default=0))
         if all(reach):
@@ -286,6 +282,8 @@ class LoadedModel:
                 f"server can't batch such a model and doesn't serve it."
             )
         self.parts = parts = composition_if_any(model)
+        self.experts: tuple[str, ...] = parts.experts if parts else ()
+        self.bases = (self.base.id,)
         self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()
         if parts is not None:
             check_served(parts.router)
@@ -301,14 +299,6 @@ class LoadedModel:
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        return self.parts.experts if self.parts else ()
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        return (self.base.id,)
 
     def reopened(self) -> LoadedModel:
         """The model as its place has it now, over the same base."""

@@ -215,7 +215,7 @@ class EngineBackend(Backend):
             bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))
             self._running.add(asked.client, bringing)
             bringing.add_done_callback(partial(self._running.remove, asked.client))
-            reply.on_close.append(bringing.cancel)
+            reply.at_end.callback(bringing.cancel)
         return reply, sent
 
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:

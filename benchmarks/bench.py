@@ -33,6 +33,7 @@ class Sizes:
     rank: int = 16
     k: int = 2
     pools: tuple[int, ...] = (36, 166)
+    growing: tuple[int, ...] = (10, 36, 100, 166, 1000)
     prefill: tuple[int, int] = (8, 128)
     linears: tuple[tuple[int, int], ...] = ((2048, 2048), (2048, 5120))
     linear_tokens: int = 1024
@@ -63,6 +64,7 @@ SMOKE = Sizes(
     base="tiny",
     rank=8,
     pools=(3, 6),
+    growing=(3, 6),
     prefill=(2, 8),
     linears=((32, 32), (32, 64)),
     linear_tokens=32,

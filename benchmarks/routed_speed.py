@@ -17,7 +17,7 @@ from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.phatgoose import Phatgoose, standardise
 from phatgoose.routing.routers.router import SiteRouter
-from phatgoose.sites import Site
+from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.batching import contiguous_head
 
 
@@ -57,6 +57,24 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
         f"{what}, one PEFT LoRA, not merged",
         ratio(timings["peft"], timings["base"]),
     )
+
+
+@row("growth", "prefill, routed / base, as the pool grows")
+def measure_growth(bench: Bench) -> Iterator[Finding]:
+    """As `prefill`, with experts that are made here."""
+    sizes = bench.sizes
+    batch = bench.prompts(*sizes.prefill)
+    contenders = {"base": prefill(bench.base.model, batch)}
+    for count in sizes.growing:
+        contenders[str(count)] = prefill(random_model(bench, count), batch)
+    timings = side_by_side(contenders, sizes.rounds)
+    for count in sizes.growing:
+        yield Finding.of(
+            f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens, E = {count}",
+            ratio(timings[str(count)], timings["base"]),
+            note=f"base {timings['base'].median * 1e3:.0f} ms",
+            details=_medians(timings),
+        )
 
 
 @row("linear", "one linear layer, routed / base")
@@ -138,20 +156,51 @@ def decoder(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: int) -> C
 
 def random_layer(n: int, d: int, experts: int, sizes: Sizes) -> RoutedLinear:
     """A linear layer [n] to [d] without bias, routed among random experts by random gates."""
+    base = nn.Linear(n, d, bias=False, dtype=sizes.torch_dtype)
+    return _routed(
+        base, Site("layer", n, d, "decoder"), _random_experts(n, d, experts, sizes), sizes
+    )
+
+
+def random_model(bench: Bench, experts: int) -> PreTrainedModel:
+    """A twin of the base with random experts, of which blocks share some.
+
+    So 1,000 fit into memory, and are still more than a cache holds until they are met again.
+    """
+    model: PreTrainedModel = twin(bench.base).model
+    blocks = max(1, 1000 // experts)  # with experts of their own
+    met: dict[str, int] = {}
+    made: dict[tuple[str, int], tuple[LoraStack, Tensor]] = {}
+    for name, site in find_sites(model).items():
+        parent, _, leaf = name.rpartition(".")
+        met[leaf] = met.get(leaf, -1) + 1
+        key, n, d = (leaf, met[leaf] % blocks), site.in_features, site.out_features
+        if key not in made:
+            made[key] = _random_experts(n, d, experts, bench.sizes)
+        base = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, _routed(base, site, made[key], bench.sizes))
+    return model
+
+
+def _random_experts(n: int, d: int, experts: int, sizes: Sizes) -> tuple[LoraStack, Tensor]:
     generator, rank, dtype = torch.Generator().manual_seed(0), sizes.rank, sizes.torch_dtype
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
 
-    base = nn.Linear(n, d, bias=False, dtype=dtype)
     loras = LoraStack(normal(experts, rank, n), normal(experts, rank, d))
-    stack = SiteStack(torch.arange(experts), {"lora": loras})
-    gates = standardise(torch.randn(experts, n, generator=generator))
-    table = {"vectors": gates}
-    router = SiteRouter(Phatgoose(k=sizes.k), "layer", torch.arange(experts), experts, table)
-    router.to(dtype)
-    layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router)
-    return layer.requires_grad_(False)
+    return loras, standardise(torch.randn(experts, n, generator=generator))
+
+
+def _routed(
+    base: nn.Module, site: Site, made: tuple[LoraStack, Tensor], sizes: Sizes
+) -> RoutedLinear:
+    loras, gates = made
+    numbers = torch.arange(len(gates))
+    stack = SiteStack(numbers, {"lora": loras})
+    router = SiteRouter(Phatgoose(k=sizes.k), site.name, numbers, len(gates), {"vectors": gates})
+    router.to(sizes.torch_dtype)
+    return RoutedLinear(base, site, stack, router).requires_grad_(False)
 
 
 def _applied(layer: nn.Module, u: Tensor) -> Callable[[], object]:

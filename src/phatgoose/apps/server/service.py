@@ -82,11 +82,9 @@ class Backend(Protocol):
 
     def check(self, request: AnyRequest, model: Any) -> None:
         """Raise ApiError for what can't be answered."""
-        ...
 
     async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, list[Weights] | None]:
         """The answers, begun, and each prompt's experts, None by token. Raises ApiError."""
-        ...
 
     async def take(self, models: dict[str, Any]) -> None:
         """Serve these models from now on. Raises PhatgooseError where that can't be."""

@@ -87,12 +87,8 @@ class LocalBackend(Backend):
             routed, json_form = prepared()
         reporter = Reporter(runner, asked, routed)
         reply = Reply(asked.builder(asked, reporter), asked.deadline)
-        loop, events = asyncio.get_running_loop(), reply.events
-
-        def deliver(event: Progress | ApiError) -> None:
-            # Called in the engine's thread.
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+        in_loop: Any = asyncio.get_running_loop().call_soon_threadsafe
+        deliver = partial(in_loop, reply.events.put_nowait)  # called in the engine's thread
         sequences = [
             ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
             for answer in asked.answers

@@ -178,9 +178,7 @@ class ActiveSequence:
         if cuts:
             cut = min(cuts)
             self._text, self.finish = self._text[:cut], "stop"
-            begins = [self._sent, *(end for end, _ in self._unsent[:-1])]
-            pairs = zip(begins, self._unsent, strict=True)
-            self._unsent = [unsent for begin, unsent in pairs if begin < cut]
+            self._unsent = [each for each in self._unsent if each[1].place < cut]
 
     def _emit(self) -> None:
         waiting = 0 if self.finish else beginning_of(self.decoding.stop, self._text)
@@ -201,7 +199,7 @@ class ActiveSequence:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)
             new = Progress(self.choice, text, tokens, routing, self.finish, generated)
-            self.deliver(self.calls.found(new) if self.calls and self.finish else new)
+            self.deliver(self.calls.parsed(new) if self.calls and self.finish else new)
 
 
 # transformers' caches can drop rows; joining two caches and dropping columns is done here.

@@ -37,6 +37,7 @@ except ImportError:
 
 # As Python's json writes it: a small model that may write spaces writes nothing else.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MOST_FIELDS = 5_000  # of schemas: twice as many take four times as long, and 10,000 ten seconds
 
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any] = weakref.WeakKeyDictionary()
 _reading = threading.Lock()
@@ -53,7 +54,6 @@ class JsonForm:
 
     def allowed(self, logits: Tensor) -> Tensor:
         """`logits` [V], minus infinity for tokens that can't follow. Raises EngineError."""
-        self._check()
         marks = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         self._check()
         allowed = torch.zeros(len(logits), dtype=torch.bool)
@@ -88,6 +88,8 @@ def form_of(request: AnyRequest, calls: Calls | None, runner: ModelRunner) -> Js
                     size = max(runner.vocabulary, len(tokenizer))
                     _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
             grammar = calls.grammar(schema) if calls else f"start: {_by(schema)}"
+            if grammar.count('": ') > MOST_FIELDS:
+                raise EngineError(f"it has more than {MOST_FIELDS} fields")
             form = JsonForm(LLMatcher(_known[tokenizer], grammar))
             if form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
                 return form
@@ -161,8 +163,8 @@ class Calls:
         numbers, pieces = self._numbers, filter(None, MARK.split(text))
         return " ".join(f"<[{numbers[p]}]>" if p in numbers else json.dumps(p) for p in pieces)
 
-    def found(self, new: Progress) -> Progress:
-        """The end of an answer with its calls in OpenAI's form."""
+    def parsed(self, new: Progress) -> Progress:
+        """The end of an answer, with what it calls in OpenAI's form instead of text."""
         matches = CALL.finditer(new.text)
         functions = [each for match in matches for each in self._functions_in(match)][: self._most]
         if not functions:

@@ -248,8 +248,8 @@ class ModelRunner:
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
-            found = PromptRouting.joined(each for each in routed if each is not None)
-            self._context.use(found.choice, found.lengths)
+            joined = PromptRouting.joined(each for each in routed if each is not None)
+            self._context.use(joined.choice, joined.lengths)
 
 
 class LoadedModel:

@@ -82,10 +82,7 @@ class AccessControl:
         for name in map(host_of, hosts):
             # A page whose name was made to resolve here (DNS rebinding) asks for that name.
             if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
-                message = (
-                    "This server doesn't answer to the name in the Host header; its operator can "
-                    "add names with --allow-host."
-                )
+                message = "The Host header's name isn't this server's; --allow-host adds names."
                 raise ApiError(403, message, code="unknown_host")
         # A browser names the page that asks; pages of other servers may only read.
         origins = [each.partition("://")[2].lower() for each in headers.getlist("origin")]

@@ -370,8 +370,8 @@ class RoutingCache:
     request needs makes room.
     """
 
-    def __init__(self, backend: Backend, most: int = MOST_ROUTINGS) -> None:
-        self._backend, self.most = backend, most
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self.most = backend, MOST_ROUTINGS
         self.cached: dict[Key, CachedRouting] = {}
         self.turns = Turns(1)  # composing takes all cores anyway
 

@@ -88,12 +88,12 @@ def form_of(request: AnyRequest, calls: Calls | None, runner: ModelRunner) -> Js
                     size = max(runner.vocabulary, len(tokenizer))
                     _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
             grammar = calls.grammar(schema) if calls else f"start: {_by(schema)}"
-            if grammar.count('": ') > MOST_FIELDS:
-                raise EngineError(f"it has more than {MOST_FIELDS} fields")
-            form = JsonForm(LLMatcher(_known[tokenizer], grammar))
-            if form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
-                return form
-            why = "no answer can begin by it, as where it is only itself"  # {"$ref": "#"}
+            why = f"it has more than {MOST_FIELDS} fields"
+            if grammar.count('": ') <= MOST_FIELDS:
+                form = JsonForm(LLMatcher(_known[tokenizer], grammar))
+                if form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
+                    return form
+                why = "no answer can begin by it, as where it is only itself"  # {"$ref": "#"}
     except Exception as error:  # also of a tokenizer that is written in Python, or an odd one
         why = first_line(error).rstrip(".")
     field = "tools" if calls else request.sent_as("response_format")

@@ -104,7 +104,7 @@ ANY_MODEL = "auto"  # the first model of a gateway
 
 MOST_ANSWERS = 64  # to one request
 MOST_MIXED = 64  # experts of a request's own mixture
-SEED = 1 << 63
+SEEDS = 1 << 63
 # What a router can't get from a request: weights have a field of their own, and which files the
 # server reads is not a client's to say.
 LACKING = {"weights", "task", "examples"}
@@ -168,8 +168,8 @@ class RoutingOverride:
 
 
 ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
-# Undeclared fields that ask for nothing, whatever they say or by some values; so do empty lists and
-# objects, and nulls.
+# Undeclared fields that ask for nothing: the first with any value, the others with these values.
+# Nor do nulls, empty lists and empty objects ask for anything.
 IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
 IDLE |= {"user", "truncation", "include_obfuscation", *ANSWERED}
 IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
@@ -233,7 +233,7 @@ class GenerationRequest(Strict):
     presence_penalty: Penalty | None = Field(0, description="For tokens in the answer.")
     logit_bias: Biases | None = Field({}, description="Added to logits, by tokens' numbers.")
     n: int | None = Field(1, ge=1, le=MOST_ANSWERS, description="Answers to each prompt.")
-    seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
+    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS, description="Same seed, same answer.")
     stop: Stops | None = Field(None, description="Texts that end the answer; not part of it.")
     stream: bool | None = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None

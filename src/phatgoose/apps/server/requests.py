@@ -23,7 +23,7 @@ from ...files import shortened
 from ...tasks.task import ChatTexts, said_in
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from . import protocol
-from .protocol import AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
+from .protocol import SEEDS, AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together
@@ -60,7 +60,6 @@ def invalid(error: RequestValidationError) -> ApiError:
 
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
-SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API, of which nothing is kept: a body is a chat, whose answer is a response.
+"""OpenAI's Responses API without a memory: a body becomes a chat, and its answer a response.
 
 Forms are those of openai 3.57.
 """
@@ -84,7 +84,7 @@ def _messages(items: list[Any]) -> list[Fields]:
 
 
 def _inside(value: Any, name: str) -> Any:
-    """A field; what is no object is not equal to any."""
+    """A field of an object; of anything else a list with it, which is refused as a field."""
     return value.get(name) if isinstance(value, dict) else [value]
 
 
@@ -118,8 +118,8 @@ class ResponseBuilder(Builder):
         super().__init__(asked, report)
         self._seen, self._items, self._made = list[Progress](), dict[int, list[Fields]](), 0
         repeated = {n: each for n, each in body.items() if n != "input" and each is not None}
-        mine = {"id": f"resp_{secrets.token_hex(12)}", "created_at": self._identity["created"]}
-        self._response = {**USUAL, **repeated, **BEGUN, **mine}
+        identity = {"id": f"resp_{secrets.token_hex(12)}", "created_at": self._identity["created"]}
+        self._response = {**USUAL, **repeated, **BEGUN, **identity}
 
     def opening(self) -> list[Fields]:
         return [self._event(kind, response=self._response) for kind in ("created", "in_progress")]

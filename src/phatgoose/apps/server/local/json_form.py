@@ -117,7 +117,8 @@ CALL = re.compile(rf'(?s)(?:{MARK.pattern}|(?={{"name"))(?P<json>.*?)(?:{ENDS})'
 class Calls:
     """The calls of tools in the answers to a request. What isn't one stays text.
 
-    They `are_bound` where a grammar is needed. `hidden` are special tokens that belong to them.
+    They `are_bound` if they need a grammar. `hidden` has the marks among the special tokens by
+    number: as text, answers are without those.
     """
 
     def __init__(self, request: ChatRequest, runner: ModelRunner) -> None:

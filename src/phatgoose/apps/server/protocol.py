@@ -171,7 +171,7 @@ ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
 # Undeclared fields that ask for nothing: the first with any value, the others with these values.
 # Nor do nulls, empty lists and empty objects ask for anything.
 IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
-IDLE |= {"user", "truncation", "include_obfuscation", *ANSWERED}
+IDLE |= {"user", "truncation", "include_obfuscation", "client_metadata", *ANSWERED}
 IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
 IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
 IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers

@@ -7,7 +7,7 @@ TOOLS   = .venv-tools
 VLLM    = .venv-vllm
 VLLM_VERSION = 0.32.0
 SECONDS ?= 600
-OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
+OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning -W ignore::pydantic.warnings.UnsupportedFieldAttributeWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 

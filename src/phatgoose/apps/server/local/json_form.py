@@ -166,11 +166,11 @@ class Calls:
 
     def parsed(self, new: Progress) -> Progress:
         """The end of an answer, with what it calls in OpenAI's form instead of text."""
-        matches = CALL.finditer(new.text)
-        functions = [each for match in matches for each in self._functions_in(match)][: self._most]
+        called = {match.span(): self._functions_in(match) for match in CALL.finditer(new.text)}
+        functions = [each for some in called.values() for each in some][: self._most]
         if not functions:
             return new
-        left = CALL.sub(lambda match: "" if self._functions_in(match) else match[0], new.text)
+        left = CALL.sub(lambda match: "" if called[match.span()] else match[0], new.text)
         # Mistral's template takes no other ids.
         begin, digits = ("", 9) if self._mark == "[TOOL_CALLS]" else ("call_", 24)
         calls = [

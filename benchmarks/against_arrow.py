@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import phatgoose as pg
 from bench import Bench
 from findings import Finding, row
-from measuring import ratio, side_by_side
+from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
 from routed_speed import prefill
@@ -45,11 +45,7 @@ def measure_arrow(bench: Bench) -> Iterator[Finding]:
             for model in models.values():
                 model(**bench.prompts(1, 2))  # sets up what is lazy
         timings = side_by_side(contenders, min(sizes.rounds, MOST_ROUNDS), warm=0)
-        yield Finding.of(
-            f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens, E = {count}",
-            ratio(timings["peft"], timings["routed"]),
-            details={"seconds": {name: timing.median for name, timing in timings.items()}},
-        )
+        yield Finding.of(f"{sizes.prefilled}, E = {count}", timings, "peft", "routed")
 
 
 def arrow_of_peft(model: PreTrainedModel, experts: list[Path], k: int) -> PeftModel:

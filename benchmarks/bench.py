@@ -8,14 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import phatgoose as pg
 from phatgoose.base import Base, load_base, twin
-from phatgoose.experts.expert import LAYOUT
-from synthetic import random_pool
+from synthetic import random_experts, tiny_base
 
 VOCABULARY = (
     "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
@@ -51,6 +49,11 @@ class Sizes:
         """The type as torch has it."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+    @property
+    def prefilled(self) -> str:
+        """What a prefill is measured on, in words."""
+        return f"{self.base}, {self.prefill[0]} × {self.prefill[1]} tokens"
 
     @property
     def stem(self) -> str:
@@ -94,21 +97,12 @@ class Bench:
 
     @property
     def base_name(self) -> str:
-        """Its name for `load_base`; the tiny one is created on first use."""
-        folder = self.pools / "tiny-base"
-        if self.sizes.base != "tiny":
-            return self.sizes.base
-        if not folder.is_dir():
-            _write_tiny_base(folder)
-        return str(folder)
+        """Its name for `load_base`; the tiny one is created on each use."""
+        return tiny_base(self.pools / "base") if self.sizes.base == "tiny" else self.sizes.base
 
     def experts(self, count: int) -> list[Path]:
         """The folders of `count` random experts for the base, kept for the next run."""
-        folder = self.pools / self.sizes.stem
-        places = [folder / f"e{z:04}" for z in range(count)]
-        if not all((place / LAYOUT.info).is_file() for place in places):
-            random_pool(self.base, folder, count, self.sizes.rank)
-        return places
+        return random_experts(self.base, self.pools / self.sizes.stem, count, self.sizes.rank)
 
     def routed(self, count: int, *, at_ends: bool = False, **options: str) -> PreTrainedModel:
         """A twin of the base routed among `count` experts, by PHATGOOSE unless `options` say more.
@@ -141,25 +135,3 @@ class Bench:
 def words(generator: random.Random, count: int) -> str:
     """A text of `count` random words."""
     return " ".join(generator.choices(VOCABULARY, k=count))
-
-
-def _write_tiny_base(folder: Path) -> None:
-    """A random Llama of two small blocks that knows the words of VOCABULARY."""
-    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    config = LlamaConfig(
-        vocab_size=len(VOCABULARY) + 3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **special,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    known = {word: 3 + i for i, word in enumerate(VOCABULARY)}
-    inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **known}, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ import torch
 import phatgoose as pg
 from bench import VOCABULARY, Bench, words
 from findings import Finding, row
-from measuring import ratio, side_by_side
+from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
@@ -45,12 +45,9 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     base = timings["base"].median * 1e3 / rows
     for name in models:
         own = timings[name].median * 1e3 / rows
-        yield Finding.of(
-            f"{sizes.base}, {rows} × {columns} tokens, E = {count}: choice by {name}",
-            ratio(timings[name], timings["base"]),
-            note=f"{own:.1f} ms a prompt, the base's prefill {base:.1f}",
-            details={"milliseconds a prompt": {"base": base, name: own}},
-        )
+        note = f"{own:.1f} ms a prompt, the base's prefill {base:.1f}"
+        case = f"{sizes.prefilled}, E = {count}: choice by {name}"
+        yield Finding.of(case, timings, name, "base", note)
 
 
 def _choosing(model: Any, prompts: list[list[int]]) -> Callable[[], Choice]:

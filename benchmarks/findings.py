@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from bench import Bench
-from measuring import Ratio
+from measuring import Timing, ratio
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,15 @@ class Finding:
     details: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, case: str, found: Ratio, **others: object) -> Finding:
-        """The finding that is a ratio of times."""
-        return cls(case, found.value, (found.low, found.high), **others)  # type: ignore[arg-type]
+    def of(
+        cls, case: str, timings: Mapping[str, Timing], one: str, other: str, note: str = ""
+    ) -> Finding:
+        """How many times as long as `other` `one` takes, with the medians of all contenders."""
+        times = ratio(timings[one], timings[other])
+        seconds = {name: timing.median for name, timing in timings.items()}
+        return cls(
+            case, times.value, (times.low, times.high), note=note, details={"seconds": seconds}
+        )
 
 
 Measure = Callable[[Bench], Iterator[Finding]]

@@ -77,13 +77,11 @@ def parted(rows: Sequence[str]) -> list[tuple[str, str]]:
     """(instruction, input) of the rows that have both: shared sentences are instruction."""
     sentences = [re.split(r"(?<=[.:?!])\s+", row) for row in rows]
     counts = Counter(each for row in sentences for each in set(row))
-    parts = [
-        (
-            " ".join(s for s in row if counts[s] >= SHARED),
-            " ".join(s for s in row if counts[s] < SHARED),
-        )
-        for row in sentences
-    ]
+
+    def part(row: list[str], is_shared: bool) -> str:
+        return " ".join(each for each in row if (counts[each] >= SHARED) == is_shared)
+
+    parts = [(part(row, True), part(row, False)) for row in sentences]
     return [each for each in parts if all(each)]
 
 
@@ -170,14 +168,7 @@ def counted(reader: Reader, every: Sequence[Case]) -> dict[str, dict[str, float]
         n, (right, base, tokens) = len(rows), map(fmean, zip(*rows, strict=True))
         centre, half = right + 1.92 / n, 1.96 * (right * (1 - right) / n + 0.96 / n**2) ** 0.5
         low, high = ((centre + side * half) / (1 + 3.84 / n) for side in (-1, 1))
-        shares[form] = {
-            "n": n,
-            "right": right,
-            "low": low,
-            "high": high,
-            "base": base,
-            "tokens": tokens,
-        }
+        shares[form] = dict(n=n, right=right, low=low, high=high, base=base, tokens=tokens)
     return shares
 
 
@@ -224,10 +215,9 @@ def main() -> None:
         results[router] = counted(Reader(pool, base, router), every)
         for form, each in results[router].items():
             right, low, high, left = (100 * each[key] for key in ("right", "low", "high", "base"))
-            line = (
-                f"{router:<14} {form:<24} n {each['n']:<4} right {right:.0f} [{low:.0f}, {high:.0f}"
-            )
-            sys.stdout.write(f"{line}], base {left:.0f}, {each['tokens']:.0f} tokens\n")
+            line = f"{router:<14} {form:<24} n {each['n']:<4} right {right:.0f}"
+            line = f"{line} [{low:.0f}, {high:.0f}], base {left:.0f}, {each['tokens']:.0f} tokens"
+            sys.stdout.write(f"{line}\n")
     given.out.with_suffix(".json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     draw(results, given.out.with_suffix(".png"))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import phatgoose as pg
 from bench import Bench
 from findings import Finding, row
-from measuring import ratio, side_by_side
+from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
@@ -36,31 +36,20 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
     def load() -> None:
         pg.detach(pg.load(packed, base))
 
-    pg.save(
-        model := pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose"),
-        packed,
-        overwrite=True,
-    )
+    model = pg.compose(pg.Pool.open(folders), base, k=sizes.k, router="phatgoose")
+    pg.save(model, packed, overwrite=True)
     pg.detach(model)
     files = [folder / name for folder in folders for name in (ADAPTER_WEIGHTS, LAYOUT.vectors)]
     contenders = {"bytes": lambda: read_bytes(files), "compose": compose, "load": load}
     timings = side_by_side(contenders, sizes.rounds)
-    seconds = {name: timing.median for name, timing in timings.items()}
     what = f"{sizes.base}, E = {count}, r = {sizes.rank}"
     size = sum(file.stat().st_size for file in files) / 1e9
-    yield Finding.of(
-        f"{what}: open and compose / read the bytes",
-        ratio(timings["compose"], timings["bytes"]),
-        note=f"{size:.2f} GB in {seconds['bytes']:.2f} s",
-        details={"seconds": seconds},
-    )
-    packed_timing = timings["load"]
-    yield Finding(
-        f"{what}: load of the packed form",
-        packed_timing.median,
-        spread=(min(packed_timing.seconds), max(packed_timing.seconds)),
-        unit=" s",
-    )
+    note = f"{size:.2f} GB in {timings['bytes'].median:.2f} s"
+    case = f"{what}: open and compose / read the bytes"
+    yield Finding.of(case, timings, "compose", "bytes", note)
+    loads = timings["load"]
+    spread = min(loads.seconds), max(loads.seconds)
+    yield Finding(f"{what}: load of the packed form", loads.median, spread, unit=" s")
 
 
 def read_bytes(files: Sequence[Path]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import PeftModel
@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bench import Bench, Sizes
 from findings import Finding, row
-from measuring import Timing, ratio, side_by_side
+from measuring import Timing, side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear, SiteStack
@@ -24,97 +24,69 @@ from phatgoose.tasks.batching import contiguous_head
 @row("prefill", "prefill, routed / base")
 def measure_prefill(bench: Bench) -> Iterator[Finding]:
     """Logits of the last position for a batch of prompts without padding."""
-    sizes = bench.sizes
-    few, many = sizes.pools
+    sizes, many = bench.sizes, bench.sizes.pools[-1]
     lora = PeftModel.from_pretrained(
         twin(bench.base).model, bench.experts(1)[0], autocast_adapter_dtype=False
     )
-    batch = bench.prompts(*sizes.prefill)
-    timings = side_by_side(
-        {
-            "base": prefill(bench.base.model, batch),
-            "peft": prefill(lora, batch),
-            "few": prefill(bench.routed(few), batch),
-            "many": prefill(bench.routed(many), batch),
-            "ends": prefill(bench.routed(many, at_ends=True), batch),
-        },
-        sizes.rounds,
-    )
-    what = f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens"
-    note = f"base {timings['base'].median * 1e3:.0f} ms"
-    for name, count in zip(("few", "many"), sizes.pools, strict=True):
-        yield Finding.of(
-            f"{what}, E = {count}",
-            ratio(timings[name], timings["base"]),
-            note=note,
-            details=_medians(timings),
-        )
-    yield Finding.of(
-        f"{what}, E = {many}, which act on the last {sizes.tail} tokens",
-        ratio(timings["ends"], timings["base"]),
-    )
-    yield Finding.of(
-        f"{what}, one PEFT LoRA, not merged",
-        ratio(timings["peft"], timings["base"]),
-    )
+    models = {"base": bench.base.model, "peft": lora}
+    models |= {str(count): bench.routed(count) for count in sizes.pools}
+    models |= {"ends": bench.routed(many, at_ends=True)}
+    timings = prefill_times(bench, models)
+    yield from beside_base(sizes.prefilled, timings, sizes.pools)
+    ends = f"E = {many}, which act on the last {sizes.tail} tokens"
+    for name, case in (("ends", ends), ("peft", "one PEFT LoRA, not merged")):
+        yield Finding.of(f"{sizes.prefilled}, {case}", timings, name, "base")
 
 
 @row("growth", "prefill, routed / base, as the pool grows")
 def measure_growth(bench: Bench) -> Iterator[Finding]:
     """As `prefill`, with experts that are made here."""
     sizes = bench.sizes
-    batch = bench.prompts(*sizes.prefill)
-    contenders = {"base": prefill(bench.base.model, batch)}
-    for count in sizes.growing:
-        contenders[str(count)] = prefill(random_model(bench, count), batch)
-    timings = side_by_side(contenders, sizes.rounds)
-    for count in sizes.growing:
-        yield Finding.of(
-            f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens, E = {count}",
-            ratio(timings[str(count)], timings["base"]),
-            note=f"base {timings['base'].median * 1e3:.0f} ms",
-            details=_medians(timings),
-        )
+    models = {str(count): random_model(bench, count) for count in sizes.growing}
+    timings = prefill_times(bench, {"base": bench.base.model, **models})
+    yield from beside_base(sizes.prefilled, timings, sizes.growing)
 
 
 @row("linear", "one linear layer, routed / base")
 def measure_linear(bench: Bench) -> Iterator[Finding]:
     """One layer at T5-XL's sizes."""
     sizes = bench.sizes
-    few = sizes.pools[0]
     for n, d in sizes.linears:
         u = torch.randn(sizes.linear_tokens, n, dtype=sizes.torch_dtype)
-        layers = {count: random_layer(n, d, count, sizes) for count in sizes.pools}
-        contenders = {"base": _applied(layers[few].base, u)}
-        contenders |= {str(count): _applied(layer, u) for count, layer in layers.items()}
+        layers = {str(count): random_layer(n, d, count, sizes) for count in sizes.pools}
+        layers = {"base": layers[str(sizes.pools[0])].base, **layers}
+        contenders = {name: _applied(layer, u) for name, layer in layers.items()}
         timings = side_by_side(contenders, sizes.rounds, calls=sizes.calls)
-        for count in sizes.pools:
-            yield Finding.of(
-                f"{n}→{d}, {sizes.linear_tokens} tokens, E = {count}",
-                ratio(timings[str(count)], timings["base"]),
-                note=f"base {timings['base'].median * 1e3:.1f} ms",
-                details=_medians(timings),
-            )
+        yield from beside_base(f"{n}→{d}, {sizes.linear_tokens} tokens", timings, sizes.pools)
 
 
 @row("decoding", "decoding, routed / base")
 def measure_decoding(bench: Bench) -> Iterator[Finding]:
     """Time per token with a KV cache, one prompt."""
     sizes = bench.sizes
-    few, many = sizes.pools
-    models = {"base": bench.base.model, str(few): bench.routed(few), str(many): bench.routed(many)}
+    models = {"base": bench.base.model, **{str(c): bench.routed(c) for c in sizes.pools}}
     prompt = bench.prompts(1, sizes.decoded_after)
-    timings = side_by_side(
-        {name: decoder(model, prompt, sizes.decoded) for name, model in models.items()},
-        sizes.rounds,
-    )
-    for count in sizes.pools:
-        yield Finding.of(
-            f"{sizes.base}, batch 1, {sizes.decoded} tokens, E = {count}",
-            ratio(timings[str(count)], timings["base"]),
-            note=f"base {timings['base'].median / sizes.decoded * 1e3:.1f} ms a token",
-            details=_medians(timings),
-        )
+    decoders = {name: decoder(model, prompt, sizes.decoded) for name, model in models.items()}
+    timings = side_by_side(decoders, sizes.rounds)
+    case = f"{sizes.base}, batch 1, {sizes.decoded} tokens"
+    yield from beside_base(case, timings, sizes.pools, tokens=sizes.decoded)
+
+
+def beside_base(
+    case: str, timings: dict[str, Timing], counts: Sequence[int], tokens: int = 0
+) -> Iterator[Finding]:
+    """The times with each count of experts beside the base's, which is noted (by token)."""
+    each = timings["base"].median * 1e3 / (tokens or 1)
+    note = f"base {each:.4g} ms{' a token' if tokens else ''}"
+    for count in counts:
+        yield Finding.of(f"{case}, E = {count}", timings, str(count), "base", note=note)
+
+
+def prefill_times(bench: Bench, models: dict[str, PreTrainedModel]) -> dict[str, Timing]:
+    """What a prefill of the same batch takes with each of `models`."""
+    batch = bench.prompts(*bench.sizes.prefill)
+    contenders = {name: prefill(model, batch) for name, model in models.items()}
+    return side_by_side(contenders, bench.sizes.rounds)
 
 
 def prefill(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Callable[[], object]:
@@ -210,7 +182,3 @@ def _applied(layer: nn.Module, u: Tensor) -> Callable[[], object]:
         return y
 
     return action
-
-
-def _medians(timings: dict[str, Timing]) -> dict[str, object]:
-    return {"seconds": {name: timing.median for name, timing in timings.items()}}

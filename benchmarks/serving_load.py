@@ -10,17 +10,23 @@ answered. All prompts differ. The JSON file has requests, answers, seconds and t
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
 
-from report import circumstances
-from server_process import Memory, arguments, prompt_of, served_pool, server, write
+from report import PROJECT, circumstances
+from server_process import Memory, prompt_of, running
+from synthetic import tiny_pool
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,19 @@ def measure(
     place: str, clients: int, requests: int, alone: int, tokens: int, threads: int | None
 ) -> dict[str, Any]:
     """All results, ready for JSON."""
-    with server([f"pool={place}?router=phatgoose"], threads) as (address, pid):
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, "-m", "phatgoose", "serve", f"pool={place}?router=phatgoose"]
+    with running(command, environment) as (address, process):
         asyncio.run(load(address, "pool", range(requests, requests + 2), 1, tokens))  # warm
         single = asyncio.run(load(address, "pool", range(alone), 1, tokens))
-        memory = Memory(pid)
+        memory = Memory(process.pid)
         before = memory.now()
         many = asyncio.run(load(address, "pool", range(requests), clients, tokens))
         tenths = memory.stop()
+    if process.returncode != 0:
+        raise SystemExit(f"the server ended with {process.returncode}")
     one, all_ = summary(single), summary(many)
     return {
         "pool": place,
@@ -121,18 +133,26 @@ def measure(
 
 def main() -> None:
     """Measure, print the summary, write everything to a file."""
-    parser = arguments(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pool", nargs="?", help="a pool; not needed with --smoke")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model")
+    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--alone", type=int, default=40, help="requests sent one at a time")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of every answer")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the server")
     given = parser.parse_args()
+    if not (given.pool or given.smoke):
+        parser.error("name a pool, or say --smoke")
     sizes = (given.clients, given.requests, given.alone, given.tokens)
-    with served_pool(parser, given) as place:
-        sizes = (8, 40, 5, 6) if given.smoke else sizes
+    sizes = (8, 40, 5, 6) if given.smoke else sizes
+    with tempfile.TemporaryDirectory() as folder:
+        place = tiny_pool(Path(folder)) if given.smoke else given.pool
         found = {**circumstances(), **measure(place, *sizes, given.threads)}
-    write(found, given.out, unprinted="answered")
+    print(json.dumps({key: value for key, value in found.items() if key != "answered"}, indent=2))
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if found["at_once"]["lost"]:
         sys.exit(f"{found['at_once']['lost']} requests were lost")
 

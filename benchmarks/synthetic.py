@@ -1,30 +1,35 @@
-"""Pools of random experts of a real size, for measurements: the numbers in them mean nothing."""
+"""Random experts, and tiny bases, for measurements: the numbers in them mean nothing."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from phatgoose.base import Base
+from phatgoose.base import Base, load_base
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
+from tiny import make_model, make_tokenizer, write_expert
 
 
-def random_pool(base: Base, folder: Path, experts: int, rank: int = 16) -> Pool:
-    """A pool of `experts` LoRAs at all sites of `base`, in its dtype, with gates and means.
+def random_experts(base: Base, folder: Path, count: int, rank: int) -> list[Path]:
+    """The folders of `count` LoRAs at all sites of `base`, in its dtype, with gates and means.
 
     Those that `folder` holds already are used again.
     """
-    missing = [z for z in range(experts) if not (folder / f"e{z:04}" / LAYOUT.info).is_file()]
+    places = [folder / f"e{z:04}" for z in range(count)]
+    missing = [z for z, place in enumerate(places) if not (place / LAYOUT.info).is_file()]
     for z in tqdm(missing, desc="random experts", disable=None):
-        _write(base, folder / f"e{z:04}", rank, seed=z)
-    return Pool.open([folder / f"e{z:04}" for z in range(experts)])
+        _write(base, places[z], rank, seed=z)
+    return places
 
 
 def _write(base: Base, place: Path, rank: int, seed: int) -> None:
@@ -57,6 +62,19 @@ def _write(base: Base, place: Path, rank: int, seed: int) -> None:
     gates = {site.name: normal(site.in_features) for site in sites.values()}
     means = {site.name: normal(site.in_features) for site in sites.values()}
     Expert.from_peft(adapter, gates, base=base, name=place.name, means=means).save(place)
-    for file in adapter.iterdir():
-        file.unlink()
-    adapter.rmdir()
+    shutil.rmtree(adapter)
+
+
+def tiny_base(folder: Path) -> str:
+    """A tiny base with random weights, in `folder`."""
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer(final_eos=False).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_pool(folder: Path) -> str:
+    """A pool of eight random experts on a tiny base, in `folder`."""
+    base = load_base(tiny_base(folder / "base"), dtype="float32")
+    for z in range(8):
+        write_expert(base, folder, f"e{z}", seed=z)
+    return str(folder / "experts")

@@ -28,7 +28,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 from phatgoose.base import load_base
-from server_process import running, tiny_base
+from server_process import running
+from synthetic import tiny_base
 from tiny import write_expert
 
 NAMES = [f"e{z:04}" for z in range(1000)]
@@ -98,8 +99,7 @@ def main() -> None:
             write_expert(base, folder, name, seed=seed)
 
         def started(*command: str) -> str:
-            opened = running([sys.executable, *command], os.environ, health="healthz")
-            return stack.enter_context(opened)[0]
+            return stack.enter_context(running([sys.executable, *command], os.environ))[0]
 
         engines = [started(__file__) for _ in range(int(last))]
         upstreams = [part for each in engines for part in ("--upstream", each)]

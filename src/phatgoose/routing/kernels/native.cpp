@@ -14,6 +14,9 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(TILES) && defined(__AMX_BF16__)
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -204,6 +207,50 @@ void dots(const T* const* u, const T* rows, index_t count, index_t n, float* con
     }
 }
 
+// Intel's tiles (AMX): one instruction takes 16 rows times 16 tokens, 32 numbers deep. Only where
+// TILES is defined: no machine of ours has them, so what they gain is unknown.
+#if defined(TILES) && defined(__AMX_BF16__)
+// Linux lends them to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+const bool has_tiles = syscall(158, 0x1023, 18) == 0;
+// out[m E + i] = u_m . row_i for M <= 16 tokens, whose numbers come in `pairs` [n / 2, M], and
+// `count` rows; 32 divides n. Every sum is in one order, whatever stands beside it.
+void tile_dots(const uint32_t* pairs, index_t M, const bf16* rows, index_t count, index_t n,
+               float* out, index_t E) {
+    const index_t high = std::min<index_t>(16, count);
+    alignas(64) uint8_t shapes[64] = {1};  // from 16 on bytes of a row, from 48 on rows of a tile
+    for (int tile = 0; tile < 7; tile++) {  // 0 to 3 are sums, 4 and 5 rows, 6 tokens
+        shapes[16 + 2 * tile] = tile == 4 || tile == 5 ? 64 : 4 * M;
+        shapes[48 + tile] = tile == 6 ? 16 : high;
+    }
+    asm volatile("" ::"r"(shapes) : "memory");  // GCC doesn't know what the next lines read
+    _tile_loadconfig(shapes);
+    for (index_t i = 0; i < count; i += 64) {
+        float sums[4][16][16];
+        index_t first[4];  // of 16 rows; where there are no more, the last ones again
+        for (int g = 0; g < 4; g++) first[g] = std::min(i + 16 * g, count - high);
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (index_t at = 0; at < n; at += 32) {
+            _tile_loadd(6, pairs + at / 2 * M, 4 * M);
+            _tile_loadd(4, rows + first[0] * n + at, 2 * n);
+            _tile_loadd(5, rows + first[1] * n + at, 2 * n);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(4, rows + first[2] * n + at, 2 * n);
+            _tile_loadd(5, rows + first[3] * n + at, 2 * n);
+            _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 5, 6);
+        }
+        _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+        for (index_t m = 0; m < M; m++)
+            for (int g = 0; g < 4; g++)
+                for (index_t h = 0; h < high; h++) out[m * E + first[g] + h] = sums[g][h][m];
+    }
+    _tile_release();
+}
+#else
+const bool has_tiles = false;
+inline void tile_dots(const uint32_t*, index_t, const bf16*, index_t, index_t, float*, index_t) {}
+#endif
+
 // out[m] = 1 / sqrt(var(u_m) + eps) for M tokens u [M, n], the population variance, in two passes.
 template <class T, int M>
 void inverse_deviations(const T* u, index_t n, float eps, float* out) {
@@ -263,6 +310,7 @@ struct Router {
     index_t n, E, k;
     float eps;
     bool standardised;
+    const bool tiles = sizeof(T) == sizeof(bf16) && n % 32 == 0 && has_tiles;
 
     // The dot products of M tokens u [M, n] with `count` vectors, the first of them `e`.
     template <int M>
@@ -271,6 +319,16 @@ struct Router {
         float* out[M];
         for (int m = 0; m < M; m++) row[m] = u + m * n, out[m] = affinity + m * E + e;
         dots<T, M>(row, vectors + e * n, count, n, out);
+    }
+    // Of any number, which tiles take as `pairs`, 16 at a time.
+    void score(const T* u, const uint32_t* pairs, index_t tokens, index_t e, index_t count,
+               float* affinity) const {
+        index_t t = 0;
+        for (; t < tokens && tiles; t += 16)
+            tile_dots(pairs + t * n / 2, std::min<index_t>(16, tokens - t),
+                      (const bf16*)vectors + e * n, count, n, affinity + t * E + e, E);
+        for (; t + 4 <= tokens; t += 4) score<4>(u + t * n, e, count, affinity + t * E);
+        for (; t < tokens; t++) score<1>(u + t * n, e, count, affinity + t * E);
     }
 
     // From all dot products of M tokens: their experts and weights.
@@ -289,10 +347,10 @@ struct Router {
     // One token, its experts shared out among the threads: decoding.
     void route_one(const T* u, index_t* experts, float* weights) const {
         std::vector<float> affinity(E);
-        const index_t block = 16;
+        const index_t block = tiles ? 64 : 16;
 #pragma omp parallel for schedule(static) if (E * n > 60000)
         for (index_t e = 0; e < E; e += block)
-            score<1>(u, e, std::min(block, E - e), affinity.data());
+            score(u, (const uint32_t*)u, 1, e, std::min(block, E - e), affinity.data());
         decide<1>(u, affinity.data(), experts, weights);
     }
 
@@ -306,16 +364,19 @@ struct Router {
 #pragma omp parallel if (tokens * E * n > 60000)
         {
             std::unique_ptr<float[]> affinities(new float[turn * E]);
+            std::vector<uint32_t> pairs(tiles ? turn * n / 2 : 0);
 #pragma omp for schedule(dynamic)
             for (index_t from = 0; from < tokens; from += turn) {
                 const index_t to = std::min(tokens, from + turn), fours = to - (to - from) % 4;
                 auto place = [&](index_t t) { return affinities.get() + (t - from) * E; };
-                for (index_t e = 0; e < E; e += panel) {
-                    const index_t count = std::min(panel, E - e);
-                    for (index_t t = from; t < fours; t += 4)
-                        score<4>(u + t * n, e, count, place(t));
-                    for (index_t t = fours; t < to; t++) score<1>(u + t * n, e, count, place(t));
+                for (index_t t = from; t < to && tiles; t++) {
+                    const index_t m = (t - from) % 16, M = std::min<index_t>(16, to - t + m);
+                    uint32_t* const two = pairs.data() + (t - from - m) * n / 2 + m;
+                    for (index_t j = 0; j < n / 2; j++) memcpy(two + j * M, u + t * n + 2 * j, 4);
                 }
+                for (index_t e = 0; e < E; e += panel)
+                    score(u + from * n, pairs.data(), to - from, e, std::min(panel, E - e),
+                          place(from));
                 for (index_t t = from; t < fours; t += 4)
                     decide<4>(u + t * n, place(t), experts + t * k, weights + t * k);
                 for (index_t t = fours; t < to; t++)

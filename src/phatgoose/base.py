@@ -150,8 +150,7 @@ def published(name: str, revision: str | None = None) -> BaseReference | None:
 
     A Hub id, or "smollm2".
     """
-    is_folder = name != SMOLLM2 and os.path.isdir(name)
-    return BaseReference(name, revision) if is_hub_id(name) and not is_folder else None
+    return BaseReference(name, revision) if is_hub_id(name) and recorded_id(name) == name else None
 
 
 def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:

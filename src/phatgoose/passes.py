@@ -43,6 +43,8 @@ _WHOLE: Mapping[Stream, _Names] = {
         "decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels")
     ),
 }
+# A cache's names in transformers: the first since 5.24, before it the others, the last for Mamba.
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass
@@ -248,13 +250,14 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
 
 
 def cache_argument(part: nn.Module) -> str:
-    """What `part.forward` calls its cache: Mamba has another name for it."""
-    return "cache" if "cache" in inspect.signature(part.forward).parameters else "past_key_values"
+    """What `part.forward` calls its cache."""
+    names = inspect.signature(part.forward).parameters
+    return next((name for name in _CACHES if name in names), "past_key_values")
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, under either name; None without one."""
-    return given.get("past_key_values", given.get("cache"))
+    """The cache among the arguments of a forward pass, under any of its names; None without one."""
+    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int | None:

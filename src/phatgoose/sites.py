@@ -56,12 +56,11 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
         raise RoutingError("This model is routed already; detach it first.")
     with reading(f"sites {pattern!r}", ConfigError):
         expression = re.compile(pattern or "")
-    blocks = [
-        name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-    ]
+    modules = dict(model.named_modules())
+    blocks = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
     sites = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         shape = linear_shape(module)
         if shape and name.startswith(tuple(blocks)) and expression.search(name):
             reads_encoder = encoder and (module in encoder or CROSS_ATTENTION.search(name))

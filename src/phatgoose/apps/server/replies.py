@@ -27,15 +27,22 @@ from .requests import Asked
 
 Result = TypeVar("Result")
 Weights = dict[str, float]  # of experts by name, best first; none of the base
-EXPERTS = "X-Phatgoose-Experts"
+EXPERTS, MOST_TOKENS = "X-Phatgoose-Experts", "X-Phatgoose-Max-Tokens"
 MOST_OF_A_HEADER = 4000  # characters
 
 
-def header_of(chosen: Sequence[Weights]) -> str:
-    """The experts of prompts as a header has them: reviews=0.71, trivia=0.29; base=1."""
-    prompts = [sorted((each or ALONE).items(), key=lambda pair: -pair[1]) for each in chosen]
-    parts = (", ".join(f"{name}={weight:.4g}" for name, weight in pairs) for pairs in prompts)
-    return "; ".join(parts)[:MOST_OF_A_HEADER]
+def headers_of(asked: Asked, chosen: Sequence[Weights] | None) -> dict[str, str]:
+    """What is told before an answer: its most tokens, if more were asked for, and prompts' experts.
+
+    Those of two prompts are written as reviews=0.71, trivia=0.29; base=1.
+    """
+    cut = [each.decoding.max_tokens for each in asked.answers if each.decoding.is_cut]
+    headers = {MOST_TOKENS: str(min(cut))} if cut else {}
+    if chosen is not None:
+        prompts = [sorted((each or ALONE).items(), key=lambda pair: -pair[1]) for each in chosen]
+        parts = (", ".join(f"{name}={weight:.4g}" for name, weight in each) for each in prompts)
+        headers[EXPERTS] = "; ".join(parts)[:MOST_OF_A_HEADER]
+    return headers
 
 
 @dataclass(frozen=True)

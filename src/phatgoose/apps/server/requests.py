@@ -185,9 +185,8 @@ class RequestReader:
             rows = self._read(request.prompt, request.asks, seconds)
             asked = self._asked(request, [], seconds)
         except (BaseModelError, EngineError) as error:
-            status = 503 if isinstance(error, EngineError) else 400
-            message = for_clients(error)
-            raise ApiError(status, message, param=request.asks, code=UNREADABLE) from error
+            status, why = 503 if isinstance(error, EngineError) else 400, for_clients(error)
+            raise ApiError(status, why, param=request.asks, code=UNREADABLE) from error
         whole = [(self._plain(tokens), text) for text, tokens in rows]
         return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in whole]
 
@@ -207,6 +206,9 @@ class RequestReader:
         """What a router by prompt reads of (role, text) each; None without it or without turns."""
         frame, field = self._frame, request.asks
         if request.route_by is not None:
+            if not frame.looks_prompts_up:
+                message = "No router reads route_by: experts are named, or chosen for every token."
+                raise bad_request(message, "route_by")
             turns, field = [("user", request.route_by)], "route_by"
         elif turns and self._limits.reads == "last-message":
             turns = [("user", said_in(turns)[1][-1])]
@@ -239,8 +241,12 @@ class RequestReader:
             raise bad_request(f"{message} tokens.", field, TOO_LONG)
         return [(text, tuple(tokens)) for text, _, tokens in rows]
 
-    def decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
-        """How answer `number` is generated."""
+    def answers(self, request: AnyRequest, prompts: Sequence[RequestPrompt]) -> list[Answer]:
+        """The answers, n to each of `prompts`, and how they are generated."""
+        rows = [(row, each) for row, each in enumerate(prompts) for _ in range(request.n or 1)]
+        return [Answer(n, *row, self._decoding(request, n, row[1])) for n, row in enumerate(rows)]
+
+    def _decoding(self, request: AnyRequest, number: int, prompt: RequestPrompt) -> Decoding:
         if isinstance(request, ChatRequest):
             asked = request.max_completion_tokens or request.max_tokens
             logprobs = (request.top_logprobs or 0) if request.logprobs else None

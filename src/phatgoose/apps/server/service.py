@@ -35,12 +35,11 @@ from ...untrusted_text import UntrustedText
 from . import protocol
 from .guards import ALLOWED, CLIENT, Metrics
 from .protocol import AnyRequest, ApiError, Deadline, RoutingOverride, bad_request, busy
-from .replies import EXPERTS, Builder, EventStream, Reply, Weights, header_of, unless_gone
-from .requests import Answer, Asked, RequestReader
+from .replies import Builder, EventStream, Reply, Weights, headers_of, unless_gone
+from .requests import Asked, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS
 
-MOST_TOKENS = "X-Phatgoose-Max-Tokens"  # that an answer may have, where more were asked for
 MOST_NAME = 80  # characters of a name that an error repeats
 SHOWN = 3  # example prompts
 LOOKING = 1.0  # seconds between two looks at whether files have changed
@@ -143,8 +142,7 @@ class Service:
     async def numbers(self, http: Request) -> Response:
         if http.scope[ALLOWED] is not None:
             raise ApiError(403, "This key may not read metrics, which name what others ask for.")
-        headers = {"Content-Type": CONTENT_TYPE_LATEST}
-        return Response(generate_latest(self.metrics.registry), headers=headers)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def completions(self, body: protocol.CompletionRequest, http: Request) -> Response:
         return await self._answer(body, http)
@@ -219,54 +217,48 @@ class Service:
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
         model, expert = self._find(request.model, http)
-        override = request.override
         mixtures = [each for each in (expert, request.weights) if each is not None]
-        if len(mixtures) + (override != RoutingOverride()) > 1:
+        if len(mixtures) + (request.override != RoutingOverride()) > 1:
             message = "An expert's name, weights, and other fields of routing exclude each other."
             raise bad_request(message, request.changed)
         self.backend.check(request, model)
         mixture = mixtures[0] if mixtures else None
         with ExitStack() as at_end:
-            try:
-                if mixture is not None:  # which an engine is sent as it is
-                    mixture_of(mixture, usable(model.pool.names, http))
-                    override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
-                mine = usable(model.experts, http)
-                # Routers by prompt choose among them, and mixtures have been checked.
-                chooses = override == RoutingOverride() and model.runner.frame.looks_prompts_up
-                if mine != model.experts and mixture is None and not chooses:
-                    override = replace(override, allowed=mine)
-                cached = await self.routings.acquire(model, override, client, deadline)
-            except PhatgooseError as error:
-                raise bad_request(protocol.for_clients(error), request.changed) from error
-            runner = at_end.enter_context(cached)
-            reads_prompts = mixture is None and runner.frame.looks_prompts_up
-            if request.route_by is not None and not reads_prompts:
-                message = "No router reads route_by: experts are named, or chosen for every token."
-                raise bad_request(message, "route_by")
-            process, turns = self._texts_of(model)
-            reader = RequestReader(runner.frame, self.backend.limits, process)
-            read = partial(reader.prompts, request)
-            prompts = await turns.run(client, deadline, read)
-            rows = [row for row in range(len(prompts)) for _ in range(request.n or 1)]
-            answers = [
-                Answer(number, row, prompts[row], reader.decoding(request, number, prompts[row]))
-                for number, row in enumerate(rows)
-            ]
-            asked = Asked(request, mixture, prompts, answers, client, deadline, mine, builder)
+            cached = await self._routing(request, model, mixture, http, deadline)
+            runner, (process, turns) = at_end.enter_context(cached), self._texts_of(model)
+            routed = runner.frame.looks_prompts_up and mixture is None
+            frame = replace(runner.frame, looks_prompts_up=routed)
+            reader = RequestReader(frame, self.backend.limits, process)
+            prompts = await turns.run(client, deadline, partial(reader.prompts, request))
+            answers, experts = reader.answers(request, prompts), usable(model.experts, http)
+            asked = Asked(request, mixture, prompts, answers, client, deadline, experts, builder)
             reply, chosen = await self.backend.begin(asked, runner)
-            headers = {} if chosen is None else {EXPERTS: header_of(chosen)}
-            by_base = [each for each in answers if chosen is not None and not chosen[each.row]]
-            self.metrics.by_base.labels(request.model).inc(len(by_base))
-            if cut := [each.decoding.max_tokens for each in answers if each.decoding.is_cut]:
-                headers[MOST_TOKENS] = str(min(cut))
             at_end.callback(self._count, reply)
             at_end.push(reply.at_end)
+            by_base = [each for each in answers if chosen is not None and not chosen[each.row]]
+            self.metrics.by_base.labels(request.model).inc(len(by_base))
+            headers = headers_of(asked, chosen)
             if request.stream:
                 await reply.begun(http)
                 return EventStream(reply, headers, at_end.pop_all())
             content = await unless_gone(http, reply.whole())
         return Response(content, media_type="application/json", headers=headers)
+
+    async def _routing(
+        self, request: AnyRequest, model: Any, mixture: Any, http: Request, deadline: Deadline
+    ) -> CachedRouting:
+        """How `model` routes for a request, by experts that its client may use. Raises ApiError."""
+        override, experts = request.override, usable(model.experts, http)
+        chooses = override == RoutingOverride() and model.runner.frame.looks_prompts_up
+        try:
+            if mixture is not None:  # which an engine is sent as it is
+                mixture_of(mixture, usable(model.pool.names, http))
+                override = RoutingOverride(None if self.backend.upstream else WEIGHTS)
+            elif experts != model.experts and not chooses:  # a router by prompt, among these
+                override = replace(override, allowed=experts)
+            return await self.routings.acquire(model, override, http.scope[CLIENT], deadline)
+        except PhatgooseError as error:
+            raise bad_request(protocol.for_clients(error), request.changed) from error
 
     def _texts_of(self, model: Any) -> tuple[UntrustedText, Turns]:
         """What runs the chat template and tokenizer of a model's base, and turns to use it."""

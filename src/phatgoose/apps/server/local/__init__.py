@@ -109,9 +109,8 @@ class Reporter:
         self._runner, self._asked, self._routed = runner, asked, routed
         choices = [each.choice for each in routed if each and each.choice]
         # Each prompt's experts; None where they are chosen by token.
-        self.chosen = [
-            each.named(composition_of(runner.model).experts)[0] for each in choices
-        ] or None
+        named = [each.named(composition_of(runner.model).experts)[0] for each in choices]
+        self.chosen = named or None
         # Each expert's share of the tokens so far.
         self._sums = defaultdict[int, Counter[str]](Counter)
         self._tokens: Counter[int] = Counter()
@@ -251,9 +250,8 @@ class GenerationEngine:
         is_short = False
         for client, head in self._queue.heads():
             together = [*group, head]
-            if group and (
-                head.runner is not group[0].runner or _padded_tokens(together) > most_read
-            ):
+            fits = _padded_tokens(together) <= most_read
+            if group and not (head.runner is group[0].runner and fits):
                 continue
             running = [each for each in (*self._running(), *group) if each.client == client]
             if running and is_short:

@@ -76,6 +76,21 @@ def test_routings_are_kept_and_make_room_for_each_other(client):
         assert all(each[name].A is layer.A for each in layers)  # in memory once
 
 
+def test_routings_that_are_asked_for_at_once_are_no_more_than_fit(client):
+    service, held = client.app.state.service, []
+
+    async def hold(k):
+        change = RoutingOverride(k=k)
+        cached = await service.routings.acquire(service.models["goose"], change, "b", Deadline(60))
+        held.append(cached.__enter__())
+
+    async def all_at_once():
+        return await asyncio.gather(*map(hold, (1, 3, 4, 5)), return_exceptions=True)
+
+    refused = [each for each in client.portal.call(all_at_once) if each is not None]
+    assert (len(held), [each.status_code for each in refused]) == (2, [429, 429])
+
+
 def test_what_work_raises_arrives_and_the_next_is_done():
     def work(_):
         raise BaseException("no")  # as errors of compiled Rust are

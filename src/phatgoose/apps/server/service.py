@@ -342,9 +342,9 @@ Key = tuple[Any, Routing, tuple[str, ...]]  # model, routing, experts
 
 
 class CachedRouting:
-    """A runner, and how many `requests` need it: as a context it is needed."""
+    """A runner, None until it is composed; as a context it is needed by one of its `requests`."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any = None) -> None:
         self.runner, self.requests = runner, 0
 
     def __enter__(self) -> Any:
@@ -381,28 +381,25 @@ class RoutingCache:
         if (routing, pool.names) == (model.routing, model.experts):
             return CachedRouting(model.runner)
         key = (model, routing, pool.names)
-        if (cached := self.cached.get(key)) is None:
-            compose = partial(self._composed, key, model, pool)
-            cached = await self.turns.run(client, deadline, compose)
-        self.cached.pop(key, None)
-        self.cached[key] = cached  # now the last
-        return cached
-
-    def _composed(self, key: Key, model: Any, pool: Pool, _: float) -> CachedRouting:
-        if key in self.cached:  # since it waited for its turn
-            return self.cached[key]
-        others = list(self.cached.items())
-        if len(others) >= self.most:
-            unused = (each for each, cached in others if not cached.requests)
+        cached = self.cached.pop(key, None) or CachedRouting()
+        if len(self.cached) >= self.most:
+            unused = (each for each, other in self.cached.items() if not other.requests)
             if (oldest := next(unused, None)) is None:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
-            self.cached.pop(oldest, None)
-        models = self._backend.models.values()
-        runners = [each.runner for each in (*models, *self.cached.values())]
-        with without_downloads():  # a client must not start downloads
-            cached = CachedRouting(model.composed(pool, key[1], runners))
-        self.cached[key] = cached
+            del self.cached[oldest]
+        self.cached[key] = cached  # now the last
+        with cached:  # from now on, so that those asked for at once are no more than fit
+            if cached.runner is None:
+                compose = partial(self._compose, cached, key, pool)
+                await self.turns.run(client, deadline, compose)
         return cached
+
+    def _compose(self, cached: CachedRouting, key: Key, pool: Pool, _: float) -> None:
+        models = *self._backend.models.values(), *self.cached.values()
+        runners = [each.runner for each in models if each.runner]
+        with without_downloads():  # a client must not start downloads
+            if cached.runner is None:  # nor was it composed while this one waited for its turn
+                cached.runner = key[0].composed(pool, key[1], runners)
 
 
 class FairQueue(Generic[Item]):

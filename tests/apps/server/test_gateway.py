@@ -446,3 +446,7 @@ def test_more_answers_than_the_queue_holds_are_refused(place, engine):
         for each in running:
             each.result(30)
         assert error_of(client, 429, **EXPERT, n=3)["code"] == "overloaded"
+        with engine.hanging("slow"):  # so they are where experts are chosen for all at once
+            running = [beside(client.post, PATH, json=ASK) for _ in range(8)]
+            until(lambda: sum(each.done() for each in running) == 6)
+        assert sorted(each.result(30).status_code for each in running) == [200] * 2 + [429] * 6

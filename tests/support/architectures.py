@@ -65,6 +65,8 @@ SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 SWITCH |= {"num_heads": 4, "num_experts": 2, "decoder_start_token_id": 0}
 OTHERS = {  # built unlike the above
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "lfm2": {**GROUPED, "full_attn_idxs": [1]},  # convolutions keep a state of their own
+    "openai-gpt": GPT,  # keeps nothing of what it has read
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     "prophetnet": PROPHETNET,  # its decoder has several rows of activations for each of tokens
     "led": {**BART, **POSITIONS, "attention_window": [8, 8]},  # pads inside, to whole windows

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ....analysis.traces import TraceKeeper
 from ....base import Base, BaseReference, load_base, settled_dtype, twin
@@ -53,6 +53,8 @@ Cache: TypeAlias = Any  # DynamicCache; transformers has no types for mypy
 
 SHORTEST = 16  # tokens; fewer are read as fast as they are copied
 MIB = 1 << 20
+# Transformers' layers of a cache that have keys and values, or nothing.
+BATCHED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,7 @@ class ModelRunner:
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
-        arguments = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in arguments
-        self._takes_keep = "logits_to_keep" in arguments
+        self._arguments = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(model)
         self._parts = parts = composition_if_any(model)
         self._context = parts.context if parts else None
@@ -200,11 +200,9 @@ class ModelRunner:
 
         `mask` [rows, cached and present columns] is 0 at padding.
         """
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
-        if self._takes_positions:
-            inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
-        if self._takes_keep:
-            inputs["logits_to_keep"] = 1
+        more = {"position_ids": position_ids(mask)[:, -ids.shape[1] :], "logits_to_keep": 1}
+        inputs: dict[str, Any] = {name: more[name] for name in more.keys() & self._arguments}
+        inputs |= {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
         watched = nullcontext() if keeper is None else watch(self.model, keeper.add)
         with watched, contiguous_head(self.model):
             logits: Tensor = self.model(**inputs, use_cache=True).logits
@@ -227,17 +225,14 @@ class ModelRunner:
         if context is None:
             return [None] * count
         fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
-        read = [list(each) for each in prompts]
         choice = fixed and fixed.repeated(count)
-        return context.routing_of(read, choice, asked, **known).each(count)
+        return context.routing_of(prompts, choice, asked, **known).each(count)
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""
         # Twins of one base have the very same weights.
         weights = self.model.get_input_embeddings().weight.data_ptr()
         base, limit = (client, ("base", weights)), len(prompt)
-        if self._parts is None:
-            return Reader(base, limit)
         tails, choice = self._tails, routed.choice if routed else None
         used = range(len(tails)) if choice is None else set(choice.experts.flatten().tolist())
         reach = [tails[z] for z in used if z >= 0]
@@ -276,10 +271,10 @@ class LoadedModel:
             model = self.composed(self.pool, routing).model
         else:
             model = twin(self.base).model
-        if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+        if not _keeps_keys_and_values(model):
             raise BaseModelError(
-                f"{self.base.id!r} is an encoder-decoder or keeps more than keys and values; the "
-                f"server can't batch such a model and doesn't serve it."
+                f"{self.base.id!r} is an encoder-decoder, or keeps no keys and values or more than "
+                f"these; the server can't batch such a model and doesn't serve it."
             )
         self.parts = parts = composition_if_any(model)
         self.experts: tuple[str, ...] = parts.experts if parts else ()
@@ -317,6 +312,14 @@ class LoadedModel:
         return settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer).router
 
 
+def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Whether a model keeps these of what it has read, and nothing else."""
+    layers = {type(each).__name__ for each in DynamicCache(config=model.config).layers}
+    takes_cache = cache_argument(model) in inspect.signature(model.forward).parameters
+    has_states = model._is_stateful or model.config.is_encoder_decoder
+    return takes_cache and layers <= BATCHED and not has_states
+
+
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
     """All models by name: those of one base share its weights, those of one expert its factors."""
     opened, models = cache(load_base), dict[str, LoadedModel]()
@@ -335,8 +338,7 @@ def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> 
             continue
         for name, layer in parts.layers.items():
             twin_layer = other.layers[name]
-            if not isinstance(layer, RoutedLinear) or type(layer) is not type(twin_layer):
-                continue
-            if layer.stack.dtype == twin_layer.stack.dtype:
-                for tensor in layer.stack.tensors():
+            if isinstance(layer, RoutedLinear) and type(layer) is type(twin_layer):
+                is_same = layer.stack.dtype == twin_layer.stack.dtype
+                for tensor in layer.stack.tensors() if is_same else ():
                     setattr(layer, tensor, getattr(twin_layer, tensor))

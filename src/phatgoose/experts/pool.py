@@ -49,7 +49,7 @@ class Pool(Mapping[str, Expert]):
                 it; an adapter that can't be routed is a warning, and an error only where none can.
 
         Raises:
-            PoolError: A place has no expert, two share a name, or bases differ.
+            PoolError: No place is given or one has no expert, two share a name, or bases differ.
             ExpertError: An expert is damaged or unsupported.
         """
         if isinstance(source, Pool):
@@ -57,21 +57,22 @@ class Pool(Mapping[str, Expert]):
         places = [source] if isinstance(source, Expert | str | Path) else source
         experts = [each for place in places for each in _experts_at(place)]
         read = prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), experts)
-        pool = cls(tuple(read))
-        first, others = pool._anchor, dict[str, Expert]()
+        pool, others = cls(tuple(read)), dict[str, Expert]()
+        problems = [] if experts else ["The list of experts is empty; name a folder of experts."]
         for expert in pool.experts:
-            problem = None
-            if not same_base(expert.info.base, first.info.base):
-                problem = (
-                    f"was trained on base {expert.info.base.id!r}, but {first.name!r} on "
-                    f"{first.info.base.id!r}; a pool has one base. If both are one, import both "
-                    f"adapters again with --fingerprint"
-                )
+            who, first = f"Expert {expert.name!r}", pool._anchor
             if other := others.get(expert.name):
-                problem = f"in {expert.place} has the name of the one in {other.place}; rename it"
-            if problem:
-                raise PoolError(f"Expert {expert.name!r} {problem}.")
+                why = f"has the name of the one in {other.place}; rename it."
+                problems.append(f"{who} in {expert.place} {why}")
+            if not same_base(expert.info.base, first.info.base):
+                problems.append(
+                    f"{who} was trained on base {expert.info.base.id!r}, but {first.name!r} on "
+                    f"{first.info.base.id!r}; a pool has one base. If both are one, import both "
+                    f"adapters again with --fingerprint."
+                )
             others[expert.name] = expert
+        if problems:
+            raise PoolError(problems[0])
         return pool
 
     @cached_property
@@ -84,7 +85,7 @@ class Pool(Mapping[str, Expert]):
         """The base all experts were trained on, with its fingerprint if any expert has it."""
         return self._anchor.info.base
 
-    @property
+    @cached_property
     def _anchor(self) -> Expert:
         marked = (expert for expert in self.experts if expert.info.base.fingerprint)
         return next(marked, self.experts[0])
@@ -178,14 +179,8 @@ class Pool(Mapping[str, Expert]):
             }
             form |= {"inputs_cut": info.metrics.get("inputs_cut")} if form else {}
             record = {key: v for key, v in told.items() if v is not None or key.endswith("sha256")}
-            records.append(
-                {
-                    "name": expert.name,
-                    "path": str(pinned or place),
-                    "formatting": form or None,
-                    **record,
-                }
-            )
+            about = {"name": expert.name, "path": str(pinned or place), "formatting": form or None}
+            records.append(about | record)
         return records
 
 

@@ -191,10 +191,10 @@ class EngineBackend(Backend):
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:
         async with asked.deadline.kept():
             await self.links.ready()
+        self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         if asked.mixture is None:
             router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
-            kept = {"allowed": asked.experts, "client": asked.client}
-            choose = partial(runner.choose, questions, **kept)
+            choose = partial(runner.choose, questions, allowed=asked.experts, client=asked.client)
             chosen = await self._choosing.run(asked.client, asked.deadline, lambda _: choose())
         else:
             router = "" if asked.request.weights is None else WEIGHTS
@@ -210,7 +210,7 @@ class EngineBackend(Backend):
         sent = [w if not w or can(w) else {max(w, key=w.__getitem__): 1.0} for w in chosen]
         report = partial(_report, asked, sent, chosen, router)
         reply = Reply(asked.builder(asked, report), asked.deadline, WAITING)
-        # Not before experts were chosen: others may have begun since.
+        # Once more: others may have begun while experts were chosen.
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         for number, answer in enumerate(asked.answers):
             bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))

@@ -24,9 +24,7 @@ Means = dict[str, NDArray[np.float64]]  # by label, of each task, over seeds
 
 def main(place: str, *seeds: str) -> None:
     """Print shares under both masks, how far they lie apart, and what tells whether they count."""
-    runs = {
-        (mask, seed): read(f"{place}#switch-{mask}-{seed}") for mask in MASKS for seed in seeds
-    }
+    runs = {(mask, seed): read(f"{place}#switch-{mask}-{seed}") for mask in MASKS for seed in seeds}
     tasks = sorted(set.intersection(*(set(rows) for rows in runs.values())))
     n = sum(rows[task]["n"] for rows in runs.values() for task in tasks)
     print(f"{len(tasks)} tasks: {', '.join(tasks)}; n = {n} under both masks")

@@ -38,25 +38,26 @@ qwen-scores() {
             "$pools,$embedding" runs/qwen/pool
 }
 
-# The switch: the same commands, causal and under the mask.
+# The switch: the same commands, causal and under the mask, on bases adapted by so many STEPS.
 under() { [ "$1" = causal ] && echo "$2" || echo "python research/prefix_lm.py $3"; }
-adapt() {
+adapt() { # STEPS ROWS, at most, of a task
     for mask in causal prefix; do
+        base=bases/smollm2-$mask-$1
         $(under $mask "phatgoose train" train) $(files "$others") $recipe --base smollm2 \
-            --multitask adapt --mixture-most 300 --rank 64 --alpha 64 --steps 512 \
+            --multitask adapt --mixture-most "$2" --rank 64 --alpha 64 --steps "$1" \
             --eval-every 128 --eval-examples 96 --gate-steps 1 --no-means --no-readings \
-            --statistics-examples 1 --out runs/switch/$mask-adapted || return
-        [ -e bases/smollm2-$mask/config.json ] || python research/prefix_lm.py merge \
-            runs/switch/$mask-adapted/adapt bases/smollm2-$mask || return
-        echo "losses of the adapted base, $mask" # on the same rows under both masks
-        python research/prefix_lm.py losses bases/smollm2-$mask $(files "$eight")
+            --statistics-examples 1 --out "runs/switch/$mask-$1-adapted" || return
+        [ -e "$base/config.json" ] ||
+            python research/prefix_lm.py merge "runs/switch/$mask-$1-adapted/adapt" "$base" || return
+        echo "losses of the adapted base, $mask, $1 steps" # on the same rows under both masks
+        python research/prefix_lm.py losses "$base" $(files "$eight")
     done
 }
-switch() {
+switch() { # STEPS SEED
     for mask in causal prefix; do
-        out=runs/switch/$mask-$1
-        $(under $mask "phatgoose train" train) $(files "$eight") $recipe --seed "$1" \
-            --base bases/smollm2-$mask --out "$out" || return
+        out=runs/switch/$mask-$1-$2
+        $(under $mask "phatgoose train" train) $(files "$eight") $recipe --seed "$2" \
+            --base "bases/smollm2-$mask-$1" --out "$out" || return
         $(under $mask "python research/readers.py" research/readers.py) "$out" data/own-new \
             "$out-readers.json" --limit 8 || return
         $(under $mask "python research/study/held_in.py" research/study/held_in.py) \
@@ -64,10 +65,14 @@ switch() {
             return
     done
 }
-switch-0() { switch 0; }
-switch-1() { switch 1; }
+adapt-512() { adapt 512 300; }
+switch-512-0() { switch 512 0; }
+adapt-2048() { adapt 2048 1200; }
+switch-2048-0() { switch 2048 0; }
+switch-2048-1() { switch 2048 1; }
 
-[ $# -gt 0 ] || set -- qwen-six adapt switch-0 qwen-twelve switch-1 qwen-scores
+[ $# -gt 0 ] || set -- qwen-six adapt-512 switch-512-0 qwen-twelve qwen-scores \
+    adapt-2048 switch-2048-0 switch-2048-1
 for stage; do
     echo "$(date '+%F %T') $stage begins"
     "$stage" && echo "$(date '+%F %T') $stage is done" || echo "$(date '+%F %T') $stage FAILED"

@@ -1,8 +1,8 @@
 """The switch: what routers keep of their experts, causal and as a prefix LM (protocol-2.md).
 
-    cd research && python switch.py decoders/rows.jsonl 0 1
+    cd research && python switch.py decoders/rows.jsonl#switch-512 0
 
-The rows of runs switch-MASK-SEED, MASK causal or prefix, are what `study/held_in.py` writes. Shares
+The rows of runs switch-512-MASK-SEED, MASK causal or prefix, are what `study/held_in.py` writes. Shares
 are of the own experts' mean, over tasks and seeds; intervals are 95 %, over tasks drawn anew, the
 same ones under both masks.
 """
@@ -24,7 +24,7 @@ Means = dict[str, NDArray[np.float64]]  # by label, of each task, over seeds
 
 def main(place: str, *seeds: str) -> None:
     """Print shares under both masks, how far they lie apart, and what tells whether they count."""
-    runs = {(mask, seed): read(f"{place}#switch-{mask}-{seed}") for mask in MASKS for seed in seeds}
+    runs = {(mask, seed): read(f"{place}-{mask}-{seed}") for mask in MASKS for seed in seeds}
     tasks = sorted(set.intersection(*(set(rows) for rows in runs.values())))
     n = sum(rows[task]["n"] for rows in runs.values() for task in tasks)
     print(f"{len(tasks)} tasks: {', '.join(tasks)}; n = {n} under both masks")

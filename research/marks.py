@@ -5,10 +5,12 @@
 
 DATA is what `render_tasks.py` writes, or task files of yours: own-known/NAME.jsonl and
 own-new/NAME.jsonl of the experts' own tasks, and eval/*.jsonl that no expert was trained on; any
-may be missing. POOL is a pool whose experts are named after their tasks. The base, each expert
-alone and, with `--random`, each expert's random twin answer the experts' own tasks in known and new
-wordings and the unseen tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by
-their mean log-likelihood per token. Prompt routers score the same prompts.
+may be missing. FOLDER.toml beside a folder says how its tasks are scored; for eval, commit 6aa0f67a
+has suites with their metrics, and suffixes of BIG-bench's inputs (research/study/suites). POOL is a
+pool whose experts are named after their tasks. The base, each expert alone and, with `--random`,
+each expert's random twin answer the experts' own tasks in known and new wordings and the unseen
+tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by their mean log-likelihood
+per token. Prompt routers score the same prompts.
 
 Tasks are scored in pieces of 20 examples, first one piece of every task. OUT/cells.jsonl keeps what
 is finished, one model on one piece a line: run the command again to go on, with more models or rows
@@ -68,9 +70,6 @@ from phatgoose.tasks.loading import load_task
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "more-routers"))
 from more_routers.centroids import clusters_of
 
-SUITES = Path(__file__).parent / "study" / "suites"  # metrics, and suffixes of BIG-bench's inputs
-OWN = ("held-in",)
-UNSEEN = ("bbh", "bbl", "t0ho", "cross-b", "cross-confirmation")
 ROUTERS = ("retrieval", "centroid", "centroid:clusters=4", "discriminant", "joint-discriminant")
 CLUSTERS = 4  # of each expert, in the file's metadata
 WORDINGS = {"own-known": "known", "own-new": "new", "eval": "unseen"}
@@ -134,7 +133,7 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: b
     found: Sets = {}
     for folder, wording in WORDINGS.items():
         limit = unseen if wording == "unseen" else rows
-        for table in tables_of(data / folder, UNSEEN if wording == "unseen" else OWN):
+        for table in tables_of(data / folder):
             path = data / folder / Path(table["file"]).name
             is_asked = wording == "unseen" or path.stem in pool.names
             if not (limit and is_asked and path.is_file() and path.stat().st_size):
@@ -160,22 +159,16 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: b
     return found
 
 
-def tables_of(folder: Path, suites: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The study's tables of the files there; a folder with none of these is taken whole."""
-    listed = scoring_of(suites)
-    if any((folder / Path(each["file"]).name).is_file() for each in listed):
-        return listed
-    return [{"file": path.name} for path in sorted(folder.glob("*.jsonl"))]
+def tables_of(folder: Path) -> list[dict[str, Any]]:
+    """The tasks there: file, and perhaps metrics, max_new_tokens and a suffix of inputs.
 
-
-def scoring_of(suites: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The tables of the study's tasks: file, and perhaps metrics, max_new_tokens and a suffix."""
-    found = []
-    for suite in suites:
-        content = read_table(SUITES / f"{suite}.toml", "Suite", TaskError)
-        common = {"suffix": content.get("suffix", "")}
-        found += [{**common, **table} for table in content["tasks"]]
-    return found
+    By the suite beside the folder, FOLDER.toml, as `render_tasks.py` writes it; without one all.
+    """
+    suite = folder.with_suffix(".toml")
+    if not suite.is_file():
+        return [{"file": path.name} for path in sorted(folder.glob("*.jsonl"))]
+    content = read_table(suite, "Suite", TaskError)
+    return [{"suffix": content.get("suffix", ""), **table} for table in content["tasks"]]
 
 
 def models_of(

@@ -2,9 +2,9 @@
 
     cd research && python switch.py decoders/rows.jsonl#switch-512 0
 
-The rows of runs switch-512-MASK-SEED, MASK causal or prefix, are what `study/held_in.py` writes. Shares
-are of the own experts' mean, over tasks and seeds; intervals are 95 %, over tasks drawn anew, the
-same ones under both masks.
+The rows of runs switch-512-MASK-SEED, MASK causal or prefix, are what `study/held_in.py` writes.
+Shares are of the own experts' mean, over tasks and seeds; intervals are 95 %, over tasks drawn
+anew, the same ones under both masks.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ DAMAGES: dict[str, list[tuple[Damage, str]]] = {
         (ABOUT(adapter_sha256=KeyError), "adapter_sha256"),
         (ABOUT(vectors_sha256=None), f"{VECTORS} isn't the one"),
         (ABOUT(acts_on={"tail": 0}), "tail"),
+        (ABOUT(prompts_read=10**400), "prompts_read: "),
         (PEFT(peft_type=None), "type None; wanted LORA or IA3"),
         (PEFT(peft_type="PREFIX_TUNING"), "'PREFIX_TUNING'; wanted LORA"),
         (PEFT(peft_type="LOHA"), "--allow-loss"),

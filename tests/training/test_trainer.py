@@ -70,6 +70,7 @@ def test_a_training_that_diverges_stops_at_once(llama, tmp_path, monkeypatch, pa
     with pytest.raises(ExpertError, match=f"echo: {told}"):
         train(llama, tmp_path / "echo")
     assert not (tmp_path / "echo").exists()
+    assert not llama.model.training  # whose dropout would be at work in what the user does next
 
 
 def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():

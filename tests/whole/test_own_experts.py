@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from architectures import make_tiny, random_expert, reading_pool
 from phatgoose.analysis.traces import trace
@@ -11,9 +12,10 @@ from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.context import Choice
+from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 from scored_tasks import CHOICE_TASK, naive_scores
-from tiny import make_tokenizer
+from tiny import logits_of, make_ids, make_tokenizer
 
 
 @pytest.fixture(params=["switch_transformers", "nllb-moe"])
@@ -34,6 +36,19 @@ def test_sites_that_see_some_tokens_are_left_out_of_what_is_told_of_tokens(base)
         assert len(stream.tokens) == len(stream.experts)
         if base.model.config.model_type == "switch_transformers":  # one expert for each token
             assert 0 < len(stream.sites) < whole[stream.name]
+
+
+def test_a_recording_is_summed_up_over_sites_that_see_all_tokens(base):
+    model, ids = routed(base, router="phatgoose"), make_ids(rows=2, tokens=3)  # as many as experts
+    with record(model) as recording:
+        logits_of(model, ids, decoder_input_ids=ids)
+    whole = [
+        passes[0][1]
+        for site, passes in recording.weights.items()
+        if recording.streams[site] == "decoder" and passes[0].shape == (2, 3, 3)
+    ]
+    torch.testing.assert_close(recording.by_token(row=1), sum(whole) / len(whole))
+    assert sum(recording.summary(row=1).values()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)

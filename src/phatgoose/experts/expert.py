@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import MinLen
+from annotated_types import Interval, MinLen
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base import Base, BaseReference, Text, closest_beside, is_hub_id, number_format
-from ..config import AT_LEAST_1, TAIL, Formatting, from_mapping
+from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
     TensorFile,
@@ -137,7 +137,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: F
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
-Count = Annotated[int, AT_LEAST_1]
+Count = Annotated[int, Interval(ge=1, le=1 << 53)]  # which a float holds
 ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 
 

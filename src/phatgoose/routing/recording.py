@@ -180,12 +180,12 @@ class Recording:
         return summary_of(self.experts, self.by_token(row)[self._rows(self.real, row)[0]])
 
     def _rows(self, held: Mapping[str, list[Tensor]], row: int) -> list[Tensor]:
-        """What is held of one row's tokens, by site; of the sites that see all tokens."""
+        """What is held of one row's tokens, by site; of the sites that see all tokens, in rows."""
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [
             torch.cat([part[row] for part in passes])
             for site, passes in held.items()
-            if self.streams[site] == stream
+            if self.streams[site] == stream and all(r.dim() == 2 for r in self.real[site])
         ]
         tokens = max(map(len, rows))
         return [each for each in rows if len(each) == tokens]

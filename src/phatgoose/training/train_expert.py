@@ -105,8 +105,9 @@ def train_expert(
               gates.
 
     Raises:
-        ExpertError: `out` exists, the name can't be an expert's, or training diverges.
-        ConfigError: Work to be resumed had other settings.
+        ExpertError: `out` exists, work to be resumed had other settings, the name can't be an
+            expert's, or training diverges.
+        ConfigError: Settings don't fit the base, or the embedder can't be used.
         WrongBaseError: The finished expert to be resumed is of another base.
         TaskError: The task can't be used.
     """
@@ -137,10 +138,10 @@ def train_gates(
             statistics, `training` all that it doesn't say.
 
     Raises:
-        ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, or training
-            diverges.
+        ExpertError: The adapter can't be used or doesn't fit the base, `out` exists, work to be
+            resumed had other settings, or training diverges.
         WrongBaseError: The adapter records another base, or the finished expert does.
-        ConfigError: Work to be resumed had other settings.
+        ConfigError: Settings don't fit the base, or the embedder can't be used.
         TaskError: The task can't be used.
     """
     gates = replace(options.get("gate_training") or GateTraining(), joint=False)
@@ -250,11 +251,10 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     if finished.is_dir():
         return finished
     pairs, cuts = _encoded(run, tells=True)
-    drawn = draw(run.task.validation, training.eval_examples, training.seed)
-    validation = run.encoder.pairs(drawn)
+    validation = draw(run.task.validation, training.eval_examples, training.seed)
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
-        metrics = fit(run, fresh.model, "expert", pairs, validation)
+        metrics = fit(run, fresh.model, "expert", pairs, run.encoder.pairs(validation))
         gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -408,8 +408,7 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
         sites = {name: site for name, site in find_sites(model).items() if name in modules}
         collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
         with applied(model, modules, ModifiedLinear):
-            means = mean_activations(model, sites, pairs, collator, label)
-        updates["means"] = means
+            updates["means"] = mean_activations(model, sites, pairs, collator, label)
     record = {"statistics_examples": settings.statistics_examples, **how}
     result = expert.with_statistics(model, len(prompts), **updates)
     info = replace(result.info, hyperparameters={**result.info.hyperparameters, **record}, **how)
@@ -506,7 +505,7 @@ class GatedLinear(ModifiedLinear):
     """A linear layer with one expert's module behind a gate v, which starts at zeros.
 
     A LoRA's output is `W u + scale * B A u * sigmoid(v . u)`, without a bias in the sigmoid (paper
-    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kinds`).
+    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kind`).
     """
 
     def __init__(

@@ -324,12 +324,14 @@ def fit(
         label=label,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
-    with warnings.catch_warnings(), contiguous_head(model):
-        # A remark on resuming with constant settings, which a user can't act on.
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
-    model.__dict__.pop("_hf_peft_config_loaded", None)
-    model.eval()
+    try:
+        with warnings.catch_warnings(), contiguous_head(model):
+            # A remark on resuming with constant settings, which a user can't act on.
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+            result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
+    finally:
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+        model.eval()
     state = trainer.state
     logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
     selected = {"validation_loss": state.best_metric, "best_step": state.best_global_step}

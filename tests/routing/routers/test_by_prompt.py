@@ -118,10 +118,16 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
     assert_same(chooser.choose(PROMPTS), other.choose(PROMPTS))
 
 
-@pytest.mark.parametrize("prompts", [[], [""], [[], [1, 2]]])
-def test_what_can_not_be_read_is_told(llama, llama_pool, prompts):
-    chooser = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant:fallback=off")
-    with pytest.raises(RoutingError, match="can't choose for an empty prompt, or for none"):
+@pytest.mark.parametrize(
+    ("router", "prompts"),
+    [
+        *(("discriminant:fallback=off", prompts) for prompts in ([], [""], [[], [1, 2]])),
+        *((router, []) for router in ("retrieval", "centroid")),
+    ],
+)
+def test_what_can_not_be_read_is_told(llama, llama_pool, router, prompts):
+    chooser = open_prompt_router(with_embeddings(llama_pool), llama.tokenizer, router=router)
+    with pytest.raises(RoutingError, match=r"an empty prompt, or for none|there is no prompt"):
         chooser.choose(prompts, llama.model)
 
 

@@ -433,10 +433,7 @@ class PromptRouter:
     def tokens(self, prompts: Prompts) -> list[list[int]]:
         """The prompts' tokens."""
         read: Any = self.tokenizer
-        return [
-            list(read(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
-            for prompt in prompts
-        ]
+        return [list(read(p)["input_ids"] if isinstance(p, str) else p) for p in prompts]
 
     def texts(self, prompts: Prompts) -> list[str]:
         """The prompts as text without special tokens, which is what was embedded of experts'."""

@@ -57,9 +57,11 @@ class Searched(NamedTuple):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The unit vectors of texts, of which MOST_CHARACTERS count."""
-        vectors = embed_texts([text[:MOST_CHARACTERS] for text in texts], self.embedder)
-        if vectors.shape[1] != self.rows.shape[1]:
-            raise RoutingError(f"The experts' embeddings aren't {self.embedder}'s: sizes differ.")
+        whole = [text[:MOST_CHARACTERS] for text in texts]
+        vectors = embed_texts(whole, self.embedder) if whole else torch.empty(0)
+        if vectors.shape[1:] != self.rows.shape[1:]:
+            why = f"the experts' embeddings aren't {self.embedder}'s (sizes differ)"
+            raise RoutingError(f"Can't choose: {why if whole else 'there is no prompt'}.")
         return vectors
 
 

@@ -60,6 +60,17 @@ def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
 
 
+def test_a_model_in_another_type_is_saved_with_its_scalings_in_float32(llama, tmp_path):
+    experts = (make_kind(kind, llama, tmp_path) for kind in ("ia3", "dora", "lora"))
+    model = compose(Pool(tuple(experts)), llama, router="phatgoose").bfloat16()
+    save(model, tmp_path / "routed")
+    loaded = composition_of(load(tmp_path / "routed", dtype="bfloat16")).layers
+    for site, layer in composition_of(model).layers.items():
+        for name, tensor in loaded[site].stack.tensors().items():
+            assert torch.equal(tensor, layer.stack.tensors()[name].to(tensor))
+            assert name.endswith("deltas") == (tensor.dtype == torch.float32)
+
+
 def test_settings_and_names_are_kept_and_no_place_on_this_machine(llama, llama_pool, tmp_path):
     model = compose(llama_pool, llama, k=3, kernel="gather", router="phatgoose:eps=0.001")
     save(model, tmp_path / "routed")

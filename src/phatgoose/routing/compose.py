@@ -55,7 +55,7 @@ from .layers import (
 )
 from .routers.auto import BY_PROMPT, first_allowed, settled
 from .routers.fixed import read_scores
-from .routers.prompt import ByPrompt, PromptRouter, Tables
+from .routers.prompt import ByPrompt, PromptRouter, ReadsBase, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
 from .routers.router import Router, Scores, SiteRouter, check_routing, check_served, router_of
 from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
@@ -126,6 +126,8 @@ class Composition:
         self.layers: dict[str, RoutedLayer] = {}
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
+            if isinstance(router, ReadsBase):
+                router.reading(base.model, tables)  # refuses sizes that aren't the base's
             self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
         self.context: RoutingContext | None = None
         if self.prompt_router is not None or late:
@@ -457,7 +459,9 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         if isinstance(layer, FoldedLinear):
             sites[name] = SitePart(SiteStack(layer.experts), {"folded": layer.folded})
         elif isinstance(layer, RoutedLinear):
-            sites[name] = SitePart(layer.stack, layer.router.state())
+            # A model that was moved to another type has its scalings in that, too.
+            stack = layer.stack.to(layer.experts.device, layer.stack.dtype)
+            sites[name] = SitePart(stack, layer.router.state())
     tables = parts.prompt_router.tables if parts.prompt_router else Tables(parts.experts)
     write_saved(folder, info, sites, tables)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", RoutingError)

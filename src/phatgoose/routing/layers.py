@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoutingError
 from ..experts import kinds
-from ..experts.kind import Part, widened
+from ..experts.kind import Part, Stacked, widened
 from ..experts.lora import LoraStack
 from ..experts.pool import Pool
 from ..sites import Site
@@ -82,27 +82,22 @@ class SiteStack:
         return cls(experts, parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SiteStack:
-        """The same on `device`; in `dtype`, but for indices and what is kept in float32."""
-        models = self._in_models_type()
-        moved = {
-            name: tensor.to(device, dtype if name in models else None)
-            for name, tensor in self.tensors().items()
-        }
+        """The same on `device`; in `dtype`, but for indices and what belongs in float32."""
+        forms = self._forms()
+        types = {n: dtype if forms[n].dtype == "model" else forms[n].types[0] for n in forms}
+        moved = {name: tensor.to(device, types[name]) for name, tensor in self.tensors().items()}
         return SiteStack.of(moved, self.experts.to(device))
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's type, which most of the tensors have; float32 with scalings only."""
-        tensors = self.tensors()
-        return next((tensors[n] for n in self._in_models_type()), torch.empty(0)).dtype
+        tensors, forms = self.tensors(), self._forms()
+        models = (tensors[name] for name in tensors if forms[name].dtype == "model")
+        return next(models, torch.empty(0)).dtype
 
-    def _in_models_type(self) -> list[str]:
-        return [
-            part.names()[field]
-            for part in self.parts.values()
-            for field, form in part.forms().items()
-            if form.dtype == "model" and getattr(part, field) is not None
-        ]
+    def _forms(self) -> dict[str, Stacked]:
+        parts = self.parts.values()
+        return {part.names()[name]: form for part in parts for name, form in part.forms().items()}
 
     def rows(self) -> dict[str, Tensor]:
         every = torch.arange(len(self.experts), device=self.experts.device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from attackers import attacked
@@ -129,6 +130,15 @@ def test_what_can_not_be_read_is_told(llama, llama_pool, router, prompts):
     chooser = open_prompt_router(with_embeddings(llama_pool), llama.tokenizer, router=router)
     with pytest.raises(RoutingError, match=r"an empty prompt, or for none|there is no prompt"):
         chooser.choose(prompts, llama.model)
+
+
+@pytest.mark.parametrize("fallback", ["off", "0.1"])
+def test_readings_of_another_size_than_the_bases_are_refused_at_once(llama, llama_pool, fallback):
+    """Before a covariance of that size is made: a small file could name a huge one."""
+    wide = {part: pad(each, (0, 1)) for part, each in llama_pool.experts[0].readings.items()}
+    pool = Pool((replace(llama_pool.experts[0], readings=wide),))
+    with pytest.raises(RoutingError, match=r"readings are of \[2, 33\] .* the base has \[2, 32\]"):
+        compose(pool, llama, router=f"discriminant:fallback={fallback}")
 
 
 def test_auto_is_one_that_reads_prompts(llama, llama_pool):

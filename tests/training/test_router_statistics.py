@@ -65,6 +65,12 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     assert got.info == replace(wanted.info, metrics=got.info.metrics)  # which hold times
 
 
+def test_whatever_seed_an_expert_records_it_can_be_measured(llama, make_expert, tmp_path):
+    expert = make_expert(llama, "one", seed=1)
+    odd = replace(expert, info=replace(expert.info, hyperparameters={"seed": 10**30}))
+    assert measured(odd.save(tmp_path / "odd"), llama, means=False).has("readings")
+
+
 def test_what_is_not_asked_for_stays(llama, tmp_path):
     expert = train(llama, tmp_path / "count", embeddings=True)
     got = measured(expert, llama, examples=3)

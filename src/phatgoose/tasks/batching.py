@@ -476,7 +476,7 @@ def messages_by(
     special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
     ends = special.union(end_tokens(model, tokenizer))
     options = {"do_sample": True, "top_k": 0, "eos_token_id": [*ends]}  # its top_k is 50
-    torch.manual_seed(seed % (1 << 63))  # whoever made the expert may have recorded any
+    torch.manual_seed(seed)
     rows = continued(model, tokenizer, ids, torch.ones_like(ids), most, **options)
     new = rows[:, len(start) :].tolist()
     written = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]

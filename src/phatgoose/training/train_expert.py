@@ -378,7 +378,8 @@ def written_prompts(expert: Expert, base: Base) -> Task:
 
 def _recorded_seed(expert: Expert) -> int:
     seed = expert.info.hyperparameters.get("seed")
-    return seed if isinstance(seed, int) else 0
+    # Whoever made the expert may have recorded any.
+    return seed % (1 << 32) if isinstance(seed, int) else 0
 
 
 def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:

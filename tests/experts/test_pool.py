@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 
 import pytest
@@ -51,6 +52,19 @@ def test_unfinished_hidden_and_foreign_folders_are_no_experts(write, tmp_path):
     (done.parent / "notes").mkdir()
     (done.parent / "notes.txt").write_text("a file")
     assert Pool.open(done.parent).names == ("done",)
+
+
+def test_a_folder_that_nobody_may_look_into_is_none(write, tmp_path, monkeypatch):
+    closed, stat = write("done").parent / "lost+found", os.stat  # as disks have one
+    closed.mkdir()
+
+    def refusing(path, *how, **named):  # as for those who aren't root
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *how, **named)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert Pool.open(closed.parent).names == ("done",)
 
 
 UNKNOWN, OTHER = BaseReference("tiny"), BaseReference("tiny", None, "sha256:cd")

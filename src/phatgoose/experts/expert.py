@@ -7,6 +7,7 @@ written under another name and renamed, so that one that exists is complete.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -239,7 +240,8 @@ def adapters_in(place: Path) -> list[Path]:
     names = (LAYOUT.info, *(files.config for files in formats()))
     inside = sorted(place.iterdir()) if place.is_dir() else []
     every = [place, *(each for each in inside if not each.name.startswith("."))]
-    there = [each for each in every if any((each / name).is_file() for name in names)]
+    # Unlike Path.is_file, isfile passes over what may not be looked into, such as lost+found.
+    there = [each for each in every if any(os.path.isfile(each / name) for name in names)]
     return there[:1] if place in there else there
 
 

@@ -188,8 +188,7 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    is_hub = HubReference.is_one(place)
-    folder = fetch(HubReference.parse(str(place))) if is_hub else Path(place)
+    folder = fetch(HubReference.parse(str(place))) if HubReference.is_one(place) else Path(place)
     inside, root = adapters_in(folder), folder.resolve()
     leading_out = [each for each in inside if not each.resolve().is_relative_to(root)]
     experts: list[Expert | Path] = [each for each in inside if (each / LAYOUT.info).is_file()]

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 import warnings
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -258,11 +259,16 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+# One thread at a time: transformers takes its `tie_weights` away while it loads and puts back what
+# was there, so that two loads at once would leave the process without it for good.
+LOADS = threading.RLock()
+
+
 @contextmanager
 def _loading(name: str | Path) -> Iterator[str]:
     """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
     try:
-        with quiet_loading():
+        with LOADS, quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
     except PhatgooseError:
         raise

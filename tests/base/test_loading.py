@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from command_line import snapshot
 from fake_hub import contents
@@ -53,6 +54,14 @@ def test_a_base_comes_frozen_pads_in_any_case_and_has_a_path_that_holds_elsewher
     assert base.tokenizer.pad_token_id == tokenizer.eos_token_id
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_threads_may_load_bases_at_once(base_folders):
+    before = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(8) as threads:
+        loaded = list(threads.map(lambda _: load_base(base_folders["t5"]), range(24)))
+    assert PreTrainedModel.tie_weights is before
+    assert all(each.model.lm_head.weight is each.model.shared.weight for each in loaded)
 
 
 def test_what_is_not_there_or_almost_a_name_is_refused(monkeypatch, tmp_path, base_folders):

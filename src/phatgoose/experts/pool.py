@@ -17,7 +17,7 @@ from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
 from .expert import FORM, LAYOUT, Expert, adapters_in
-from .hub import HubReference, fetch, reference_of
+from .hub import PREFIX, HubReference, fetch, reference_of
 from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
@@ -188,7 +188,7 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    folder = fetch(HubReference.parse(str(place))) if HubReference.is_one(place) else Path(place)
+    folder = fetch(HubReference.parse(str(place))) if str(place).startswith(PREFIX) else Path(place)
     inside, root = adapters_in(folder), folder.resolve()
     leading_out = [each for each in inside if not each.resolve().is_relative_to(root)]
     experts: list[Expert | Path] = [each for each in inside if (each / LAYOUT.info).is_file()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base import quiet_loading
+from ..base import LOADS, quiet_loading
 from ..config import GateTraining
 from ..errors import ConfigError
 from ..files import reading, shortened
@@ -131,7 +131,7 @@ def load_embedder(embedder: str) -> SentenceTransformer:
     if spec is not None and spec.submodule_search_locations:
         folder = str(Path(next(iter(spec.submodule_search_locations))) / "model")
     # An odd file of a folder makes the library raise anything.
-    with reading(f"Embedder {shortened(embedder)}", ConfigError), quiet_loading():
+    with reading(f"Embedder {shortened(embedder)}", ConfigError), LOADS, quiet_loading():
         return library.SentenceTransformer(
             folder,
             local_files_only=_offline.get(),

@@ -10,7 +10,8 @@ has suites with their metrics, and suffixes of BIG-bench's inputs (research/stud
 pool whose experts are named after their tasks. The base, each expert alone and, with `--random`,
 each expert's random twin answer the experts' own tasks in known and new wordings and the unseen
 tasks, as `phatgoose evaluate` scores them: plain prompts, and choices by their mean log-likelihood
-per token. Prompt routers score the same prompts.
+per token. Prompt routers score the same prompts; install examples/more-routers, which has two
+of them.
 
 Tasks are scored in pieces of 20 examples, first one piece of every task. OUT/cells.jsonl keeps what
 is finished, one model on one piece a line: run the command again to go on, with more models or rows
@@ -35,7 +36,6 @@ import base64
 import hashlib
 import json
 import random
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -48,6 +48,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from more_routers.centroids import clusters_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,14 +64,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
 from phatgoose.routing.compose import compose, detach, open_prompt_router, resolve_base
 from phatgoose.routing.routers.prompt import PromptRouter
-from phatgoose.routing.routers.retrieval import Embeds
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "more-routers"))
-from more_routers.centroids import clusters_of
-
-ROUTERS = ("retrieval", "centroid", "centroid:clusters=4", "discriminant", "joint-discriminant")
+ROUTERS = ("retrieval", "centroid", "centroids:clusters=4", "discriminant", "joint-discriminant")
 CLUSTERS = 4  # of each expert, in the file's metadata
 WORDINGS = {"own-known": "known", "own-new": "new", "eval": "unseen"}
 PIECE = 20  # examples of a task
@@ -375,17 +372,10 @@ def _chosen(
     choosers: Mapping[str, PromptRouter], base: Base, prompts: list[list[int]]
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    read: dict[tuple[int, ...], Tensor] = {}  # what the base makes of a prompt, for all routers
     for router, chooser in choosers.items():
-        chooser.states = read
-        if isinstance(chooser.router, Embeds):
-            if "embedding" not in found:
-                found["embedding"] = chooser.router.features(chooser, prompts, None)
-            found[f"choice/{router}"] = chooser.router.prompt_scores(
-                found["embedding"], chooser.ready
-            )
-        else:
-            found[f"choice/{router}"] = chooser.score(prompts, base.model)
+        found[f"choice/{router}"] = chooser.score(prompts, base.model)
+        if router == "retrieval":
+            found["embedding"] = chooser.router.features(chooser, prompts, None)
     return found
 
 

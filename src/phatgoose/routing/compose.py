@@ -126,7 +126,7 @@ class Composition:
         self.layers: dict[str, RoutedLayer] = {}
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            if isinstance(router, ReadsBase):
+            if isinstance(router, ReadsBase) and router.prompt_sizes:
                 router.reading(base.model, tables)  # refuses sizes that aren't the base's
             self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
         self.context: RoutingContext | None = None

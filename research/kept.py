@@ -44,15 +44,17 @@ def main(out: str, *named: str) -> None:
         own = scores(rows, tasks, "own")
         print(f"\n{base}, n = {n}: own experts {100 * own.mean():.1f}")
         for row, router in enumerate(routers):
-            share, low, high = kept(scores(rows, tasks, router), own)
+            share = Estimate.of(*kept(scores(rows, tasks, router), own))
             more = above(scores(rows, tasks, router), scores(rows, tasks, "phatgoose"))
             mean = 100 * scores(rows, tasks, router).mean()
-            print(f"| {router} | {mean:.1f} | {share:.0f} % [{low:.0f}, {high:.0f}] | {more} |")
+            print(f"| {router} | {mean:.1f} | {tell(share, ' %')} | {more} |")
             height = row + 0.2 * ((len(bases) - 1) / 2 - place)
-            panel.plot([low, high], [height, height], color=COLOURS[place], linewidth=1.5)
+            panel.plot(
+                [share.low, share.high], [height, height], color=COLOURS[place], linewidth=1.5
+            )
             label = f"{base} (n = {n})" if row == 0 else None
             style = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": "none"}
-            panel.plot(share, height, label=label, **style)
+            panel.plot(share.value, height, label=label, **style)
     panel.axvline(100, color="#555555", linewidth=0.8, linestyle="--")
     panel.set_yticks(range(len(routers)), [label_of(router) for router in routers])
     panel.set_xlabel("share of what each task's own expert scores, in per cent")
@@ -85,12 +87,17 @@ def drawn(count: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(count, size=(10_000, count))
 
 
-def kept(values: NDArray[np.float64], own: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The share of `own` in per cent, and its interval."""
+def kept(
+    values: NDArray[np.float64], own: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """The share of `own` in per cent, and that of each draw of tasks."""
     picks = drawn(len(values))
-    shares = values[picks].mean(axis=1) / own[picks].mean(axis=1)
-    share = Estimate.of(100 * values.mean() / own.mean(), 100 * shares)
-    return share.value, share.low, share.high
+    shares = 100 * values[picks].mean(axis=1) / own[picks].mean(axis=1)
+    return 100 * float(values.mean() / own.mean()), shares
+
+
+def tell(share: Estimate, unit: str = "", sign: str = "") -> str:
+    return f"{share.value:{sign}.0f}{unit} [{share.low:.0f}, {share.high:.0f}]"
 
 
 def above(values: NDArray[np.float64], others: NDArray[np.float64]) -> str:

@@ -1,13 +1,13 @@
 """Whose gate wins depends on who reads the prompt: the table of readers.
 
     python research/readers.py POOL ROWS OUT.json [--limit 10] [--figure OUT.png]
-    python research/readers.py - - research/decoders/readers.json --figure docs/figures/readers.png
+    python research/readers.py - - research/decoders/readers.jsonl#RUN,… [--figure OUT.png]
 
-The second form reads what is there. ROWS is a folder with a task file for each expert of the pool,
-such as runs/research/data/own-new. Each row's prompt and right answer pass through the base,
-through the task's own expert, and through another one (drawn by the row's number). At every target
-module and token the vectors of all experts are scored as router phatgoose does it: trained gates,
-and mean activations. Printed are the shares
+The second form tells what is there, means over RUNs; docs/figures/readers.png is of held_in. ROWS
+is a folder with a task file for each expert of the pool, such as runs/research/data/own-new. Each
+row's prompt and right answer pass through the base, through the task's own expert, and through
+another one (drawn by the row's number). At every target module and token the vectors of all experts
+are scored as router phatgoose does it: trained gates, and mean activations. Printed are the shares
 of (module, token) pairs at which the task's own vector is highest, and the reader's, at the
 prompt's tokens, its last token and the answer's; then the same for the discriminants of the blocks,
 for each of the prompt's tokens alone, by the mean over the tokens so far, and over the prompt.
@@ -44,7 +44,7 @@ from phatgoose.tasks.loading import load_task
 
 EPS = 1e-5
 VECTORS = ("gates", "means")
-Shares = dict[tuple[str, str, str], list[float]]  # (vectors, reader, place) -> per module
+Found = Mapping[str, Mapping[str, list[float]]]  # by task and line: the own share, the reader's
 
 
 def main() -> None:
@@ -52,11 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pool")
     parser.add_argument("rows", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out")
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
-    found = json.loads(given.out.read_text()) if given.out.exists() else {}
+    found = read(given.out)
     if given.pool != "-":
         pool = Pool.open([given.pool])
         readers = Readers(pool, loaded_base(pool))
@@ -64,10 +64,31 @@ def main() -> None:
             task = load_task(next(given.rows.glob(f"{name}.*")))
             pairs = readers.encoder.pairs(task.evaluation_examples(given.limit, 0))
             found[name] = readers.shares(pool.names.index(name), pairs)
-            given.out.write_text(json.dumps(found, indent=1))
+            Path(given.out).write_text(json.dumps(found, indent=1))
     tell(found, len(found))
     if given.figure:
         draw(found, len(found)).savefig(given.figure)
+
+
+def read(place: str) -> Found:
+    """Every task's lines in FILE, if it is there; or those of FILE#RUN,…, means over RUNs."""
+    path, _, runs = place.partition("#")
+    if not runs:
+        return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    rows = [
+        row
+        for row in map(json.loads, Path(path).read_text().splitlines())
+        if row["run"] in runs.split(",")
+    ]
+    return {
+        task: {
+            line: torch.tensor([row["lines"][line] for row in rows if row["task"] == task])
+            .mean(dim=0)
+            .tolist()
+            for line in rows[0]["lines"]
+        }
+        for task in dict.fromkeys(row["task"] for row in rows)
+    }
 
 
 class Readers:
@@ -143,7 +164,7 @@ class Readers:
             yield f"discriminant of the block, {line}", scores.argmax(dim=-1).T
 
 
-def summary(found: Mapping[str, Mapping[str, list[float]]], line: str) -> tuple[Tensor, Tensor]:
+def summary(found: Found, line: str) -> tuple[Tensor, Tensor]:
     """The own and the reader's share in per cent [2], means over tasks, and intervals [2, 2]."""
     draws = torch.randint(len(found), (2000, len(found)), generator=torch.manual_seed(0))
     values = torch.tensor([shares[line] for shares in found.values()]).mul(100)
@@ -151,7 +172,7 @@ def summary(found: Mapping[str, Mapping[str, list[float]]], line: str) -> tuple[
     return values.mean(dim=0), ends.T
 
 
-def tell(found: Mapping[str, Mapping[str, list[float]]], experts: int) -> None:
+def tell(found: Found, experts: int) -> None:
     """Print the means over tasks, with intervals."""
     print(f"{len(found)} tasks, {experts} experts: chance {100 / experts:.0f} %")
     print("| read by | vectors, where | the task's own | the reader's |\n|---|---|---|---|")
@@ -162,7 +183,7 @@ def tell(found: Mapping[str, Mapping[str, list[float]]], experts: int) -> None:
         print(f"| {reader} | {what} | {cells[0]} | {cells[1] if reader != 'base' else ''} |")
 
 
-def draw(found: Mapping[str, Mapping[str, list[float]]], experts: int) -> Figure:
+def draw(found: Found, experts: int) -> Figure:
     """Whose trained gate is highest at the prompt's tokens, by who reads; beside, discriminants."""
     figure = Figure(figsize=(7.5, 3), dpi=150)
     panels = figure.subplots(1, 2, sharey=True)

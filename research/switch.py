@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from kept import drawn, read, scores
+from kept import kept, read, scores, tell
 from numpy.typing import NDArray
 
 from phatgoose.evaluation.metrics import Estimate
@@ -45,28 +45,12 @@ def main(place: str, *seeds: str) -> None:
     print("| router | causal | prefix | difference |")
     print("|---|---|---|---|")
     for router in ROUTERS:
-        shares = {mask: share(of_mask[router], of_mask["own"]) for mask, of_mask in means.items()}
-        cells = [tell(*shares[mask], " %") for mask in MASKS]
-        more = tuple(b - a for a, b in zip(shares["causal"], shares["prefix"], strict=True))
-        print(f"| {router} | {' | '.join(cells)} | {tell(*more, sign='+')} |")
-    health = share(means["prefix"]["own"], means["causal"]["own"])
-    print(f"own experts, prefix of causal: {tell(*health, ' %')}")
-
-
-def share(
-    values: NDArray[np.float64], whole: NDArray[np.float64]
-) -> tuple[float, NDArray[np.float64]]:
-    """The share of `whole` in per cent, and that of each draw of tasks."""
-    picks = drawn(len(values))
-    return (
-        100 * float(values.mean() / whole.mean()),
-        100 * values[picks].mean(axis=1) / whole[picks].mean(axis=1),
-    )
-
-
-def tell(value: float, draws: NDArray[np.float64], unit: str = "", sign: str = "") -> str:
-    found = Estimate.of(value, draws)
-    return f"{found.value:{sign}.0f}{unit} [{found.low:.0f}, {found.high:.0f}]"
+        shares = {mask: kept(of_mask[router], of_mask["own"]) for mask, of_mask in means.items()}
+        cells = [tell(Estimate.of(*shares[mask]), " %") for mask in MASKS]
+        more = (b - a for a, b in zip(shares["causal"], shares["prefix"], strict=True))
+        print(f"| {router} | {' | '.join(cells)} | {tell(Estimate.of(*more), sign='+')} |")
+    health = Estimate.of(*kept(means["prefix"]["own"], means["causal"]["own"]))
+    print(f"own experts, prefix of causal: {tell(health, ' %')}")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def test_another_base_or_foreign_files_are_refused_and_nothing_is_lost(llama, tm
         measured(expert, changed)
     with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):
         written_prompts(expert, changed)
+    with pytest.raises(TaskError, match="0 training examples"):
+        measure(expert, llama, Task("held out", test=TASK.train), GateTraining())
     (expert.directory / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in expert.directory.iterdir()}
     with pytest.raises(ExpertError, match=r"also holds notes\.txt"):

@@ -347,7 +347,7 @@ def measure(
     recorded, seed = expert.info.hyperparameters, _recorded_seed(expert)
     formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
     encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
-    if any(example.target for example in task.train):
+    if not task.train or any(example.target for example in task.train):
         task = task.with_validation(seed)
     else:
         settings = replace(settings, means=False)

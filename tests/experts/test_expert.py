@@ -36,10 +36,12 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     )
 
 
-def test_a_loss_that_is_no_number_does_not_make_an_expert_unreadable(adapter, tmp_path):
+def test_what_json_lacks_does_not_make_an_expert_unreadable(adapter, tmp_path):
     metrics = {"loss": float("nan"), "losses": [1.0, float("inf")]}
-    saved = make(adapter, metrics=metrics).save(tmp_path / "deep" / "reviews")
+    task = {"source": "\udcff.jsonl"}  # a file's name that isn't UTF-8
+    saved = make(adapter, metrics=metrics, task=task).save(tmp_path / "deep" / "reviews")
     assert saved.info.metrics == {"loss": None, "losses": [1.0, None]}
+    assert saved.info.task == {"source": "?.jsonl"}
 
 
 def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_names(

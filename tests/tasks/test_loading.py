@@ -180,6 +180,8 @@ def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
     other = Task("other", train=one.train)
     assert given_tasks(other) == [other]
     assert given_tasks(iter([other, file])) == [other, one]
+    odd = load_task(file.rename(tmp_path / "a\udcff\nb.jsonl"))  # not UTF-8, and two lines
+    assert (odd.name, odd.source) == ("a  b", "a  b.jsonl")
     assert "must be a .jsonl, .json, .csv or .parquet file" in complaint_about("nosuch")
     assert "no/such.jsonl does not exist" in complaint_about("no/such.jsonl")
 

@@ -463,8 +463,8 @@ class Expert:
             (LAYOUT.card, model_card(info, self.kind)),
             (LAYOUT.info, info_json(info)),
         ):
-            # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
-            (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
+            # A path may hold bytes that aren't UTF-8, and JSON has no escape for them.
+            (work / file).write_text(text, encoding="utf-8", errors="replace")
 
 
 def check_expert(directory: str | Path) -> list[str]:

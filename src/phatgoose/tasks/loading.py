@@ -79,7 +79,7 @@ def load_task(
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     rows, label = _in_memory(source, "memory"), "memory"
     if isinstance(source, str | Path):
-        name, label = name or default_name(source), Path(source).name
+        name, label = name or default_name(source), one_line(Path(source).name)
         rows = _in_file(Path(source))
         if str(source).startswith(HUB):
             rows, label = _on_hub(str(source)), str(source)
@@ -139,7 +139,7 @@ def default_name(source: str | Path) -> str:
     """A task's name if its user gives none: the file's, or the Hub's with dashes."""
     if isinstance(source, str) and source.startswith(HUB):
         return source.removeprefix(HUB).split("@")[0].replace("/", "--").replace(":", "--")
-    return Path(source).stem
+    return one_line(Path(source).stem)  # which may hold bytes that aren't UTF-8
 
 
 # Where rows come from

@@ -82,7 +82,7 @@ def open_suite(name_or_path: str | Path) -> Suite:
 
 
 def _entry(file: Path, table: _TaskTable, suffix: str) -> Entry:
-    name, metrics = table.name or file.stem, tuple(table.metrics)
+    name, metrics = table.name or default_name(file), tuple(table.metrics)
     suffix = suffix if table.suffix is None else table.suffix
 
     def read(_: Sources) -> Task:

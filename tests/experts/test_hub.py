@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from changed_experts import set_config
 from fake_hub import contents, pushed_now
 from odd_files import one_line_of, rewrite
 from paths import GOLDEN
-from phatgoose.errors import ExpertError
+from phatgoose.errors import ExpertError, PoolError
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, pull, push, reference_of
 from phatgoose.experts.importing import import_adapter
@@ -123,6 +124,20 @@ def test_a_plain_adapter_on_the_hub_is_no_expert_but_can_be_imported(hub, llama,
     assert expert.info.hyperparameters["imported_from"] == f"hub:you/lora@{sha}"
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (expert.directory / file).read_bytes() == (adapter / file).read_bytes()
+
+
+def test_adapters_on_the_hub_are_a_pool_under_their_names_there(hub, llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    hub.add("you/base", contents(Path(llama.id)))
+    hub.add("you/mine", contents(adapter))  # which names its base by a path
+    with pytest.raises(PoolError, match="nobody else can load"):
+        Pool.open("hub:you/mine")
+    set_config(adapter, base_model_name_or_path="you/base")
+    sha = hub.add("you/lora", contents(adapter))
+    pool = Pool.open("hub:you/lora")
+    assert (pool.names, pool.base.id) == (("lora",), "you/base")
+    imported = pool["lora"].info.hyperparameters["imported_from"]
+    assert imported == pool.records()[0]["path"] == f"hub:you/lora@{sha}"
 
 
 @pytest.mark.parametrize(

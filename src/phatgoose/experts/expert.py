@@ -400,10 +400,8 @@ class Expert:
         ):
             if sha256 is None and not (directory / file).exists():
                 continue
-            is_adapter = file == adapter.weights
-            files[file] = (
-                adapter.read_weights(directory) if is_adapter else read_tensors(directory / file)
-            )
+            hint = adapter.hint if file == adapter.weights else ""
+            files[file] = read_tensors(directory / file, hint)
             if (got := files[file].sha256()) != sha256:
                 raise ExpertError(
                     f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "

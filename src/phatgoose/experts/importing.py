@@ -141,7 +141,7 @@ def read_adapter(
     check_name(name)
     reference = _reference(source)
     folder = fetch(reference, inner=False) if reference else Path(source)
-    reference = (reference_of(folder) or reference) if reference else None
+    reference = reference_of(folder) or reference
     if (folder / LAYOUT.info).exists():
         raise ExpertError(
             f"{reference or folder} is an expert already ({LAYOUT.info}), whose gates an import "
@@ -206,19 +206,22 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     back.
     """
     opened = cache(load_base)
-
-    def imported(source: str | Path) -> Expert:
-        reference = _reference(source)
-        place = reference.folder or reference.repo if reference else Path(source).resolve()
-        return import_adapter(source, Path(out) / Path(place).name, opened=opened, **options)
-
-    return _all_of(sources, imported)
+    return _all_of(
+        sources,
+        lambda each: import_adapter(each, Path(out) / _last_name(each), opened=opened, **options),
+    )
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-    places = [folder.resolve() for folder in folders]
-    return _all_of(places, lambda place: read_adapter(place, place.name))
+    return _all_of(map(Path.resolve, folders), lambda each: read_adapter(each, _last_name(each)))
+
+
+def _last_name(source: str | Path) -> str:
+    # In the Hub's cache a repository's folder is called by its commit.
+    reference = _reference(source) or reference_of(Path(source))
+    place = reference.folder or reference.repo if reference else Path(source).resolve()
+    return Path(place).name
 
 
 def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:

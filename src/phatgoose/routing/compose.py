@@ -55,7 +55,7 @@ from .layers import (
 )
 from .routers.auto import BY_PROMPT, first_allowed, settled
 from .routers.fixed import read_scores
-from .routers.prompt import ByPrompt, PromptRouter, ReadsBase, Tables
+from .routers.prompt import ByPrompt, PromptRouter, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
 from .routers.router import Router, Scores, SiteRouter, check_routing, check_served, router_of
 from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
@@ -126,8 +126,7 @@ class Composition:
         self.layers: dict[str, RoutedLayer] = {}
         self.prompt_router: PromptRouter | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            if isinstance(router, ReadsBase) and router.prompt_sizes:
-                router.reading(base.model, tables)  # refuses sizes that aren't the base's
+            router.check_fits(base.model, tables)
             self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
         self.context: RoutingContext | None = None
         if self.prompt_router is not None or late:

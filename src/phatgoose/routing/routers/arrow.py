@@ -54,8 +54,7 @@ def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
         return _power_iteration(A, B, seed)
     small = small_svd(A, B)
     direction = small.V[0] if small.values[0] > 0 else torch.zeros_like(small.V[0])
-    vector: Tensor = small.Q @ direction
-    return vector.float()
+    return torch.mv(small.Q, direction).float()
 
 
 class SmallSVD(NamedTuple):

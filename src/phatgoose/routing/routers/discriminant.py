@@ -132,7 +132,7 @@ class Discriminant(ReadsBase):
     def line(self, moments: Mapping[str, Tensor]) -> Lines:
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
-    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
+    def check_fits(self, base: PreTrainedModel, tables: Tables) -> None:
         _, *read = tables.tensors[f"readings.{READ}.mean"].shape
         size = [len(blocks_of(base)), base.config.get_text_config().hidden_size]
         if size != read:
@@ -140,6 +140,9 @@ class Discriminant(ReadsBase):
                 f"Router {self.name} can't read prompts: the experts' readings are of {read} "
                 f"blocks and numbers, the base has {size}."
             )
+
+    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
+        self.check_fits(base, tables)
         return prompt_states(base)
 
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:

@@ -98,8 +98,7 @@ class FewShot(Router):
         return {SHARE: torch.tensor([float(name == self.chosen) for name in acting])}
 
     def constant(self, table: SiteRouter) -> Tensor:
-        share: Tensor = getattr(table, SHARE)
-        return share.float().clamp(0, 1)  # a stranger's file may hold anything
+        return table.get_buffer(SHARE).float().clamp(0, 1)  # a stranger's file may hold anything
 
     def decision(
         self, u: Tensor, table: SiteRouter, active: Tensor | None = None

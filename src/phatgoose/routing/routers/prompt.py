@@ -33,7 +33,7 @@ from ...tasks.batching import PromptReading, read_prompts
 from ...tasks.embeddings import prompt_texts
 from ...tasks.encoding import Encoder
 from ...tasks.task import ChatTexts
-from ..context import Choice, base_alone
+from ..context import Choice, RoutingContext, base_alone
 from .router import Router, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -44,7 +44,7 @@ KEPT = 0.3  # by how much the base may be ahead of an expert that answered befor
 FOLLOWS = 0.6  # by how much others may be ahead of follow-ups
 REMEMBERED = 1 << 24  # numbers at most: scores of texts
 AROUND = 256  # numbers' worth of memory around those of one text
-# Of each base that lives, by its embeddings: what routers make of its classes.
+# Of each base that lives, by its embeddings (else a tokenizer): what routers make of its classes.
 of_bases: Any = WeakIdKeyDictionary()
 
 Text = str | Sequence[int]  # text, or tokens as the model reads them
@@ -156,6 +156,9 @@ class ByPrompt(Router):
         """What to score with. Raises RoutingError and ConfigError for tables that are no use."""
         return tables
 
+    def check_fits(self, base: PreTrainedModel, tables: Tables) -> None:
+        """Raise RoutingError for `tables` that can't be of `base`; by default they always can."""
+
     def base_tables(
         self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
     ) -> Mapping[str, Tensor]:
@@ -212,8 +215,7 @@ class ByPrompt(Router):
 
 def choice_at(u: Tensor, table: SiteRouter) -> Choice:
     """The experts that were chosen for the prompt of each token of u [T, n]."""
-    choice: Choice = table.context.of_each(u, table.sees_all, table.block)
-    return choice
+    return RoutingContext.of_each(table.context, u, table.sees_all, table.block)
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
@@ -358,9 +360,8 @@ class PromptRouter:
         """
         if not self._waits_for_base:
             return
-        known: dict[str, Mapping[str, Tensor]] = {}
-        if base is not None:
-            known = of_bases.setdefault(base.get_input_embeddings().weight, known)
+        reader: Any = self.tokenizer if base is None else base.get_input_embeddings().weight
+        known: dict[str, Mapping[str, Tensor]] = of_bases.setdefault(reader, {})
         sizes = [tensor.shape[1:] for tensor in self.tables.tensors.values()]
         # So a comparison of many settings reads the texts once.
         key = str((self.router.name, self.router.embedder, self.in_chats, sizes))

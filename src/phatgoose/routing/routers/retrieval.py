@@ -83,8 +83,7 @@ class Embeds(ByPrompt):
         return Searched(rows, embedder, owners, len(tables.names))
 
     def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
-        vectors: Tensor = chooser.ready.embed(chooser.texts(prompts))
-        return vectors
+        return Searched.embed(chooser.ready, chooser.texts(prompts))
 
     def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
         return best_of_each(features @ ready.rows.T, ready.owners, ready.experts)

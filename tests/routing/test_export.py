@@ -111,7 +111,9 @@ def test_ia3_and_biases_leave_merged_only_where_the_base_can_hold_them(
             export(model, tmp_path / "biased-whole", merged=True)
 
 
-def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, tmp_path):
+def test_what_can_t_leave_is_refused_and_nothing_is_written(
+    llama, llama_pool, llama_mixed, tmp_path
+):
     def refused(complaint, **options):
         with pytest.raises(RoutingError, match=complaint):
             export(model, tmp_path / "out" / "x", **options)
@@ -125,6 +127,9 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, 
     detach(model)
     model = compose(llama_mixed, llama, k=2, router="phatgoose")
     refused("chooses again for every token, which an adapter can't hold; route by merged")
+    detach(model)
+    model = compose(llama_pool.select(["e0"]), llama, router="discriminant")
+    refused("Router discriminant chooses again for every input")  # this expert or the base
     (tmp_path / "there").mkdir()
     with pytest.raises(RoutingError, match="exists already"):
         export(model, tmp_path / "there")

@@ -174,7 +174,8 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
         weights = torch.full((len(layer.experts),), layer.weight_of_each)
     elif isinstance(layer, RoutedLinear):
         weights = layer.router.constant()
-    if weights is None and len(parts.experts) == 1:
+    is_left_out = getattr(parts.router, "falls_back", False)  # where the base answers alone
+    if weights is None and len(parts.experts) == 1 and not is_left_out:
         weights = torch.ones(1)
     if weights is None:
         return None

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
@@ -101,6 +102,20 @@ def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_poo
     assert context.choice.experts.tolist() == [[1]]
     with pytest.raises(RoutingError, match="pass the whole prompt without"):
         model(ids[:, -1:], **{name: copy.deepcopy(caches[1])})
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_padding_without_a_mask_is_found_as_transformers_finds_it(llama, llama_pool, by_place):
+    model = compose(llama_pool, llama, router="discriminant:temperature=10,fallback=off", k=2)
+    wanted = composition_of(model).context.choose(tokens_of(model, PROMPTS[:3]))
+    own, other = (None, 0) if by_place else (0, None)
+    model.generation_config.pad_token_id = own
+    config = GenerationConfig(max_new_tokens=1, pad_token_id=other)
+    places, names = ([config], {}) if by_place else ([], {"generation_config": config})
+    model.generate(batch_of(llama, PROMPTS[:3])[0], *places, **names)
+    read = composition_of(model).context.choice
+    assert torch.equal(read.experts, wanted.experts)
+    torch.testing.assert_close(read.weights, wanted.weights)
 
 
 def reading(model, ids, **options):

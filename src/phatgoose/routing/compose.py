@@ -128,9 +128,8 @@ class Composition:
         if isinstance(router, ByPrompt) and tables is not None:
             router.check_fits(base.model, tables)
             self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
-        self.context: RoutingContext | None = None
-        if self.prompt_router is not None or late:
-            self.context = RoutingContext(self.prompt_router, self.tails)
+        has_context = self.prompt_router is not None or late
+        self.context = RoutingContext(self.prompt_router, self.tails) if has_context else None
 
     def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
         """Add the layer that takes the place of `original` at `site`.
@@ -508,8 +507,7 @@ def load(
         stack, state = saved.at(name)
         if "folded" in state:
             folded, experts = state["folded"].to(device, kind), stack.experts.to(device)
-            layer = FoldedLinear(original, site, folded, experts, len(saved.names))
-            parts.layers[name] = layer
+            parts.layers[name] = FoldedLinear(original, site, folded, experts, len(saved.names))
         else:
             parts.add(original, site, stack.to(device, kind), state)
     parts.install(model)

@@ -448,9 +448,11 @@ def _generate(
     cached = cached_tokens(kwargs)
     known = context._known.get(cache) if _is_cache(cache) and cached != 0 else None
     if is_read and mask is None:  # as transformers infers it
-        config = kwargs.get("generation_config") or model.generation_config
+        configs = *args[:1], kwargs.get("generation_config"), model.generation_config
+        places = [kwargs, *map(vars, filter(None, configs))]  # the model's own fills open fields
         pad, ends = (
-            kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id")
+            next((each[name] for each in places if each.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
         )
         ends = ends if isinstance(ends, list | tuple) else [ends]
         mask = ids != pad if pad is not None and pad not in ends else None

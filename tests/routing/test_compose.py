@@ -116,6 +116,14 @@ def test_impossible_settings_are_refused_and_leave_the_base_alone(llama, llama_p
         compose(llama_pool, llama, router="phatgoose")
 
 
+def test_what_a_user_set_on_the_model_is_there_again_after_detaching(llama, llama_pool):
+    kept = {"tokenizer": "mine", "generate": print}
+    vars(llama.model).update(kept)
+    model = compose(llama_pool, llama.model, router="discriminant:fallback=off")
+    assert (model.tokenizer, model.generate) != ("mine", print)
+    assert kept.items() <= vars(detach(model)).items()
+
+
 # Whose base it is
 
 

@@ -61,6 +61,7 @@ from .routers.router import Router, Scores, SiteRouter, check_routing, check_ser
 from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
 
 CONFIG = "config.json"  # of transformers
+INSTALLED = (ROUTED, "tokenizer", "save_pretrained", "generate", "init_continuous_batching")
 ARGUMENTS = ("scores", "weights")  # of `compose`, beside routing settings
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
@@ -171,7 +172,8 @@ class Composition:
         return True
 
     def install(self, model: PreTrainedModel) -> None:
-        """Put the layers into `model`."""
+        """Put the layers into `model`; `hidden` are attributes of its user's that ours hide."""
+        self.hidden = {name: vars(model)[name] for name in INSTALLED if name in vars(model)}
         for name, layer in self.layers.items():
             replace_module(model, name, layer)
         if self.context is not None:
@@ -311,8 +313,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         parts.context.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
-    del model.save_pretrained, model.tokenizer  # the model's own is its class's
-    delattr(model, ROUTED)
+    for name in INSTALLED:
+        vars(model).pop(name, None)
+    vars(model).update(parts.hidden)
     return model
 
 

@@ -342,9 +342,6 @@ class RoutingContext:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._model is not None:
-            vars(self._model).pop("generate", None)  # the model's own are its class's
-            vars(self._model).pop("init_continuous_batching", None)
         self._model = None
 
     @uncompiled

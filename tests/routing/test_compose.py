@@ -110,6 +110,9 @@ def test_impossible_settings_are_refused_and_leave_the_base_alone(llama, llama_p
         compose(llama_pool, llama, k=2.5)
     with pytest.raises(ConfigError, match="unknown setting 'arrow'; known are router, k, kernel"):
         compose(llama_pool, llama, arrow="peft")
+    for other in ({"router": "arrow"}, {"routing": Routing("arrow")}):
+        with pytest.raises(ConfigError, match="router arrow: unknown setting 'e0'"):
+            compose(llama_pool, llama, weights={"e0": 1.0}, **other)
     assert dict(llama.model.named_modules()) == modules
     compose(llama_pool, llama, router="phatgoose")
     with pytest.raises(RoutingError, match="routed already"):

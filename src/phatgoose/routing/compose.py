@@ -231,7 +231,7 @@ def compose(
         routing: How experts are chosen; None is `Routing()`.
         scores: The single experts' scores, expert -> task -> score, or the comparison.json of a
             comparison: for routers oracle and best-individual.
-        weights: The mixture of router weights, expert -> weight.
+        weights: The mixture of router weights, expert -> weight. Other routers have none.
         **settings: Fields of `routing` by name: `compose(pool, router="arrow:form=peft", k=3)`.
             Router "auto", the default, is the first that base and experts allow (docs/routers.md);
             the model records which.
@@ -244,15 +244,15 @@ def compose(
         RoutingError: The base is routed already.
     """
     if weights is not None:
-        settings["router"] = ":".join(filter(None, (WEIGHTS, written_mixture(weights))))
+        named = settings.get("router") or (routing.router if routing else AUTO)
+        named = WEIGHTS if named == AUTO else named  # which refuses settings that aren't its own
+        settings["router"] = ":".join(filter(None, (named, written_mixture(weights))))
     routing = _routing(routing, settings, "compose", *ARGUMENTS)
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
     pool = pool.measured(loaded)
-    if routing.router == AUTO:
-        routing = settled(routing, pool, model, tokenizer)
-    router = router_of(routing)
+    router = router_of(settled(routing, pool, model, tokenizer))
     check_routing(router, pool)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = router.narrow(pool, scores)
@@ -568,8 +568,7 @@ def open_model(
     if scores and not isinstance(place, Pool):
         require_pool(place)
     if not isinstance(place, Pool) and is_routed(place):
-        embedder = routing.embedder if routing else None
-        routed = load(place, base, dtype=dtype, embedder=embedder)
+        routed = load(place, base, dtype=dtype, embedder=routing.embedder if routing else None)
     elif isinstance(place, Pool) or is_pool(place):
         pool = Pool.open(place)
         loaded = resolve_base(base, pool.base, dtype)

@@ -216,13 +216,13 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
 MOST_CHARACTERS = 2000  # of one pattern
-MOST_NAMES = 20_000  # in a list or an object
+MOST_NAMES, MOST_EXPRESSIONS = 20_000, 1_000  # in a list or an object; each is tried at each layer
 PLAIN = re.compile(r"[\w.-]*")  # a name
 # What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
 READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
 
 OPTIONS = re2.Options()
-OPTIONS.max_mem = 2**20
+OPTIONS.max_mem = 2**16  # some that take more are slow to compile, or to match
 OPTIONS.log_errors = False
 OPTIONS.never_capture = True
 
@@ -235,15 +235,16 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         several = value if isinstance(value, list | dict) else [value]
         is_mapping = key.endswith(BY_PATTERN) and isinstance(value, dict)
         is_pattern = is_mapping or (key in LISTS_OF_NAMES and isinstance(value, str))
+        expressions = 0
         for place, text in enumerate(several):
-            matches = not is_pattern or _is_matchable(text)
-            if key == "layers_pattern":
-                matches = PLAIN.fullmatch(str(text or "")[:MOST_CHARACTERS]) is not None
-            if place == MOST_NAMES or not matches:
+            is_name = PLAIN.fullmatch(str(text or "")[:MOST_CHARACTERS]) is not None
+            expressions += is_pattern and not is_name
+            is_odd = not (_is_matchable(text) if is_pattern else is_name or key != "layers_pattern")
+            if place == MOST_NAMES or expressions > MOST_EXPRESSIONS or is_odd:
                 raise ExpertError(
                     f"{where}: {key} holds {shortened(text)}, which is no name or regular "
                     f"expression that RE2 matches as Python does, of at most {MOST_CHARACTERS} "
-                    f"characters, or comes after {MOST_NAMES} others."
+                    f"characters, or comes after {MOST_NAMES} names or {MOST_EXPRESSIONS} others."
                 )
 
 
@@ -257,8 +258,7 @@ def _is_matchable(pattern: str) -> bool:
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The `names` that `pattern` matches in full. It must have passed `check_config`."""
-    whole = _expression(pattern)
-    return [name for name in names if whole.fullmatch(name)]
+    return list(filter(_expression(pattern).fullmatch, names))
 
 
 def value_at(patterns: Mapping[str, Any], name: str) -> Any:

@@ -62,6 +62,8 @@ REFUSED = [  # an entry of a config, and what is said of it
     ("target_modules", "(a|b)*" * 2_500_000, "at most 2000"),
     ("alpha_pattern", dict.fromkeys(map(str, range(100_000)), 1), "comes after 20000"),
     ("target_modules", ["q"] * 100_000, "comes after 20000"),
+    ("alpha_pattern", {f"[{i}]": 1 for i in range(1001)}, "names or 1000 others"),
+    ("alpha_pattern", {r"(?:[\w.]{1,60}){1,16}": 1}, "no name or"),  # it takes megabytes
     ("layers_pattern", ["layers", "(.*)*"], "is no name"),
 ]
 

@@ -1,5 +1,6 @@
 """Requests: who is let in, refused at bounded cost, and prepared within what the model can hold."""
 
+import asyncio
 import json
 import socket
 import sys
@@ -16,7 +17,6 @@ from phatgoose.apps.server.guards import (
     AccessControl,
     BodyLimits,
     Metrics,
-    RequestBody,
     RequestGuard,
 )
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, without_paths
@@ -156,6 +156,7 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
     assert sender_of(free, "10.0.0.1", "x") != sender_of(free, "10.0.0.2", "x")
     assert sender_of(free, "fd00::1:2") == sender_of(free, "fd00::9:9")  # one customer's network
     assert sender_of(free, "fd00::1") != sender_of(free, "fd00:0:0:1::1")
+    assert sender_of(free, "::ffff:10.0.0.1") == sender_of(free, "10.0.0.1")  # as proxies write it
     assert sender_of(free, None) == sender_of(free, "unknown")
 
 
@@ -229,17 +230,33 @@ def test_odd_chats_are_answered_and_read_at_bounded_cost(by_prompt, name):
 
 
 def test_bodies_are_counted_together_and_let_go():
-    gate = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
-    *full, another = [RequestBody(gate, None) for _ in range(AT_ONCE + 1)]
-    for body in full:
-        body.add(b"x" * 100)
-    for size, status in ((1, 429), (101, 413)):
-        with pytest.raises(ApiError) as refused:
-            another.add(b"x" * size)
-        assert refused.value.status_code == status
-        for body in (*full, another, another):
-            body.release()
-        assert gate.size == 0
+    guard = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
+
+    async def sent(size, goes_on):
+        """The status of the answer to a body whose first `size` bytes come at once."""
+        begun, answers = {"type": "http.request", "body": b"x" * size, "more_body": True}, []
+        gone, messages = {"type": "http.disconnect"}, [begun]
+
+        async def receive():
+            return messages.pop() if messages else await goes_on.wait() and gone
+
+        async def send(message):
+            answers.append(message)
+
+        await guard(scope, receive, send)
+        return answers[0]["status"] if answers else None
+
+    async def all_of_them():
+        goes_on = asyncio.Event()
+        full = [asyncio.ensure_future(sent(100, goes_on)) for _ in range(AT_ONCE)]
+        await asyncio.sleep(0)
+        refused = [await sent(size, goes_on) for size in (1, 101)]
+        goes_on.set()
+        return refused, await asyncio.gather(*full), guard.size
+
+    assert asyncio.run(all_of_them()) == ([429, 413], [None] * AT_ONCE, 0)
 
 
 # What is read of them.

@@ -12,7 +12,7 @@ from phatgoose.apps.server import ServedModel, create_app, keys_of, served_model
 from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import Deadline, RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
-from phatgoose.apps.server.service import Turns
+from phatgoose.apps.server.service import Turns, in_thread
 from phatgoose.config import Routing
 from phatgoose.errors import BaseModelError, ConfigError, PhatgooseError
 from phatgoose.routing.compose import compose, save
@@ -104,6 +104,21 @@ def test_what_work_raises_arrives_and_the_next_is_done():
         return await readers.run("a", Deadline(30), lambda _: 5)
 
     assert asyncio.run(done()) == 5
+
+
+def test_work_that_nobody_waits_for_any_more_ends_in_silence():
+    said, go_on = [], threading.Event()
+
+    async def given_up():
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: said.append(what))
+        result = in_thread(go_on.wait)
+        result.cancel()
+        go_on.set()
+        assert await in_thread(lambda: 5) == 5
+        await asyncio.sleep(0.05)
+
+    asyncio.run(given_up())
+    assert said == []
 
 
 @pytest.mark.parametrize("turns", range(4))

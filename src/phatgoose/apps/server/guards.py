@@ -10,9 +10,11 @@ import re
 import socket
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+from fastapi.security.utils import get_authorization_scheme_param
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -91,13 +93,11 @@ class AccessControl:
             raise ApiError(403, message, code="foreign_origin")
         if not self._digests or scope["path"] in OPEN:
             return f"address {_network_of(scope.get('client'))}"
-        bearer = (value.partition(" ") for value in headers.getlist("authorization"))
-        keys = (key.strip() for scheme, _, key in bearer if scheme.lower() == "bearer")
+        scheme, key = get_authorization_scheme_param(headers.get("authorization"))
         # All keys are compared, by digest and in constant time, so that timing reveals nothing.
-        key = next(keys, None)
-        digest = hashlib.sha256((key or "").encode(errors="replace")).digest()
+        digest = hashlib.sha256(key.encode(errors="replace")).digest()
         same = [hmac.compare_digest(digest, each) for each in self._digests]
-        if key is None or not sum(same):
+        if scheme.lower() != "bearer" or not sum(same):
             message = "This server requires an API key: 'Authorization: Bearer KEY'."
             raise ApiError(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
         return _name_of(digest)
@@ -127,9 +127,11 @@ def _is_address(name: str) -> bool:
 
 def _network_of(client: Sequence[Any] | None) -> str:
     name = str(client[0]) if client else "unknown"
-    if not _is_address(name) or ipaddress.ip_address(name).version == 4:
-        return name
-    return str(ipaddress.ip_network((name.partition("%")[0], NETWORK), strict=False))
+    with suppress(ValueError):  # no address of IPv6
+        address = ipaddress.IPv6Address(name.partition("%")[0])
+        # Proxies that listen for both may write IPv4's as ::ffff:192.0.2.1.
+        return str(address.ipv4_mapped or ipaddress.IPv6Network((address, NETWORK), strict=False))
+    return name
 
 
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
@@ -149,40 +151,6 @@ class BodyLimits(NamedTuple):
 LIMITS = BodyLimits()
 
 
-class RequestBody:
-    """What an application receives: the body at once, if it `is_whole`, then what comes after it.
-
-    The guard counts its bytes until then.
-    """
-
-    is_whole = False
-
-    def __init__(self, guard: RequestGuard, receive: Receive) -> None:
-        self._guard, self._receive, self._content = guard, receive, bytearray()
-
-    async def __call__(self) -> Message:
-        if not self.is_whole:
-            return await self._receive()
-        self.is_whole, content = False, bytes(self._content)
-        self.release()
-        check_body(content)
-        return {"type": "http.request", "body": content, "more_body": False}
-
-    def add(self, piece: bytes) -> None:
-        guard = self._guard
-        self._content += piece
-        guard.size += len(piece)
-        if len(self._content) > guard.most:
-            message = f"The request has more than {guard.most} bytes."
-            raise ApiError(413, message, code="too_large")
-        if guard.size > AT_ONCE * guard.most:
-            raise busy("Too many requests are being read; try again in a while.")
-
-    def release(self) -> None:
-        self._guard.size -= len(self._content)
-        self._content = bytearray()
-
-
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete, and counts it.
 
@@ -199,49 +167,45 @@ class RequestGuard:
         limits: BodyLimits = LIMITS,
     ) -> None:
         self._app, self._access, self._metrics, self._paths = app, access, metrics, paths
-        self.most, self._seconds = limits
-        self.size = 0  # bytes of all bodies
+        self._most, self._seconds = limits
+        self.size = 0  # bytes of all bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, body = time.perf_counter(), CLIENT_GONE, RequestBody(self, receive)
+        begun, status, received = time.perf_counter(), CLIENT_GONE, receive
 
         async def watched(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
-        async def refuse(error: ApiError) -> None:
-            body.release()
-            await error.reply(scope, receive, watched)
-
         try:
             scope[CLIENT] = client = self._access.check(scope)
             scope[ALLOWED] = self._access.experts.get(client)
             if scope["method"] == "POST":
-                await self._read(scope, receive, body)
-            await self._app(scope, body, watched)
+                received = received_again(await self._body_of(scope, receive), receive)
+            await self._app(scope, received, watched)
         except ApiError as error:
-            await refuse(error)
+            await error.reply(scope, receive, watched)
         except ClientDisconnect:
             pass
         except asyncio.CancelledError:  # the server stops, and its patience is over
             if status == CLIENT_GONE:  # nothing was answered
-                await refuse(ApiError(503, "The server is shutting down.", code="shutting_down"))
+                error = ApiError(503, "The server is shutting down.", code="shutting_down")
+                await error.reply(scope, receive, watched)
         except Exception:
             status = 500
             raise
         finally:
-            body.release()
             shown = scope["path"] if scope["path"] in self._paths else UNROUTED
             path = str(getattr(scope.get("route"), "path", shown))
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
-    async def _read(self, scope: Scope, receive: Receive, body: RequestBody) -> None:
-        request = Request(scope, receive)
+    async def _body_of(self, scope: Scope, receive: Receive) -> bytes:
+        request, content = Request(scope, receive), bytearray()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page can't make a browser send this type to another server without asking that first.
         if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):
@@ -249,8 +213,29 @@ class RequestGuard:
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.stream():
-                    body.add(piece)
+                    content += piece
+                    self.size += len(piece)
+                    if len(content) > self._most:
+                        message = f"The request has more than {self._most} bytes."
+                        raise ApiError(413, message, code="too_large")
+                    if self.size > AT_ONCE * self._most:
+                        raise busy("Too many requests are being read; try again in a while.")
         except TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
-        body.is_whole = True
+        finally:
+            self.size -= len(content)
+        return bytes(content)
+
+
+def received_again(body: bytes, receive: Receive) -> Receive:
+    """What an application receives: the `body`, once it is seen to be JSON, then what follows."""
+    bodies = [body]
+
+    async def received() -> Message:
+        if not bodies:
+            return await receive()
+        check_body(content := bodies.pop())
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    return received

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -492,22 +493,21 @@ class Turns(FairQueue[asyncio.Future[None]]):
 
 def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     """What comes of `work` in a daemon thread. For the event loop's thread."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[Any] = loop.create_future()
-    result.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be unseen
+    done: Future[Result] = Future()
+    done.set_running_or_notify_cancel()  # a thread can't be cancelled
 
     def run() -> None:
         try:
-            end = partial(result.set_result, work())
+            done.set_result(work())
         except BaseException as error:  # a panic in Rust is no Exception
             is_plain = isinstance(error, Exception)
-            end = partial(result.set_exception, error if is_plain else RuntimeError(str(error)))
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(end)
+            done.set_exception(error if is_plain else RuntimeError(str(error)))
 
     try:
         # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
         threading.Thread(target=run, name="phatgoose-work", daemon=True).start()
     except RuntimeError as error:  # no more can be started
-        result.set_exception(error)
+        done.set_exception(error)
+    result = asyncio.wrap_future(done)
+    result.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # maybe unseen
     return result

@@ -282,6 +282,25 @@ def test_a_penalised_row_is_generates_and_changes_no_other(runner_of):
     assert "logit_bias names token 999999; there are" in rows[3].deliver.events[0].detail
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_row_whose_numbers_overflow_fails_alone(runner_of, monkeypatch, temperature, number):
+    """As one's own weights for experts of a float16 base may, in a batch with others'."""
+    runner, decode = runner_of(), runner_of().decode
+    wanted, wish = by_generate(runner, prompt_of(2)), replace(GREEDY, temperature=temperature)
+
+    def overflowing(ids, *rest):
+        logits = decode(ids, *rest)
+        logits[: len(ids) - 1, -1, 3] = number
+        return logits
+
+    monkeypatch.setattr(runner, "decode", overflowing)
+    rows = [row_of(runner, prompt_of(n), how) for n, how in ((1, wish), (2, GREEDY))]
+    failed, other = finished(runner, rows)
+    assert "overflow" in failed.deliver.events[0].detail
+    assert other.generated == wanted
+
+
 # Prompts that begin as one before: what is kept of it changes no answer.
 
 LONG = prompt_of(5, 40)

@@ -20,6 +20,7 @@ from phatgoose.experts.pool import Pool
 from serving import (
     CHAT_TEMPLATE,
     CHATS,
+    JSON,
     PATH,
     ask,
     beside,
@@ -168,6 +169,9 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             assert "stream_options" not in sent
             assert {**sent, **UNKNOWN, **KNOWN, "messages": TALK, name: 1.1} == sent
             ask(client, model="e1", prompt="a", echo=True)
+            far = '{"model": "e1", "prompt": "a", "far": [1e999]}'  # which is strict JSON
+            assert client.post(PATH, content=far, headers=JSON).status_code == 200
+            assert engine.requests[-1]["far"] == [None]
             own_fields = ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl", "echo")
             for own in (*own_fields, "vllm_xargs", "prompt_logprobs", "n_probs"):
                 error = error_of(client, path=CHATS, **body, **{own: [1]})

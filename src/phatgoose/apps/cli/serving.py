@@ -79,7 +79,7 @@ def serve(
     engines = [Upstream(each, key) for each in upstream or ()]
     app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engines)
     names = ", ".join(each.name for each in models)
-    say(f"serving {names} at http://{host}:{port}", err=True)
+    say(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
     run(app, host, port, opening.serving)

@@ -240,7 +240,7 @@ class Reply:
         events: list[list[Progress]] = [[] for _ in range(self.builder.answers)]
         async for progress in self.progress():
             events[progress.choice].append(progress)
-        return await run_in_threadpool(lambda: _written(self.builder.whole(events)))
+        return await run_in_threadpool(lambda: written(self.builder.whole(events)))
 
     async def as_events(self) -> AsyncIterator[str]:
         """The answers as server-sent events."""
@@ -284,7 +284,8 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _written(content: Any) -> str:
+def written(content: Any) -> str:
+    """`content` as JSON, in which numbers beyond its range are null."""
     return to_json(content, inf_nan_mode="null").decode()
 
 
@@ -292,7 +293,7 @@ def _events(make: Callable[..., list[dict[str, Any]]], *new: Any) -> str:
     """The chunks that come of what is `new`, as events; those of the Responses API are named."""
     chunks = make(*new)
     names = [f"event: {each['type']}\n" if "sequence_number" in each else "" for each in chunks]
-    return "".join(f"{n}data: {_written(each)}\n\n" for n, each in zip(names, chunks, strict=True))
+    return "".join(f"{n}data: {written(each)}\n\n" for n, each in zip(names, chunks, strict=True))
 
 
 class EventStream(StreamingResponse):

@@ -79,8 +79,13 @@ class Sampler:
             steps.append(MinPLogitsWarper(decoding.min_p))
 
     def __call__(self, logits: Tensor, generated: Sequence[int] = ()) -> int:
-        if self._bias and (last := max(self._bias)) >= len(logits):
-            raise EngineError(f"logit_bias names token {last}; there are {len(logits)}.")
+        last, why = max(self._bias, default=0), ""
+        if last >= len(logits):
+            why = f"logit_bias names token {last}; there are {len(logits)}."
+        elif not logits.max().isfinite():  # which would fail all that share a batch
+            why = "The model's numbers overflow; weights nearer to 0 may not."
+        if why:
+            raise EngineError(why)
         scores = logits[None]
         if self._processors:
             before = [] if self._prompt is None else [*self._prompt, *generated]

@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
 from ....files import first_line
 from ..protocol import AnyRequest, ChatRequest, bad_request
-from ..replies import Progress
+from ..replies import Progress, written
 from .runner import ModelRunner
 
 try:
@@ -188,8 +188,7 @@ class Calls:
             for each in value if isinstance(value, list) else [value]:
                 name = self._functions[each["name"]].name
                 arguments = {**each.get("arguments", each.get("parameters", {}))}
-                written = to_json(arguments, inf_nan_mode="null").decode()  # 1e999 is infinite
-                functions.append({"function": {"name": name, "arguments": written}})
+                functions.append({"function": {"name": name, "arguments": written(arguments)}})
             return functions
         return []
 

@@ -25,7 +25,7 @@ from pydantic_core import from_json
 from ....errors import ConfigError
 from ....files import first_line, one_line
 from ..protocol import ApiError, ChatRequest, bad_request, for_clients
-from ..replies import Progress
+from ..replies import Progress, written
 from ..requests import Asked
 from ..settings import UPSTREAM_KEY, Upstream
 
@@ -38,6 +38,7 @@ MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
 MOST_TOKEN = 512  # bytes that a token may take in a whole answer
 BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
 IS_AWAY = "The engine behind this server is away; try again."
+JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
 
 
@@ -59,7 +60,7 @@ def client_of(upstream: Upstream) -> httpx2.AsyncClient:
     """Connections to an engine; a proxy of the environment is not for what stands behind us."""
     return httpx2.AsyncClient(
         base_url=upstream.root,
-        headers={"Authorization": f"Bearer {upstream.key}"} if upstream.key else {},
+        headers=({"Authorization": f"Bearer {upstream.key}"} if upstream.key else {}) | JSON,
         timeout=httpx2.Timeout(None, connect=CONNECTING),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
         trust_env=False,
@@ -356,7 +357,7 @@ class Link:
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
         self.busy += 1
         try:
-            request = self.client.build_request("POST", path, json=body(self.engine))
+            request = self.client.build_request("POST", path, content=written(body(self.engine)))
             try:
                 response = await self.client.send(request, stream=True)
             except AttributeError as error:  # anyio's, where a connection is cut as it opens

@@ -15,7 +15,9 @@ import pytest
 import serving
 from phatgoose.apps.cli import main
 from phatgoose.apps.console import say
+from phatgoose.apps.server import run
 from phatgoose.config import Serving
+from phatgoose.errors import EngineError
 from serving import PATH, until
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -194,3 +196,9 @@ def test_a_port_that_is_taken_is_told_before_models_are_loaded(taken, monkeypatc
     told = capsys.readouterr().err
     assert "Address already in use" in told
     assert f"('127.0.0.1', {port})" in told
+
+
+def test_what_cannot_start_is_an_error_before_anything_is_served(pool, monkeypatch):
+    monkeypatch.setattr("phatgoose.untrusted_text.START", "")
+    with pytest.raises(EngineError, match=r"The tokenizer's new process .* ended at once"):
+        run(serving.app_of(pool), "127.0.0.1", 0, Serving())

@@ -168,8 +168,10 @@ Looks = dict[Any, tuple[object, float]]  # what each connection waits for, and s
 def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     """Serve `app` until SIGTERM or SIGINT, then give running requests some time to finish.
 
-    Must be called in the main thread.
+    Must be called in the main thread. Raises EngineError where texts can't be read.
     """
+    for process in app.state.service.texts:  # now, since uvicorn would show a traceback
+        process.start()
     # uvicorn raises the signal that ended it again, which would end the process too.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

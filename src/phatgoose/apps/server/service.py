@@ -121,13 +121,17 @@ class Service:
             # Without the name, which may be the end of a key.
             raise ConfigError(f"{message}; there are {', '.join(names)}.")
 
+    @property
+    def texts(self) -> list[UntrustedText]:
+        return [process for process, _ in self._texts.values()]
+
     def start(self) -> None:
         self.backend.start()
-        for process, _ in self._texts.values():
+        for process in self.texts:
             process.start()
 
     async def close(self) -> None:
-        for process, _ in self._texts.values():
+        for process in self.texts:
             process.close()
         await self.backend.close()
 

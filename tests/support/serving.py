@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import server_of
-from phatgoose.apps.server.guards import BodyLimits, RequestGuard
+from phatgoose.apps.server.guards import RequestGuard
 from phatgoose.apps.server.local.batches import Batch
 from phatgoose.config import Routing, Serving
 
@@ -51,7 +51,7 @@ def app_of(
     ]
     app = create_app(models, limits, **options)
     (guard,) = [each for each in app.user_middleware if each.cls is RequestGuard]
-    guard.kwargs.update(limits=BodyLimits(most_body, patience))
+    guard.kwargs.update(most=most_body, seconds=patience)
     for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = template
         if endless:

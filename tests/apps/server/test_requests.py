@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,6 @@ from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.guards import (
     AT_ONCE,
     AccessControl,
-    BodyLimits,
     Metrics,
     RequestGuard,
 )
@@ -230,9 +230,10 @@ def test_odd_chats_are_answered_and_read_at_bounded_cost(by_prompt, name):
 
 
 def test_bodies_are_counted_together_and_let_go():
-    guard = RequestGuard(None, AccessControl(), Metrics(), limits=BodyLimits(100))
+    guard = RequestGuard(None, AccessControl(), Metrics(), most=100)
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": PATH, "headers": headers}
+    scope["app"] = SimpleNamespace(routes=[])
 
     async def sent(size, goes_on):
         """The status of the answer to a body whose first `size` bytes come at once."""

@@ -152,8 +152,7 @@ def create_app(
     for path, endpoint, summary, options in routes_of(service):
         needed = [] if path in OPEN else keyed
         app.add_api_route(path, endpoint, summary=summary, dependencies=needed, **options)
-    paths = {getattr(route, "path", "") for route in app.routes}
-    app.add_middleware(RequestGuard, access=access, metrics=metrics, paths=paths)
+    app.add_middleware(RequestGuard, access=access, metrics=metrics)
     for kind in (HTTPException, RequestValidationError, PhatgooseError, Exception):
         app.add_exception_handler(kind, refused)
     return app

@@ -9,10 +9,10 @@ import ipaddress
 import re
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi.security.utils import get_authorization_scheme_param
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -141,21 +141,10 @@ AT_ONCE = 64  # bodies of the greatest size that are held together
 PATIENCE = 20.0  # seconds for a body, for headers, and for a client to read on
 
 
-class BodyLimits(NamedTuple):
-    """The bytes of a body, and the seconds in which it arrives."""
-
-    most: int = MOST_BODY
-    seconds: float = PATIENCE
-
-
-LIMITS = BodyLimits()
-
-
 class RequestGuard:
     """Passes a request to `app` once it is allowed and its body is complete, and counts it.
 
-    A body keeps to the `limits`. The request's scope has its client. It is counted by its route, or
-    by its path if that is one of `paths`.
+    A body has at most so many bytes and seconds. The request's scope has its client.
     """
 
     def __init__(
@@ -163,11 +152,11 @@ class RequestGuard:
         app: ASGIApp,
         access: AccessControl,
         metrics: Metrics,
-        paths: Collection[str] = (),
-        limits: BodyLimits = LIMITS,
+        most: int = MOST_BODY,
+        seconds: float = PATIENCE,
     ) -> None:
-        self._app, self._access, self._metrics, self._paths = app, access, metrics, paths
-        self._most, self._seconds = limits
+        self._app, self._access, self._metrics = app, access, metrics
+        self._most, self._seconds = most, seconds
         self.size = 0  # bytes of all bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,7 +188,9 @@ class RequestGuard:
             status = 500
             raise
         finally:
-            shown = scope["path"] if scope["path"] in self._paths else UNROUTED
+            # One that was refused here has no route yet.
+            paths = [each.path for each in scope["app"].routes]
+            shown = scope["path"] if scope["path"] in paths else UNROUTED
             path = str(getattr(scope.get("route"), "path", shown))
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)

@@ -182,8 +182,8 @@ class RequestGuard:
             pass
         except asyncio.CancelledError:  # the server stops, and its patience is over
             if status == CLIENT_GONE:  # nothing was answered
-                error = ApiError(503, "The server is shutting down.", code="shutting_down")
-                await error.reply(scope, receive, watched)
+                stops = ApiError(503, "The server is shutting down.", code="shutting_down")
+                await stops.reply(scope, receive, watched)
         except Exception:
             status = 500
             raise

@@ -181,12 +181,14 @@ class EngineBackend(Backend):
             check_known(request)
         is_chat = isinstance(request, ChatRequest)
         refused = NOT_CLIENTS | {"echo"} if is_chat else NOT_CLIENTS
-        for name in sorted(refused & (request.model_extra or {}).keys()):
-            raise bad_request(f"{name} isn't forwarded: this server chooses for its engine.", name)
+        why = "{} isn't forwarded: this server chooses for its engine."
+        wrong = {n: why.format(n) for n in sorted(refused & (request.model_extra or {}).keys())}
         if request.routing == "trace":
-            raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
+            wrong["routing"] = "An engine behind a gateway doesn't report layers."
         if not is_chat and request.logprobs is not None:
-            raise bad_request("Behind a gateway, chats alone have log-probabilities.", "logprobs")
+            wrong["logprobs"] = "Behind a gateway, chats alone have log-probabilities."
+        for name, message in wrong.items():
+            raise bad_request(message, name)
 
     async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:
         async with asked.deadline.kept():

@@ -125,6 +125,10 @@ def test_what_can_t_leave_is_refused_and_nothing_is_written(
     for merged in (False, True):
         refused("'bottleneck3' is of the kind 'bottleneck', which neither", merged=merged)
     detach(model)
+    model = compose(llama_mixed, llama, router="single:expert=lora0")
+    for rank, merged in ((0, False), (-1, False), (4, True)):
+        refused(f"A rank cuts an adapter .* this one is {rank}", rank=rank, merged=merged)
+    detach(model)
     model = compose(llama_mixed, llama, k=2, router="phatgoose")
     refused("chooses again for every token, which an adapter can't hold; route by merged")
     detach(model)

@@ -90,7 +90,7 @@ def export(
     by SVD. `merged` writes the whole model with the updates in its weights, and the tokenizer.
 
     Raises RoutingError when the model is not routed, its routing is not constant, an expert can't
-    be exported in this form, or `out` exists or can't be written.
+    be exported in this form, the `rank` is impossible, or `out` exists or can't be written.
     """
     target, parts = Path(out), composition_of(model)
     require_free(target, RoutingError)
@@ -104,7 +104,7 @@ def export(
                 f"route by merged, single or fixed weights (weights:NAME=SHARE,...)."
             )
         shares[site], updates[site] = found, fixed_update(layer, found, parts)
-    if problem := _problem(parts, updates, merged):
+    if problem := _problem(parts, updates, merged, rank):
         raise RoutingError(problem)
     loras, losses = ({}, {}) if merged else _loras(updates, rank)
     with new_directory(target, RoutingError) as work:
@@ -125,8 +125,12 @@ def export(
     return result
 
 
-def _problem(parts: Composition, updates: Mapping[str, Update], merged: bool) -> str | None:
+def _problem(
+    parts: Composition, updates: Mapping[str, Update], merged: bool, rank: int | None
+) -> str | None:
     """What an adapter, or a `merged` model, can't hold of `updates` by site; None for nothing."""
+    if rank is not None and (merged or rank < 1):
+        return f"A rank cuts an adapter (without --merged), and is at least 1; this one is {rank}."
     if late := [name for name, tail in zip(parts.experts, parts.tails, strict=True) if tail]:
         return (
             f"From a prompt's end on act {', '.join(late)}, which no adapter or weight does; leave "

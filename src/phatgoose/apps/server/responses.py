@@ -157,7 +157,8 @@ class ResponseBuilder(Builder):
         status = "incomplete" if reason else "completed"
         for index, (item, place) in enumerate(self._items.values()):
             item["status"], is_text = status, item["type"] == "message"
-            said = {"text": answer.text} if is_text else {"arguments": item["arguments"]}
+            named = {name: item.get(name) for name in ("name", "arguments")}
+            said = {"text": answer.text} if is_text else named
             events.append(self._event(f"{KINDS[item['type']]}.done", **place, **said))
             if is_text:
                 item["content"] = [part := {**PART, **said}]

@@ -164,7 +164,7 @@ def test_mixtures_of_several_sizes_share_a_batch(client):
     with serving.held(1) as go_on:
         running = [serving.beside(text_of, client, **GREEDY, weights=w) for w in mixtures]
         engine = client.app.state.service.backend.engine
-        serving.until(lambda: engine.running + engine.waiting == 4)
+        serving.until(lambda: len(engine.running) + engine.waiting == 4)
         go_on.set()
         assert [each.result() for each in running] == alone
 

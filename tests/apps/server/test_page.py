@@ -131,7 +131,7 @@ def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
         assert len(PROMPT) + 3 < len(pieces(page)) <= len(PROMPT) + 41
         until(lambda: row.is_cancelled)
         released.set()
-        until(lambda: engine.running == 0)
+        until(lambda: not engine.running)
         assert len(row.generated) <= 42
 
 

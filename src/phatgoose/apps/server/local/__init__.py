@@ -63,7 +63,7 @@ class LocalBackend(Backend):
 
     @property
     def state(self) -> State:
-        return State(self.engine.is_alive, self.engine.waiting, self.engine.running)
+        return State(self.engine.is_alive, self.engine.waiting, len(self.engine.running))
 
     def check(self, request: AnyRequest, model: LoadedModel) -> None:
         check_known(request)
@@ -194,17 +194,14 @@ class GenerationEngine:
             self._changed.notify()
 
     @property
-    def running(self) -> int:
-        return len(self._running())
+    def running(self) -> list[ActiveSequence]:
+        # A copy of the list, which the engine's thread may change meanwhile.
+        return [each for batch in list(self.batches) for each in batch.running]
 
     @property
     def waiting(self) -> int:
         with self._changed:
             return len(self._queue)
-
-    def _running(self) -> list[ActiveSequence]:
-        # A copy of the list, which the engine's thread may change meanwhile.
-        return [each for batch in list(self.batches) for each in batch.running]
 
     def _run(self) -> None:
         try:
@@ -217,7 +214,7 @@ class GenerationEngine:
         finally:
             with self._changed:
                 self._stopping = True
-                left = [*self._running(), *self._queue]
+                left = [*self.running, *self._queue]
                 self.batches.clear()
                 self._queue = FairQueue()
             _fail(left, STOPPED)
@@ -253,7 +250,7 @@ class GenerationEngine:
             fits = _padded_tokens(together) <= most_read
             if group and not (head.runner is group[0].runner and fits):
                 continue
-            running = [each for each in (*self._running(), *group) if each.client == client]
+            running = [each for each in (*self.running, *group) if each.client == client]
             if running and is_short:
                 continue
             batch = self._batch_for(head.runner)

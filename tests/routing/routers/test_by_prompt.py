@@ -44,7 +44,7 @@ from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 from phatgoose.tasks.task import ChatTexts
 from routed_models import TOPICS, with_embeddings
-from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
+from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model, random
 from topic_prompts import (
     CHOOSING,
     PROMPTS,
@@ -528,6 +528,30 @@ def test_a_text_is_read_once(llama, llama_pool):
     hook.remove()
     assert len(passes) == read
     assert again.tables.base
+
+
+def test_another_base_reads_for_itself(llama, llama_pool):
+    chooser, fresh = (
+        open_prompt_router(llama_pool, router="discriminant:fallback=off", k=2) for _ in range(2)
+    )
+    prompts, other = (
+        [llama.tokenizer(text)["input_ids"] for text in PROMPTS],
+        make_model("llama", 1),
+    )
+    chooser.choose(prompts, llama.model)
+    assert_same(chooser.choose(prompts, other), fresh.choose(prompts, other))
+
+
+def test_the_base_s_texts_are_read_again_in_another_template(llama, llama_pool):
+    form = {"hyperparameters": {"chat": True}}
+    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e in llama_pool.experts))
+    means = []
+    for template in ("{{ messages[0].content }}", "{{ messages[0].content }} zigzag jazz;"):
+        llama.tokenizer.chat_template = template
+        chooser = open_prompt_router(pool, llama.tokenizer, router="discriminant")
+        chooser.read_base(llama.model)
+        means.append(chooser.tables.base["mean"])
+    assert not torch.equal(*means)
 
 
 def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama, llama_pool):

@@ -308,7 +308,8 @@ class PromptRouter:
     """Chooses experts for prompts by a `router`, among the experts in `tables`.
 
     Some features are of a prompt's text, others what the base makes of it; only these need `base`,
-    a model, which may be routed by this router. Prompts are tokens as the model reads them, chats
+    a model, which may be routed by this router: it falls back by what the first one makes of the
+    base's texts. Prompts are tokens as the model reads them, chats
     `ChatTexts`; text is tokenised plainly, or where there is no `tokenizer` embedded as it is. With
     `in_chats` the experts' prompts were read in the chat template.
     """
@@ -364,7 +365,8 @@ class PromptRouter:
         known: dict[str, Mapping[str, Tensor]] = of_bases.setdefault(reader, {})
         sizes = [tensor.shape[1:] for tensor in self.tables.tensors.values()]
         # So a comparison of many settings reads the texts once.
-        key = str((self.router.name, self.router.embedder, self.in_chats, sizes))
+        template = self.in_chats and self.tokenizer.chat_template  # type: ignore[union-attr]
+        key = str((self.router.name, self.router.embedder, template, sizes))
         if key not in known:
             is_encoder_decoder = base is not None and bool(base.config.is_encoder_decoder)
             encoder = Encoder(self.tokenizer, is_encoder_decoder, Formatting(chat=self.in_chats))
@@ -394,11 +396,8 @@ class PromptRouter:
             read = self._read([texts[row][depth] for row in undecided], base, known)
             for row, views in zip(undecided, read, strict=True):
                 scored[row].append(ScoredText(views, allowances))
-            undecided = [
-                row
-                for row in undecided
-                if depth + 1 < len(texts[row]) and not scored[row][-1].decides
-            ]
+            open_ones = [row for row in undecided if not scored[row][-1].decides]
+            undecided = [row for row in open_ones if depth + 1 < len(texts[row])]
             if not undecided:
                 break
         answers = [torch.full_like(each[0].scores, -torch.inf) for each in scored]
@@ -414,8 +413,8 @@ class PromptRouter:
         Those of others are read again: the time would tell what they asked.
         """
         scored, views = self._scores, [view for each in texts for view in each]
-        client = known.get("client")
-        keys = [hashlib.sha256(repr((client, view)).encode()).digest() for view in views]
+        about = known.get("client"), id(base)  # another base reads for itself
+        keys = [hashlib.sha256(repr((*about, view)).encode()).digest() for view in views]
         new = {key: view for key, view in zip(keys, views, strict=True) if key not in scored}
         fresh = dict[bytes, Tensor]()
         if new or not keys:  # of no texts the router says so

@@ -253,18 +253,20 @@ def test_the_best_mean_score_chooses_once_for_all(llama, llama_pool, tmp_path, i
     assert path.name not in said  # whose place is no one else's business
 
 
-@pytest.mark.parametrize("in_chats", [False, True])
-def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, in_chats):
-    llama.tokenizer.chat_template = "{{ messages[0].content }}\n[assistant] "
-    form = {"hyperparameters": {"chat": in_chats}}
-    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e in llama_pool.experts))
+@pytest.mark.parametrize("chats", [0, 1, 4])  # the experts that were trained in chats
+def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, chats):
+    around = "zigzag " * 9
+    llama.tokenizer.chat_template = around + "{{ messages[0].content }}"
+    forms = [{"hyperparameters": {"chat": z < chats}} for z in range(4)]
+    pairs = zip(llama_pool.experts, forms, strict=True)
+    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e, form in pairs))
     for text in INPUTS:
         router = f"few-shot:examples={written(tmp_path, text)}"
         model = compose(pool, llama, router=router)
         chosen = composition_of(model).router.chosen
         detach(model)
         model = compose(pool, llama, router="discriminant")
-        read = f"{text}\n[assistant] " if in_chats else text
+        read = around + text if chats == 4 else text
         assert pool.names[scores_of(model, [read]).argmax()] == chosen
         detach(model)
 

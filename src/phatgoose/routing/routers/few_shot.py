@@ -83,11 +83,12 @@ class FewShot(Router):
     def settled(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        records = pool.records()
+        records, by = pool.records(), self.scoring(pool)
         form = recorded_formatting(records[0].get("formatting") or {}, "formatting")
-        encoder = Encoder.for_model(model, tokenizer, form or Formatting())
-        by = self.scoring(pool)
-        chooser = PromptRouter(by, by.tables(pool), tokenizer, trained_in_chats(records))
+        # In the template as prompts are to come: where all experts were trained in it.
+        form = replace(form or Formatting(), chat=trained_in_chats(records))
+        encoder = Encoder.for_model(model, tokenizer, form)
+        chooser = PromptRouter(by, by.tables(pool), tokenizer, form.chat)
         scores = chooser.score([encoder.prompt(each) for each in self.inputs], model)
         chosen = pool.names[int(highest(scores.mean(dim=0, keepdim=True), 1))]
         logger.info("few-shot: %s, by %d examples", chosen, len(self.inputs))

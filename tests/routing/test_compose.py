@@ -104,6 +104,15 @@ def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
     torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("router", ["phatgoose", "spectr", "merged", "discriminant:fallback=off"])
+def test_a_base_in_float64_is_routed_too(llama, llama_pool, router):
+    wanted = logits_of(compose(llama_pool, llama, router=router), make_ids())
+    detach(llama.model).double()
+    got = logits_of(compose(llama_pool, llama, router=router), make_ids())
+    assert got.dtype == torch.float64
+    assert_same_logits(got.float(), wanted)
+
+
 def test_impossible_settings_are_refused_and_leave_the_base_alone(llama, llama_pool):
     modules = dict(llama.model.named_modules())
     with pytest.raises(ConfigError, match=r"k is 2\.5, but must be a valid integer"):

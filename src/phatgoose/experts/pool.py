@@ -52,7 +52,7 @@ class Pool(Mapping[str, Expert]):
             PoolError: No place is given or one has no expert, two share a name, or bases differ.
             ExpertError: An expert is damaged or unsupported.
         """
-        if isinstance(source, Pool):
+        if isinstance(source, Pool) and source.experts:
             return source
         places = [source] if isinstance(source, Expert | str | Path) else source
         experts = [each for place in places for each in _experts_at(place)]

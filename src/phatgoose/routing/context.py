@@ -226,8 +226,7 @@ class RoutingContext:
         self._known: Any = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_present", "_known")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
+        return {n: each for n, each in vars(self).items() if n not in ("_present", "_known")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)

@@ -184,8 +184,9 @@ def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
 
 def _lengths(rows: Tensor) -> Tensor:
     """The norm of each expert's numbers, float32 [E]: none of them, nor of a product, is larger."""
-    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
-    return lengths
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide)
+    return lengths.float()
 
 
 class SitePart(NamedTuple):

@@ -39,8 +39,7 @@ class SitePass:
 
     def dense_weights(self, pool_size: int) -> Tensor:
         """The weight of every expert of the pool, float32 [T, pool_size], 0 if not chosen."""
-        weights = self.weights.detach().float().cpu()
-        return dense_weights(self.experts.cpu(), weights, pool_size)
+        return dense_weights(self.experts.cpu(), self.weights.detach().float().cpu(), pool_size)
 
     def is_real(self) -> Tensor:
         if self.real is None:

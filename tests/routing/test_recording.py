@@ -51,6 +51,13 @@ def test_the_summary_is_the_mean_over_sites_and_a_rows_real_tokens(llama, llama_
     assert padded.summary(row=1) == pytest.approx(wanted, abs=1e-3)
 
 
+def test_a_recording_of_nothing_is_empty(llama, llama_pool):
+    with record(compose(llama_pool, llama, router="phatgoose")) as recording:
+        pass
+    assert (recording.usage(), recording.summary()) == ({}, {})
+    assert recording.by_token().shape == (0, 4)
+
+
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 @pytest.mark.parametrize("targets", [3, 7])
 @pytest.mark.parametrize("module", ["q", "k"])  # most of k's sites read the encoder

@@ -167,18 +167,19 @@ class Recording:
     def by_token(self, row: int = 0) -> Tensor:
         """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
 
-        Of an encoder-decoder model the decoder's tokens and sites, if experts act there.
+        Of an encoder-decoder model the decoder's tokens and sites, if experts act there. No tokens
+        if nothing was recorded.
         """
-        return torch.stack(self._rows(self.weights, row)).mean(dim=0)
+        return torch.stack(self._rows(self.weights, row, len(self.experts))).mean(dim=0)
 
     def summary(self, row: int = 0) -> dict[str, float]:
         """Each used expert's share of the tokens of one row of the batch, by name, greatest first.
 
         Over the tokens and sites of `by_token`, without padding.
         """
-        return summary_of(self.experts, self.by_token(row)[self._rows(self.real, row)[0]])
+        return summary_of(self.experts, self.by_token(row)[self._rows(self.real, row)[0].bool()])
 
-    def _rows(self, held: Mapping[str, list[Tensor]], row: int) -> list[Tensor]:
+    def _rows(self, held: Mapping[str, list[Tensor]], row: int, *sizes: int) -> list[Tensor]:
         """What is held of one row's tokens, by site; of the sites that see all tokens, in rows."""
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [
@@ -186,8 +187,8 @@ class Recording:
             for site, passes in held.items()
             if self.streams[site] == stream and all(r.dim() == 2 for r in self.real[site])
         ]
-        tokens = max(map(len, rows))
-        return [each for each in rows if len(each) == tokens]
+        tokens = max(map(len, rows), default=0)
+        return [each for each in rows if len(each) == tokens] or [torch.zeros(0, *sizes)]
 
 
 def summary_of(experts: Sequence[str], shares: Tensor) -> dict[str, float]:

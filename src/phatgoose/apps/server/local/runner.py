@@ -200,9 +200,10 @@ class ModelRunner:
 
         `mask` [rows, cached and present columns] is 0 at padding.
         """
-        more = {"position_ids": position_ids(mask)[:, -ids.shape[1] :], "logits_to_keep": 1}
-        inputs: dict[str, Any] = {name: more[name] for name in more.keys() & self._arguments}
-        inputs |= {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
+        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
+        if "position_ids" in self._arguments:
+            inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
         watched = nullcontext() if keeper is None else watch(self.model, keeper.add)
         with watched, contiguous_head(self.model):
             logits: Tensor = self.model(**inputs, use_cache=True).logits
@@ -224,9 +225,8 @@ class ModelRunner:
         context, count = self._context, len(prompts)
         if context is None:
             return [None] * count
-        fixed = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
-        choice = fixed and fixed.repeated(count)
-        return context.routing_of(prompts, choice, asked, **known).each(count)
+        one = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
+        return context.routing_of(prompts, one and one.repeated(count), asked, **known).each(count)
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""

@@ -117,12 +117,16 @@ def test_files_that_hold_no_marks(tmp_path, marks):
     few = table.select(["prompt", "task", "wording", "score/base", "choice/centroid", *SCORES])
     one = few.slice(0, 1)
     many = pa.concat_tables([one] * 2**12).combine_chunks()
+    long = pa.ListArray.from_arrays([0, 5 * 10**7], np.zeros(5 * 10**7, np.float16))  # a few bytes
     for odd, changes, complaint in (
         (pa.concat_tables([many] * 2**11), {}, "less than or equal to 50000000, got 67108864"),
+        (one.append_column("embedding", long), {}, "less than or equal to 50000000, got 50000008"),
+        (few.slice(0, 0), {}, "greater than or equal to 1, got 0"),
         (few, {"format": 9}, "format: Input should be 1, got 9"),
         (few.drop_columns(["wording"]), {}, "wording"),
         (few, {"experts": ["kinds"]}, "cannot reshape"),
         (one.set_column(2, "wording", pa.array(["odd"])), {}, "empty or unknown cells"),
+        (one.set_column(3, "score/base", pa.array([np.inf])), {}, "empty or unknown cells"),
     ):
         odd = odd.replace_schema_metadata({"phatgoose": json.dumps(about | changes)})
         parquet.write_table(odd, tmp_path / "odd.parquet", compression="zstd")

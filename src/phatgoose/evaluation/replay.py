@@ -113,8 +113,7 @@ def _read(path: Path, parquet: Any) -> Marks:
     needed = [*TEXTS, "score/base", *(f"score/expert/{name}" for name in experts)]
     others = [name for name in schema.names if name.partition("/")[0] in READ]
     names = list(dict.fromkeys([*needed, *others]))
-    cells = _cells(size, [schema.field(name).type for name in names])
-    TypeAdapter(Cells).validate_python(cells)
+    TypeAdapter(Cells).validate_python(_cells(size))
     table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
     columns = {name: _values(name, table[name], len(experts)) for name in names}
     flat = np.frombuffer(base64.b64decode(schema.metadata.get(b"centres", b"")), np.float16)
@@ -123,12 +122,12 @@ def _read(path: Path, parquet: Any) -> Marks:
     return Marks(about.base, experts, columns, centres)
 
 
-def _cells(size: Any, types: list[Any]) -> int:
-    """The numbers in columns of `types`, or their bytes if these are more, by what a file says."""
+def _cells(size: Any) -> int:
+    """The numbers in all columns, or their bytes if these are more, by what a file says."""
     groups = [size.row_group(i) for i in range(size.num_row_groups)]
-    rows = sum(group.num_rows for group in groups)
-    numbers = rows * sum(getattr(each, "list_size", 1) for each in types)
-    return max(numbers, sum(group.total_byte_size for group in groups)) if rows else 0
+    numbers = (group.column(j).num_values for group in groups for j in range(group.num_columns))
+    unpacked = sum(group.total_byte_size for group in groups)
+    return max(sum(numbers), unpacked) if size.num_rows else 0
 
 
 def _values(name: str, column: Any, experts: int) -> Array:
@@ -142,7 +141,7 @@ def _values(name: str, column: Any, experts: int) -> Array:
         width = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
         values = flat.reshape(len(cells), *width).astype(np.float32)
     is_odd = name == "wording" and set(values) - set(WORDINGS)
-    if is_odd or column.null_count or (is_score and np.isnan(values).any()):
+    if is_odd or column.null_count or (is_score and not np.isfinite(values).all()):
         raise ValueError(f"column {name} has empty or unknown cells")
     return np.asarray(values)
 

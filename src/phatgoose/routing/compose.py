@@ -252,7 +252,9 @@ def compose(
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
     pool = pool.measured(loaded)
-    router = router_of(settled(routing, pool, model, tokenizer))
+    if routing.router == AUTO:
+        routing = settled(routing, pool, model, tokenizer)
+    router = router_of(routing)
     check_routing(router, pool)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = router.narrow(pool, scores)

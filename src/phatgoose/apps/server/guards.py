@@ -188,10 +188,10 @@ class RequestGuard:
             status = 500
             raise
         finally:
-            # One that was refused here has no route yet.
-            paths = [each.path for each in scope["app"].routes]
-            shown = scope["path"] if scope["path"] in paths else UNROUTED
-            path = str(getattr(scope.get("route"), "path", shown))
+            path = str(getattr(scope.get("route"), "path", ""))
+            if not path:  # refused here, or unknown
+                paths = (each.path for each in scope["app"].routes)
+                path = scope["path"] if scope["path"] in paths else UNROUTED
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 

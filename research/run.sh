@@ -69,10 +69,11 @@ adapt-512() { adapt 512 300; }
 switch-512-0() { switch 512 0; }
 adapt-2048() { adapt 2048 1200; }
 switch-2048-0() { switch 2048 0; }
-switch-2048-1() { switch 2048 1; }
+adapt-1024() { adapt 1024 600; }
+switch-1024-1() { switch 1024 1; }
 
 [ $# -gt 0 ] || set -- qwen-six adapt-512 switch-512-0 qwen-twelve qwen-scores \
-    adapt-2048 switch-2048-0 switch-2048-1
+    adapt-2048 switch-2048-0 adapt-1024 switch-1024-1
 for stage; do
     echo "$(date '+%F %T') $stage begins"
     "$stage" && echo "$(date '+%F %T') $stage is done" || echo "$(date '+%F %T') $stage FAILED"

@@ -92,6 +92,14 @@ def test_the_base_of_an_import_is_the_one_that_the_adapter_or_the_user_names(
         import_adapter(own_adapter, tmp_path / "numbered")
 
 
+@pytest.mark.parametrize("place", ["/not/here", "typo", "./adapters/typo"])
+def test_a_folder_that_is_not_there_is_called_so_and_no_reference(place, tmp_path):
+    with pytest.raises(ExpertError, match=r"(typo|here).*does not exist. Wanted a PEFT"):
+        import_adapter(place, tmp_path / "mine")
+    with pytest.raises(ExpertError, match="hub:OWNER/NAME"):
+        import_adapter("hub:typo", tmp_path / "mine")
+
+
 def test_a_base_that_does_not_fit_or_is_not_named_or_not_there_is_told(own_adapter, tmp_path):
     make_model("qwen2").save_pretrained(tmp_path / "other")
     with pytest.raises(ExpertError, match=r"k_proj.lora_B.weight is .*; wanted \(16, 4\)"):

@@ -510,8 +510,8 @@ tags:
 
 # {name}
 
-{kind} expert for `{base}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
-lets a pool of such experts choose, for every token and at every module, who acts.
+{kind} expert for `{base}`, one of a pool whose router chooses who acts: for every token and at
+every module by PHATGOOSE gates (Muqeeth et al. 2024), or for a whole prompt by its statistics.
 {alone}
 ```python
 import phatgoose as pg
@@ -526,7 +526,6 @@ ALONE = """
 As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.{warning}
 """
 WARNING = " PEFT alone doesn't know where in a prompt it acts and lets it act on all tokens."
-LONGEST_LINE = 500
 
 
 def model_card(info: ExpertInfo, kind: str) -> str:
@@ -536,9 +535,7 @@ def model_card(info: ExpertInfo, kind: str) -> str:
     # In YAML an id without an owner might be a number.
     quoted = base if "/" in base else json.dumps(base)
     # Indented, so that nothing in it is Markdown or HTML.
-    record = "".join(
-        f"    {one_line(each, LONGEST_LINE)}\n" for each in info_json(info).splitlines()
-    )
+    record = "".join(f"    {one_line(each, 500)}\n" for each in info_json(info).splitlines())
     return CARD.format(
         name=info.name,
         front=f"base_model: {quoted}\n" if is_hub_id(base) else "",

@@ -64,7 +64,7 @@ from ..files import (
 from ..sites import find_sites
 from .expert import LAYOUT, Expert, base_named_in, check_name, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
-from .hub import HubReference, fetch, reference_of, reported
+from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
 from .kind import (
     ACTING,
@@ -188,7 +188,8 @@ def read_adapter(
 
 def _reference(source: str | Path) -> HubReference | None:
     is_here = isinstance(source, Path) or Path(source).exists()
-    return None if is_here else HubReference.parse(str(source))
+    is_named = HubReference.is_one(source) or REFERENCE.fullmatch(str(source))
+    return HubReference.parse(str(source)) if is_named and not is_here else None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -95,6 +96,15 @@ def test_what_was_chosen_for_each_prompt_is_kept_and_drawn(llama, llama_pool):
     assert "Which prompts went where" in both
     assert "Discriminant on open: mean weight" not in both  # all layers are alike
     assert "PHATGOOSE on open: mean weight" in both
+
+
+def test_what_is_left_to_the_base_agrees_with_no_expert(llama, llama_pool):
+    settings = {"routers": ["discriminant"], "base": llama, "scores": SCORES, "score": False}
+    found = pg.analyse(llama_pool, TASKS, **settings)
+    assert not found.routers["discriminant"].distributions["first"].whole().any()
+    assert found.divergence("discriminant", ORACLE, "first").to > 1
+    assert json.dumps(found.to_dict(), allow_nan=False)
+    assert not re.search(r"\bnan\b", report_page(found), re.IGNORECASE)
 
 
 def profile_of(*first):

@@ -23,6 +23,10 @@ def distributions(size):
     return rows.filter(lambda row: sum(row) > 1e-3).map(as_distribution)
 
 
+def test_where_nothing_was_preferred_all_are_alike():
+    np.testing.assert_array_equal(as_distribution([[0, 0], [3, 1]]), [[0.5, 0.5], [0.75, 0.25]])
+
+
 two = st.integers(2, 12).flatmap(lambda n: st.tuples(distributions(n), distributions(n)))
 
 

@@ -15,6 +15,7 @@ from phatgoose.apps.deploy import deploy
 from phatgoose.base import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
+from routed_models import tailed
 from tiny import write_expert
 
 
@@ -177,6 +178,11 @@ def test_what_an_engine_would_not_apply_is_refused_by_name(
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
         deploy(pool, "llama.cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_act_on_a_part_of_the_prompt_are_refused(pool, tmp_path):
+    with pytest.raises(ConfigError, match="'e0' has a part of the prompt where it acts"):
+        deploy(tailed(pool.experts, (3, None, None, None)), "vllm", tmp_path / "out")
 
 
 def test_the_command_hands_over_and_refuses_other_engines(pool, llama, tmp_path, phat):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import pipeline
 
+from phatgoose.apps.generation import explain
 from phatgoose.apps.generation import generate as written
 from phatgoose.config import Formatting
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Chat
-from routed_models import compose_by
+from routed_models import compose_by, tailed
 from topic_prompts import BEFORE, PROMPTS, read_prompts_of
 
 NEW = 6
@@ -40,6 +41,15 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
     written(model, llama.tokenizer, question, 2, Formatting(chat=True))
     asked = [[*chat.messages[-1][0]] for (chat,) in seen]
     assert asked == [tokens["input_ids"]] * (len(BEFORE) + 1)
+
+
+def test_tokens_on_which_no_expert_acts_have_no_expert_s_colour(llama, llama_pool):
+    model = compose(tailed(llama_pool.experts, (2, 2, 2, 2)), llama, router="phatgoose", k=1)
+    explained = explain(model, llama.tokenizer, "one two three four five", "six seven")
+    (text,) = explained.coloured()
+    tokens = explained.trace.streams[0].tokens
+    assert text.spans[0].start >= len("".join(tokens[:2]))
+    assert text.spans[0].start < len("".join(tokens))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

@@ -19,7 +19,7 @@ import phatgoose
 from forked import forked, kill_self, needs_fork
 from phatgoose.base import Base, load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import ConfigError, TaskError, WrongBaseError
+from phatgoose.errors import ConfigError, PoolError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing
 from phatgoose.evaluation.compare import (
     METHODS,
@@ -359,6 +359,7 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, pool_of, 
         (TaskError, "different datasets called 'choose'", {"suites": other}),
         (ConfigError, "Two suites would be called 'plain'", {"suites": plain}),
         (ConfigError, "Did you mean .phatgoose", {"methods": ["phatgose"]}),
+        (PoolError, "has no expert 'e9'", {"methods": ["merged", "single:expert=e9"]}),
         (WrongBaseError, "The base of joint is", {"references": {"joint": foreign}}),
         (WrongBaseError, "The base of the experts is", {"base": another}),
     ):

@@ -86,6 +86,12 @@ def test_a_router_s_first_choices_are_scored_by_the_experts_own_marks(marks):
         assert line.score.low <= line.score.value <= line.score.high
 
 
+def test_random_twins_are_scored_where_each_expert_has_one(marks):
+    parquet.write_table(parquet.read_table(marks).drop_columns(["score/random/moods"]), marks)
+    new, _ = lines_of(marks, centroid=router_rule("centroid"))
+    assert new["centroid"].over_random is None
+
+
 def test_a_rule_sees_features_and_neither_task_nor_answer(marks):
     seen: list[Prompt] = []
 

@@ -11,6 +11,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, save
 from phatgoose_vllm import served
 from phatgoose_vllm.served import Section, Share, open_served, parts_of, place_of
+from routed_models import tailed
 from tiny import make_model, random, write_expert
 
 QKV = {0: "q_proj", 1: "k_proj", 2: "v_proj"}
@@ -156,6 +157,8 @@ def test_what_vllm_cant_run_is_refused_with_what_to_do(serve, llama_pool, llama_
     ):
         with pytest.raises(ConfigError, match=f"Router {router} {why}"):
             serve(llama_pool, router)
+    with pytest.raises(ConfigError, match=r"act from a prompt's end on.*by 'phatgoose serve'\.$"):
+        serve(tailed(llama_pool.experts, (3, None, None, None)))
 
 
 def test_a_place_without_a_routed_model_ends_vllm_at_once(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ class _Shown:
 
     def said(self, shares: Array) -> str:
         count = len(shares) - len(self.rows)
-        left = 1 - shares[self.rows].sum() / shares.sum()
+        left = 1 - shares[self.rows].sum() / (shares.sum() or 1)
         return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
 
 

@@ -23,8 +23,8 @@ Array = NDArray[np.float64]
 
 
 def as_distribution(values: ArrayLike) -> Array:
-    """`values` [.., E], not all 0, over their sum."""
-    shares = np.asarray(values, float)
+    """`values` [.., E] over their sum; all alike where all are 0, as nobody was preferred."""
+    shares = np.asarray(values, float) + (np.sum(values, axis=-1, keepdims=True) == 0)
     return np.asarray(shares / shares.sum(axis=-1, keepdims=True))
 
 

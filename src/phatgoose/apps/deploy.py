@@ -121,8 +121,8 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
     expert = pool[name]
     config = read_json(expert.directory / adapter_files(expert.directory).config, dict, ConfigError)
     odd = [words for key, words in UNREAD.items() if config.get(key)]
-    if expert.kind != "lora":
-        odd.append(f"the kind {expert.kind}")
+    odd += [f"the kind {expert.kind}"] * (expert.kind != "lora")
+    odd += ["a part of the prompt where it acts"] * (expert.info.acts_on is not None)
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         odd.append("biases")
     if config.get("use_rslora") and engine == LLAMA_CPP:

@@ -68,19 +68,19 @@ class Explanation:
     answer: str
 
     def coloured(self) -> Iterator[Text]:
-        """For each stack: its tokens in the colours of their first experts."""
+        """For each stack: its tokens in the colours of their first experts, the base's in none."""
         if self.trace.whole:
             weights = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
             yield Text(f"for the whole prompt: {weights}\n")
         for stream, shares in self._shares():
-            top, mean = shares.argmax(axis=1), shares.mean(axis=0)
+            top = [int(each.argmax()) if each.any() else None for each in shares]
+            mean = shares.mean(axis=0)
             labels = {
                 z: f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
                 for z in np.argsort(-mean, kind="stable").tolist()
-                if (top == z).any() and mean[z]
+                if z in top
             }
-            bold = map(bool, stream.parts)
-            yield coloured(zip(stream.tokens, top.tolist(), bold, strict=True), labels)
+            yield coloured(zip(stream.tokens, top, map(bool, stream.parts), strict=True), labels)
 
     @property
     def summary(self) -> dict[str, float]:

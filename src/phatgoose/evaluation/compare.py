@@ -40,7 +40,7 @@ from ..routing.compose import (
     resolve_base,
 )
 from ..routing.routers.fixed import best_expert, best_expert_by_task
-from ..routing.routers.router import all_routers, canonical, router_of
+from ..routing.routers.router import all_routers, canonical, check_routing, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
@@ -93,9 +93,7 @@ def runnable_methods(
     for name in named:
         _check_method(name, pool, routing)
     every, notes = [], []
-    for name in METHODS if EVERY in asked else ():
-        if name in WITH_EXAMPLES:
-            continue
+    for name in [each for each in METHODS if EVERY in asked and each not in WITH_EXAMPLES]:
         try:
             _check_method(name, pool, routing)
             every.append(name)
@@ -108,7 +106,8 @@ def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # composing warns
-            router_of(replace(routing, router=name)).check(pool)
+            check_routing(router := router_of(replace(routing, router=name)), pool)
+            router.narrow(pool, None)
 
 
 @dataclass(frozen=True)
@@ -480,7 +479,8 @@ class RunWorkshop:
                     if run_of(row, dataset, base).key != run.key:
                         raise EvaluationError(
                             f"{run.name}: this worker's phatgoose or experts aren't those that the "
-                            f"comparison was begun with; all machines need the same."
+                            f"comparison was begun with; all machines need the same, and adapters "
+                            f"with prompts are measured on each: run 'phatgoose import' first."
                         )
                     opened[run.row] = composed.enter_context(row.model(base))
                 model, tokenizer = opened[run.row].model, opened[run.row].tokenizer

@@ -270,7 +270,7 @@ def _rows(
         rows[OWN] = alone[every, own]
     routed = [name for name in marks.columns if name.startswith("score/routed/")]
     rows |= {name.partition("/routed/")[2] + RUN: marks.columns[name][asked] for name in routed}
-    has_random = f"score/random/{marks.experts[0]}" in marks.columns
+    has_random = all(f"score/random/{name}" in marks.columns for name in marks.experts)
     for name, chosen in choices.items():
         rows[name] = alone[every, chosen]
         if has_random:

@@ -68,6 +68,7 @@ evaluate experts --task unseen.jsonl --limit 0 BASE => limit is 0
 analyse routed --task unseen.jsonl --k 2 BASE => routed is not a pool
 analyse tiny-base --task unseen.jsonl => is not routed
 COMPARE unseen.jsonl --methods base,auto => router is 'auto', but must be one of random
+COMPARE '' => neither a known name
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 serve experts --upstream http://host --upstream host:8002 => must be the address of an engine

@@ -50,10 +50,12 @@ def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_o
     assert numbers["routers"]["arrow"]["scores"]["first"]["n"] == 3
     assert (tmp_path / "seen" / "figures" / "layers-phatgoose.png").is_file()
     assert phat("compose", analysed, "--router", "arrow", "--out", "routed").code == 0
-    done = phat("analyse", "routed", *tasks)
+    done = phat("analyse", "routed", *tasks, "--scores", "scores.json")
     assert done.code == 0, done.err
     assert "Arrow" in done.out
     assert (tmp_path / "analysis" / "report.html").is_file()
+    numbers = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    assert numbers["oracle"] == {"first": "e1", "second": "e2"}
 
 
 def test_templates_serve_rows_of_any_fields(here, phat):

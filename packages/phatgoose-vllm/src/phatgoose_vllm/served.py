@@ -19,6 +19,7 @@ from torch import Tensor
 
 from phatgoose.base import BaseReference
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.expert import tail_of
 from phatgoose.routing.compose import is_routed
 from phatgoose.routing.layers import SiteStack, check_numbers, folded_weight
 from phatgoose.routing.routers.fixed import Random
@@ -246,13 +247,16 @@ def open_served() -> Served:
     place = os.environ.get(MODEL)
     check_place(place)
     saved = read_saved(Path(str(place)))
-    router, why = saved.router, ""
+    router, why, instead = saved.router, "", f"{GATEWAY}; or use router phatgoose"
     if isinstance(router, ByPrompt):
         why = "reads the whole prompt before its first token, and vLLM's layers see tokens only"
     elif isinstance(router, Random):
         why = "draws lots, and a shared prefix cache would hold one draw for all requests"
+    elif any(map(tail_of, saved.records)):
+        why = "has experts that act from a prompt's end on, and vLLM's layers see no prompts"
+        instead = "serve it by 'phatgoose serve'"
     if why:
-        raise ConfigError(f"Router {router.name} {why}: {GATEWAY}; or use router phatgoose.")
+        raise ConfigError(f"Router {router.name} {why}: {instead}.")
     return Served(str(place), saved, router, saved.names, tuple(saved.sizes), saved.base)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +62,7 @@ def compare(
     from ..tables import drawn
 
     opened = options.open_pool(pool)
-    named = [open_suite(name) for each in suites for name in each.split(",") if name]
+    named = [open_suite(name) for each in suites for name in each.strip(",").split(",")]
     with engine.open() as chosen:
         comparison = run(
             opened,
@@ -155,7 +155,8 @@ def analyse(
         subject = opening.open_pool([Path(model)])
         base, routers = opening.load(subject.base), [routing.router, *others]
     else:
-        subject, base, routers = opening.open(model).model, None, others
+        # The scores are Oracle's, which the report compares with; they choose no expert here.
+        subject, base, routers = replace(opening, scores=None).open(model).model, None, others
     analysis = run(
         subject,
         tasks,

@@ -64,6 +64,8 @@ class ChosenPool:
         self.added = added_tokens(self.tokenizer, is_encoder_decoder=False)
         self.in_chats = trained_in_chats(pool.records())
         self.prompts = pool.prompts
+        if late := ", ".join(each.name for each in pool.experts if each.info.tail):
+            log.warning("%s act from a prompt's end on, but an engine lets them act on all.", late)
         if pool.unread:
             self.pool = pool = pool.measured(self._loaded())
         routing = first_allowed(settings.routing, pool, BY_PROMPT)

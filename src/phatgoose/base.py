@@ -112,6 +112,8 @@ def load_base(
             int(config.decoder_start_token_id)  # by which answers begin; some configs have none
         _refuse_pickles(place, config, revision)
         how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
+        # An adapter beside the weights would be loaded into them, or another base in their place.
+        how["adapter_kwargs"] = {"subfolder": "-"}
         read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16 or dtype == FOUR_BITS  # otherwise than fingerprints
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None

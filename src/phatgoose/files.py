@@ -64,8 +64,7 @@ def reason(problem: Exception) -> str:
 
 def half_character(text: str) -> str | None:
     """The first character that UTF-8 can't encode, such as half an emoji in JSON, or None."""
-    half = re.search("[\ud800-\udfff]", text)
-    return half and half[0]
+    return half[0] if (half := re.search("[\ud800-\udfff]", text)) else None
 
 
 # Where files may be, and what they are.
@@ -380,7 +379,7 @@ class TensorFile(Mapping[str, "Tensor"]):
 
     def check_finite(self) -> None:
         """Raise ExpertError, naming one, when a tensor holds a NaN or an infinity."""
-        in_order = sorted(self.records.values(), key=lambda record: record.begin)
+        in_order = sorted(self.records.values(), key=lambda each: (each.begin, each.end))
         for dtype, run in groupby(in_order, key=lambda record: record.dtype):  # they leave no gaps
             adjacent = list(run)
             for begin in range(adjacent[0].begin, adjacent[-1].end, AT_ONCE):
@@ -414,10 +413,10 @@ def _records(header: bytes) -> dict[str, TensorRecord]:
     records = {}
     for name, about in table.items():
         dtype, shape, (begin, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-        # Beside a 0, no size takes room.
-        fits = math.prod(max(size, 1) for size in shape) <= MOST_NUMBERS and dtype in TYPES
-        if not fits or not name.isprintable() or len(name) > LONGEST_NAME:
-            raise ValueError(f"tensor {shortened(name)} is of {shortened(dtype)}, {shape}")
+        # Beside a 0, no size takes room; thousands of sizes would take hours.
+        fits = len(shape) < 9 and math.prod(max(size, 1) for size in shape) <= MOST_NUMBERS
+        if not fits or dtype not in TYPES or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"tensor {shortened(name)} is of {shortened(dtype)}, {shape!s:.80}")
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         records[name] = TensorRecord(getattr(torch, TYPES[dtype]), shape, strides, begin, end)
     return records

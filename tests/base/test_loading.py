@@ -151,6 +151,25 @@ def test_pickles_that_an_index_on_the_hub_names_are_not_fetched(hub, base_folder
     assert not [request for request in hub.requests if "evil.bin" in request]
 
 
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_adapter_beside_the_weights_is_no_part_of_the_base(
+    hub, base_folders, llama_pool, tmp_path, place
+):
+    adapter = llama_pool.experts[0].directory
+    files = contents(base_folders["llama"])
+    named = {"base_model_name_or_path": "you/other", "revision": None}
+    config = json.loads((adapter / "adapter_config.json").read_text()) | named
+    files["adapter_config.json"] = json.dumps(config).encode()
+    files["adapter_model.safetensors"] = (adapter / "adapter_model.safetensors").read_bytes()
+    hub.add("you/merged", files)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    base = load_base("you/merged" if place == "hub" else tmp_path, dtype="float32")
+    alone = load_base(base_folders["llama"], dtype="float32")
+    assert base.fingerprint == alone.fingerprint
+    assert [*base.model.state_dict()] == [*alone.model.state_dict()]
+
+
 @pytest.mark.parametrize(
     ("stored", "said"), [("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
 )

@@ -159,6 +159,13 @@ def test_what_was_cut_inside_a_character_still_fits(text, truncation):
         assert encoder.pair(asked, "y").length <= 36
 
 
+def test_a_target_needs_an_end_of_text():
+    tokenizer = make_tokenizer(final_eos=False)
+    tokenizer.eos_token = None
+    with pytest.raises(BaseModelError, match="whose end of text a target needs"):
+        Encoder(tokenizer, is_encoder_decoder=False).target("a", "b")
+
+
 def test_bases_that_can_t_read_a_text_are_refused():
     for text, chat in ((SAID, False), ("Hello", True)):
         with pytest.raises(BaseModelError, match="no default chat template"):

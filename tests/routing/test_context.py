@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
+from phatgoose.routing import context as contexts
 from phatgoose.routing.compose import compose, composition_of, detach, routing_for
 from phatgoose.routing.context import Choice, base_alone
 from phatgoose.routing.layers import RoutedLinear
@@ -44,6 +46,39 @@ def test_announced_prompts_are_those_of_the_passes(base, pool):
         other = batch_of(base, PROMPTS[:1])[0]  # what passes meanwhile isn't read
         model.generate(other, attention_mask=torch.ones_like(other), max_new_tokens=3)
         assert read_by(model) == [3]
+
+
+@retrieving
+def test_a_pass_that_is_computed_again_may_have_other_prompts_experts(llama, llama_pool):
+    model = compose_by("retrieval", llama_pool, llama).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about the name, which v6 changes
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses = [model(batch_of(llama, [p])[0]).logits.square().mean() for p in PROMPTS[:2]]
+    with pytest.raises(RoutingError, match="as gradient checkpointing does"):
+        sum(losses).backward()
+
+
+@retrieving
+def test_layers_that_take_tokens_in_another_order_have_one_choice(llama, llama_pool, monkeypatch):
+    monkeypatch.setattr(contexts, "TURNED", ("llama",))  # as LED's encoder does
+    model = compose_by("retrieval", llama_pool, llama)
+    assert model(batch_of(llama, PROMPTS[:1])[0]).logits.isfinite().all()
+    with pytest.raises(RoutingError, match="some layers take tokens in another order"):
+        model(**dict(zip(("input_ids", "attention_mask"), batch_of(llama, PROMPTS), strict=True)))
+
+
+def test_prompts_are_read_without_dropout(llama, llama_pool):
+    model = compose(llama_pool, llama, router="discriminant:fallback=off")
+    prompts, router = tokens_of(model, PROMPTS), composition_of(model).prompt_router
+    wanted = router.router.score(router, prompts, model)
+    for module in model.modules():
+        module.training = True
+    model.config.attention_dropout = 0.5
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    torch.testing.assert_close(router.router.score(router, prompts, model), wanted)
+    assert all(module.training for module in model.modules())
 
 
 @both_streams

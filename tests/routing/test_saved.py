@@ -192,6 +192,26 @@ def test_what_else_is_in_the_folder_stays_as_it_is(uneven, pair, tmp_path):
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("third_in_chats", [False, True])
+def test_what_is_known_of_the_base_is_read_again_in_another_form(
+    llama, uneven, tmp_path, third_in_chats
+):
+    llama.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    chats = {"e0": True, "e1": True, "e2": third_in_chats}
+    experts = [
+        replace(each, info=replace(each.info, hyperparameters={"chat": chats[each.name]}))
+        for each in uneven.select([*chats]).experts
+    ]
+    for name, pool in (("few", Pool(tuple(experts[:2]))), ("all", Pool(tuple(experts)))):
+        save(composed("discriminant", pool, llama), tmp_path / name)
+    added = add_to_saved(tmp_path / "few", Pool((experts[2],)))
+    assert bool(added.tables.base) == third_in_chats
+    prompts = make_ids(rows=9).tolist()
+    models = [load(tmp_path / name, copy.deepcopy(llama)) for name in ("few", "all")]
+    one, other = (composition_of(m).prompt_router.choose(prompts, m) for m in models)
+    assert torch.equal(one.experts, other.experts)
+
+
 def test_an_addition_that_is_killed_is_none(llama, uneven, pair, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyboardInterrupt

@@ -31,7 +31,6 @@ def readings_by(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], label: str | None = None
 ) -> dict[str, Tensor]:
     """The readings to share of `prompts`, given by tokens; a `label` shows a progress bar."""
-    model.eval()
     return readings_of(read_prompts(model, prompts, prompt_states(model), label))
 
 

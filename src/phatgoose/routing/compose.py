@@ -37,7 +37,7 @@ from ..experts.hub import HubReference
 from ..experts.kind import check_fit, check_parts
 from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
-from ..sites import ROUTED, Site, dtype_at, find_sites, replace_module
+from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import ChatTexts, Example
 from .context import RoutingContext
@@ -146,8 +146,8 @@ class Composition:
         check_parts(f"{site.name}, router {self.router.name}", forms, state)
         module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
         module.context = self.context
-        # Of a quantised layer the type is of integers.
-        is_plain = original.weight.is_floating_point()
+        # Of a quantised layer the type is of integers, or of bytes.
+        is_plain = original.weight.dtype in FLOATS
         module.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
         tails = tuple(self.tails[z] for z in stack.experts.tolist())
         if any(tails) and not module.sees_all:

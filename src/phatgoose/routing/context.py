@@ -190,6 +190,13 @@ class Activity:
         return self._at[tails]
 
 
+UNKNOWN = (
+    "Nothing has told the router what its inputs are: a layer was called outside of a pass of its "
+    "model, as gradient checkpointing does."
+)
+TURNED = ("fsmt", "led", "xlnet")  # whose layers take [tokens, rows]
+
+
 class _Present(threading.local):
     routing = PromptRouting()  # of the rows of passes
     announced = False  # by somebody, rather than read
@@ -299,10 +306,13 @@ class RoutingContext:
         `sees_all` False: u holds some rows' tokens only, so all rows must have the same experts.
         Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
         """
-        choice = self.choice
+        # Outside of a pass a layer is computed again, and other prompts may have been read since.
+        is_known = self._present.depth or self._present.announced or not self._handles
+        choice = self.choice if is_known else None
         if choice is None:
             unserved = self.router.unserved if self.router else None
-            raise RoutingError(unserved or "Nothing has told the router yet what its inputs are.")
+            raise RoutingError(unserved or UNKNOWN)
+        sees_all &= self._model is None or self._model.config.model_type not in TURNED
         choice = choice.at(block)
         if not sees_all and all((p == p[0]).all() for p in (choice.experts, choice.weights)):
             choice, sees_all = choice.of([0]), True
@@ -310,9 +320,9 @@ class RoutingContext:
         if rest or not sees_all:
             raise RoutingError(
                 f"{len(u)} tokens can't be shared out to {len(choice)} inputs that choose "
-                f"different experts: some layers are inside the base's own experts, which see some "
-                f"of the tokens only. Use a router for every token, such as phatgoose, or pass "
-                f"inputs one by one (token_budget=1 in Python)."
+                f"different experts: some layers take tokens in another order, or are inside the "
+                f"base's own experts, which see some only. Use a router for every token, such as "
+                f"phatgoose, or pass inputs one by one (token_budget=1 in Python)."
             )
         return Choice(
             choice.experts.to(u.device).repeat_interleave(count, dim=0),

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..base import BaseReference, Text, check_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
-from ..experts.expert import ActsOn, Name
+from ..experts.expert import ActsOn, Name, trained_in_chats
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
@@ -343,6 +343,8 @@ def _rewritten(
     tables: Tables,
     records: list[dict[str, Any]],
 ) -> SavedModel:
+    if trained_in_chats(records) != trained_in_chats(saved.records):
+        tables = replace(tables, base={})  # read in another form, and again when it is needed
     with new_directory(folder, RoutingError, overwrite=True) as work:
         shutil.copytree(
             folder,

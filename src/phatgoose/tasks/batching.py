@@ -357,6 +357,18 @@ class PromptReading:
     of: Callable[[Tensor, Tensor], Tensor] = mean_token
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def read_prompts(
     model: PreTrainedModel,
@@ -377,7 +389,8 @@ def read_prompts(
     def see(place: Site | int, values: Tensor, _: Tensor | None) -> None:
         seen[place] = reading.of(values, mask).cpu()
 
-    with _bar(len(prompts), label, "readings") as bar, watching(model, reading.places, see):
+    bars = _bar(len(prompts), label, "readings")
+    with evaluating(model), bars as bar, watching(model, reading.places, see):
         for rows in batches_of_tokens(list(map(len, prompts)), BATCH_TOKENS, MOST_PADDING):
             ids = pad_right([prompts[row] for row in rows], 0)
             mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)

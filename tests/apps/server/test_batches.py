@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache
 
-import serving  # noqa: F401  skips without the extra
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local import FAILED, GenerationEngine
 from phatgoose.apps.server.local.batches import ActiveSequence, Batch, Sampler
@@ -28,13 +27,17 @@ from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.encoding import Encoder
 from routed_models import compose_by, tailed
-from tiny import VOCABULARY, make_ids, make_tokenizer
+from serving import until
+from tiny import VOCABULARY, make_ids, make_tokenizer, random_model
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 each_kind = pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "intermediate_size": 48}
+SMALL |= {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
 
 
 class Told:
@@ -125,12 +128,8 @@ def test_rows_may_join_and_leave(runner_of, kind, router, toy_embedder):
 
 
 def test_sliding_windows_slide_in_batches_too():
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
-    ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
-    config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
-    runner = ModelRunner(MistralForCausalLM(config).eval(), make_tokenizer(final_eos=False))
+    model = random_model("mistral", SMALL | {"sliding_window": 8, "num_key_value_heads": 2})
+    runner = ModelRunner(model, make_tokenizer(final_eos=False))
     may_join_and_leave(runner, [prompt_of(seed, 20 - 5 * seed) for seed in range(4)])
 
 
@@ -383,6 +382,32 @@ def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
     assert store.bytes == most
 
 
+@pytest.mark.parametrize("kind", ["mistral", "llama", "mpt"])
+def test_what_is_known_of_one_prompt_changes_nothing_beside_a_longer_one(kind):
+    """Windows and ALiBi count columns, whatever the mask says of them."""
+    special = {
+        "mistral": {"sliding_window": 8, "num_key_value_heads": 2},
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    }
+    model = random_model(kind, SMALL | special.get(kind, {}))
+    runner = ModelRunner(model, make_tokenizer(final_eos=False))
+    runner.ends, store, known = frozenset(), PrefixStore(1 << 20), prompt_of(0, 40)
+    finished(runner, [row_of(runner, known)], store)
+    prompts = [[*known[:30], 7, 8, 9], prompt_of(1, 50), [*known[:20], 3]]
+    rows = finished(runner, [row_of(runner, prompt) for prompt in prompts], store)
+    assert [row.generated for row in rows] == [by_generate(runner, prompt) for prompt in prompts]
+    again = finished(runner, [row_of(runner, prompts[0])], store)  # what was kept is right, too
+    assert again[0].generated == rows[0].generated
+
+
+def test_rotations_that_a_longer_row_changes_bound_the_context():
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    positions = {"original_max_position_embeddings": 32, "max_position_embeddings": 256}
+    scaled = {"rope_parameters": {**longrope, "rope_theta": 1e4, **positions}, **positions}
+    model = random_model("phi3", SMALL | scaled)
+    assert ModelRunner(model, make_tokenizer(final_eos=False)).frame.context == 32
+
+
 # The engine.
 
 
@@ -484,12 +509,13 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
     submit(engine, runner_of(), 1, "long", tokens=372)
     submit(engine, runner_of(), 1, "polite", tokens=1)
     engine.cancel(engine.batches[0].running[:5])  # it is the greedy one's turn, once
-    assert computed(engine) == ["greedy"] * 11  # and the polite one, who was answered at once
-    assert engine.waiting == 4
+    assert computed(engine) == ["greedy"] * 11
+    assert engine.waiting == 5  # the polite one, who has waited less than the long one, too
     end(engine, "greedy")
     assert computed(engine) == ["long"]
+    assert engine.waiting == 4
     end(engine, "long")
-    assert computed(engine) == ["greedy"] * 3
+    assert computed(engine) == ["greedy"] * 3  # and the polite one, who was answered at once
 
 
 @pytest.mark.parametrize(
@@ -506,6 +532,17 @@ def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypat
         engine.submit([row])
     failed, other = ended(rows)
     assert failed.deliver.events[0].detail == told
+    assert other.finish == "length"
+
+
+def test_a_prompt_that_can_t_be_read_fails_alone(engine, runner_of):
+    runner = runner_of()
+    (running,) = submit(engine, runner, 1, "one", tokens=300)
+    until(lambda: running.generated)
+    unread = row_of(runner, [VOCABULARY + 5])
+    engine.submit([unread])
+    failed, other = ended([unread, running])
+    assert failed.deliver.events[0].detail == FAILED
     assert other.finish == "length"
 
 

@@ -40,6 +40,14 @@ problems = st.integers(1, 5).flatmap(
 )
 
 
+@needs_native
+def test_the_native_kernel_writes_where_its_inputs_are():
+    problem = make_problem()
+    wanted = problem.solved_by("native")
+    with torch.device("meta"):
+        torch.testing.assert_close(problem.solved_by("native"), wanted)
+
+
 @each_kernel
 @settings(max_examples=60, derandomize=True)
 @given(problem=problems)

@@ -198,6 +198,7 @@ class RequestReader:
         effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
         tools = [{"type": "function", "function": each} for each in functions] or None
         ((text, tokens),) = self._read([messages], request.asks, seconds, tools=tools, **effort)
+        tokens = tokens or self._plain(())  # some templates write nothing of an empty message
         return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
 
     def _asked(

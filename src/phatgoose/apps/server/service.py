@@ -342,6 +342,7 @@ def numbered(routing: Routing, experts: int) -> Routing:
 
 
 MOST_ROUTINGS = 8  # that requests asked for are kept
+MOST_TURNS = 256  # that wait, a half of them one client's
 
 Key = tuple[Any, Routing, tuple[str, ...]]  # model, routing, experts
 
@@ -456,10 +457,11 @@ class Turns(FairQueue[asyncio.Future[None]]):
         self.most = self.free = most
 
     async def wait(self, client: str, deadline: Deadline) -> None:
-        """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline."""
+        """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline, or at once."""
         if self.free:
             self.free -= 1
             return
+        self.check_room(client, 1, MOST_TURNS)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.add(client, place)
         try:

@@ -121,7 +121,7 @@ def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     # Addresses are of rows without gaps; these names also keep copies alive during the call.
     u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()
     weights = weights.float().contiguous()
-    delta = torch.zeros(tokens, d, dtype=u.dtype)
+    delta = u.new_zeros(tokens, d)  # whatever torch's default device is
     if _function("update", u.dtype)(
         *(t.data_ptr() for t in (delta, u, experts, weights, A, B)),
         *(tokens, k, E, r, n, d, torch.get_num_threads()),
@@ -139,7 +139,8 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     """
     (tokens, n), E = u.shape, len(vectors)
     u, vectors = u.contiguous(), vectors.contiguous()
-    experts, weights = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
+    experts = u.new_empty(tokens, k, dtype=torch.int64)
+    weights = u.new_empty(tokens, k, dtype=torch.float32)
     _function("route", u.dtype)(
         *(u.data_ptr(), vectors.data_ptr(), tokens, n, E, k),
         # Without eps nothing is standardised; the flag says so, since ctypes has no None of a

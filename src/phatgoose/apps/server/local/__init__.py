@@ -242,8 +242,8 @@ class GenerationEngine:
         return group
 
     def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
-        # While a sequence doesn't fit, clients with running ones get no more: it would be passed
-        # over for ever.
+        # While a sequence doesn't fit, clients with running ones get no more, and if its client has
+        # none, nobody does: it would be passed over for ever.
         is_short = False
         for client, head in self._queue.heads():
             together = [*group, head]
@@ -257,6 +257,8 @@ class GenerationEngine:
             others = sum(each.tokens_with() for each in self.batches if each is not batch)
             free = self._limits.max_batch_tokens - others - batch.tokens_with(together)
             taken = sum(each.most_tokens for each in running)
+            if free < 0 and not running:
+                return None
             if free < 0:
                 is_short = True
             elif not taken or taken + head.most_tokens <= SHARE * free:
@@ -276,9 +278,10 @@ class GenerationEngine:
         try:
             work()
         except Exception as error:
-            log.exception("A batch of %d answers failed.", len(concerned))
-            batch.sequences = []
-            _fail(concerned, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
+            failed = joining or concerned  # what runs is as it was before some joined
+            log.exception("A batch of %d answers failed.", len(failed))
+            batch.sequences = batch.sequences if joining else []
+            _fail(failed, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
 
 
 def _padded_tokens(sequences: Sequence[ActiveSequence]) -> int:

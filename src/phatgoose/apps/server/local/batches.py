@@ -246,10 +246,14 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
         None if each.decoding.routing else prefixes.find(reader, each.prompt)
         for each, reader in zip(firsts, readers, strict=True)
     ]
-    unread = [
-        each.prompt[prefix[1] if prefix else 0 :]
+    # As many tokens of every row: windows and ALiBi count columns, so none may be padding between
+    # what is known and what is read.
+    most = max(len(e.prompt) - (p[1] if p else 0) for e, p in zip(firsts, known, strict=True))
+    known = [
+        (prefix[0], count) if prefix and (count := len(each.prompt) - most) > 0 else None
         for each, prefix in zip(firsts, known, strict=True)
     ]
+    unread = [each.prompt[-most:] for each in firsts]
     cache, keeper = DynamicCache(), keeper_for(sequences)
     before = begin_with(cache, known)
     ids = pad_left(unread, runner.pad).to(runner.device)

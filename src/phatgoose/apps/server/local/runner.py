@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from ....analysis.traces import TraceKeeper
 from ....base import Base, BaseReference, load_base, settled_dtype, twin
@@ -122,8 +122,6 @@ class PrefixStore:
         count = min(reader.limit, len(tokens))
         if not self.most_bytes or count < SHORTEST:
             return
-        if any(type(each) is not DynamicLayer for each in cache.layers):
-            return  # windows and states, which don't keep every token's keys and values
         kept, columns = torch.tensor(tokens[:count]), mask.nonzero()[:count, 0]
         with self._lock:
             same = [each for each in self._prefixes if each.key == reader.key]
@@ -162,6 +160,13 @@ def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> T
     return pad_left([[1] * n for n in counts], 0)
 
 
+def unscaled_positions_of(model: PreTrainedModel) -> int | None:
+    """`positions_of`, up to where the longest row of a batch changes the rotations of all."""
+    rope: Any = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    is_scaled = rope.get("rope_type") == "longrope"
+    return rope["original_max_position_embeddings"] if is_scaled else positions_of(model)
+
+
 _NUMBERS = itertools.count()  # of runners: an id would be used again
 
 
@@ -187,7 +192,7 @@ class ModelRunner:
             self._context.router.read_base(model)  # now, so that no request waits for it
         self.frame = Frame(
             tokenizer,
-            positions_of(model),
+            unscaled_positions_of(model),
             added_tokens(tokenizer, is_encoder_decoder=False),
             looks_prompts_up=self._context is not None and self._context.router is not None,
             in_chats=parts is not None and parts.in_chats,

@@ -244,7 +244,7 @@ def analyse(
         TaskError: Two tasks of one name.
         RoutingError: The model is not routed.
         PhatgooseError: What composing and evaluating raise. All of these come before the first
-            router reads anything.
+            router reads anything, but for what scoring refuses of a task's examples.
     """
     how = AnalysisSettings(**settings)
     if isinstance(how.scores, str | Path):

@@ -46,7 +46,7 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(llama, tmp_path
     out = tmp_path / "out"
     assert deploy(pool, "vllm", out, llama.id).rank == rank
     command = command_in(out / "engine.sh")
-    assert command[:3] == ["vllm", "serve", "base"]
+    assert command[:3] == ["vllm", "serve", "./base"]
     assert value_of(command, "--max-lora-rank") == allowed
     assert command[-3:] == ["e0=experts/e0", "e1=experts/e1", "$@"]
     hashes = [
@@ -178,6 +178,13 @@ def test_what_an_engine_would_not_apply_is_refused_by_name(
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
         deploy(pool, "llama.cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gateway_reads_the_base_that_the_operator_names(pool, tmp_path):
+    deploy(on_base(pool, "/home/trainer/llama"), "vllm", tmp_path / "out", "you/base")
+    assert value_of(command_in(tmp_path / "out" / "gateway.sh"), "--base") == "you/base"
+    deploy(pool, "vllm", tmp_path / "own")  # at the revision that experts name
+    assert "--base" not in command_in(tmp_path / "own" / "gateway.sh")
 
 
 def test_experts_that_act_on_a_part_of_the_prompt_are_refused(pool, tmp_path):

@@ -110,7 +110,8 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
             _copy([path for path in source.iterdir() if path.is_file()], work / "base")
         revision = None if base or has_base else pool.base.revision
         deployment = Deployment(engine, pool.names, rank, "base" if has_base else named, revision)
-        _write_scripts(deployment, work, ["--base", "base"] if has_base else [])
+        given = "base" if has_base else base
+        _write_scripts(deployment, work, ["--base", given] if given else [])
     if not allows_choice_by_prompt(pool):
         warnings.warn(f"The folder's gateway can't choose yet: {NO_CHOICE}", stacklevel=2)
     return deployment
@@ -155,7 +156,8 @@ def _command(deployment: Deployment) -> list[str]:
     lora += ["--max-cpu-loras", str(len(experts))]
     lora += ["--lora-modules", *(f"{name}=experts/{name}" for name in experts)]
     pinned = ["--revision", deployment.revision] if deployment.revision else []
-    return ["vllm", "serve", deployment.base, *pinned, *options, *lora]
+    base = "./base" if deployment.base == "base" else deployment.base  # which no expert is called
+    return ["vllm", "serve", base, *pinned, *options, *lora]
 
 
 def _write_scripts(deployment: Deployment, work: Path, base: Sequence[str]) -> None:

@@ -398,6 +398,8 @@ def test_an_error_of_the_engine_is_passed_on_and_nothing_sent_twice(
         b'{"choices": [{"text": "a", "logprobs": {"content": [{"token": "a"}]}}]}',
         b'{"choices": [{"text": ["a"]}]}',
         b'{"choices": [{"text": "a"}], "usage": {"completion_tokens": 1%s}}' % (b"0" * 400),
+        b'{"choices": [{"message": {"content": "a", "tool_calls": ["x"]}}]}',
+        b'{"choices": [{"message": {"tool_calls": [{"function": {"arguments": 3}}]}}]}',
         b"\xff",
         b'{"choices": []}',
     ],

@@ -83,6 +83,23 @@ def test_engines_of_two_forms_may_have_some_of_the_experts_each(place, caplog):
         assert client.get("/v1/models/goose").json()["context"] == 256
 
 
+def test_adapters_are_numbered_anew_after_a_restart_that_nobody_saw(place):
+    with several(place, engine_of("llama.cpp")) as (client, engine):
+        assert text_of(client, **E1).startswith("e1*1 ")
+        engine.adapters = numbered(NAMES[::-1])
+        until(lambda: text_of(client, **E1).startswith("e1*1 "), seconds=5)
+        upstreams_are(client, "ok")
+
+
+def test_an_adapter_called_as_the_base_is_not_taken_for_it(place):
+    with engine_of() as engine, gateway(place, engine) as client:
+        upstreams_are(client, "ok")
+        engine.adapters[BASE] = "/an/expert"
+        text = text_of(client, **{**ASK, "model": BASE})
+        until(lambda: text_of(client, **{**ASK, "model": BASE}) == text)
+        assert BASE not in client.app.state.service.backend.links.engines[0].ids
+
+
 def test_what_was_not_begun_goes_to_another_engine_and_nothing_else(place):
     with several(place, engine_of(), engine_of()) as (client, *both):
         ask(client, **E1)

@@ -200,6 +200,8 @@ class EngineBackend(Backend):
             router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
             choose = partial(runner.choose, questions, allowed=asked.experts, client=asked.client)
             chosen = await self._choosing.run(asked.client, asked.deadline, lambda _: choose())
+            async with asked.deadline.kept():
+                await self.links.ready()  # an engine may have failed meanwhile, and be back
         else:
             router = "" if asked.request.weights is None else WEIGHTS
             weights = {name: weight for name, weight in asked.mixture.items() if weight}

@@ -129,9 +129,20 @@ class _Props(_Form):
     default_generation_settings: _Slot
 
 
+class _Function(_Form):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(_Form):
+    index: int | None = None
+    function: _Function | None = None
+
+
 class _Message(_Form):
     role: Any = None
     content: str | None = None
+    tool_calls: list[_Call] | None = None
 
 
 class _Token(_Form):
@@ -196,7 +207,7 @@ class Engine(ABC):
         """See what the engine holds now. Raises HTTPError, ConfigError."""
 
     async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
-        """Have the engine load the adapter in a `folder`; what it says of that."""
+        """Have the engine load the adapter in a `folder`; why it doesn't, or ""."""
         return "it reads adapters when it starts"
 
     @abstractmethod
@@ -211,13 +222,13 @@ class Engine(ABC):
         await self.look(client)
         said = ""
         for name in folders.keys() - self.ids.keys():
-            said = await self.load(client, name, folders[name])
-        if said:
+            said = await self.load(client, name, folders[name]) or said
+        if folders.keys() - self.ids.keys():
             await self.look(client)
         lacking = ", ".join(name for name in folders if name not in self.ids)
         return lacking and (
-            f"{self.label} at {self._upstream.root} lacks {lacking} ({said}). Start it as "
-            f"phatgoose export --engine {self.label.lower()} writes it."
+            f"{self.label} at {self._upstream.root} lacks {lacking} ({said or 'it says no reason'})"
+            f". Start it as phatgoose export --engine {self.label.lower()} writes it."
         )
 
 
@@ -232,12 +243,12 @@ class Vllm(Engine):
         cards = (await _read(client, "/v1/models", _Cards)).data
         base = next((card for card in cards if card.parent is None), cards[0])
         self.base, self.context = base.id, base.max_model_len
-        self.ids = {card.id: card.id for card in cards if card is not base}
+        self.ids = {card.id: card.id for card in cards if card.id != base.id}
 
     async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
         body = {"lora_name": name, "lora_path": folder}
         reply = await _sent(client, "POST", "/v1/load_lora_adapter", LOADING, body)
-        return said_by(reply.content, self._upstream.key)
+        return "" if reply.is_success else said_by(reply.content, self._upstream.key)
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         (name,) = weights or (None,)
@@ -325,10 +336,13 @@ class Link:
 
     async def prepare(self, folders: Mapping[str, str]) -> str:
         """Have the engine load what it lacks of these experts; why it can't, or ""."""
+        is_asked = self._lock.locked() and folders is self.folders
         async with self._lock:
             self.folders = folders
             if self.engine and folders.keys() <= self.engine.ids.keys():
                 return ""  # others have prepared it
+            if is_asked:
+                return self.problem  # others have found it just now
             try:
                 engine = self.engine or await _engine_at(self.upstream, self.client)
                 said = await engine.prepare(self.client, folders)
@@ -340,7 +354,8 @@ class Link:
     async def check(self) -> None:
         """See whether the engine is still well."""
         with suppress(Exception):  # not all are HTTPErrors: whoever watches must not end
-            if (await _sent(self.client, "GET", "/health")).is_success:
+            if self.engine and (await _sent(self.client, "GET", "/health")).is_success:
+                await self.engine.look(self.client)  # another may have taken its place
                 return
         self.engine = None
 
@@ -386,7 +401,8 @@ class Link:
                 usage, rest = answer.usage or usage, rest | (answer.model_extra or {})
                 for choice in (answer.choices or [])[:1]:
                     finish, said = choice.finish_reason or finish, choice.said
-                    message, beside = said.model_extra or {}, choice.model_extra or {}
+                    message = said.model_dump(exclude={"role", "content"}, exclude_unset=True)
+                    beside = choice.model_extra or {}
                     beside.pop("index", None)
                     if choice.logprobs:
                         for token in choice.logprobs.content or ():

@@ -106,6 +106,20 @@ def test_what_work_raises_arrives_and_the_next_is_done():
     assert asyncio.run(done()) == 5
 
 
+def test_no_client_waits_for_turns_without_end():
+    async def tried(waiting):
+        turns = Turns(0, waiting)
+        mine = [asyncio.create_task(turns.wait("a", Deadline(30))) for _ in range(waiting)]
+        await asyncio.sleep(0)
+        over = [each.exception() for each in mine if each.done()]
+        for each in mine:
+            each.cancel()
+        await asyncio.wait(mine)
+        return len(over), {each.status_code for each in over}
+
+    assert asyncio.run(tried(400)) == (200, {429})
+
+
 def test_work_that_nobody_waits_for_any_more_ends_in_silence():
     said, go_on = [], threading.Event()
 

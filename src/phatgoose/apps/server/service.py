@@ -269,7 +269,8 @@ class Service:
         """What runs the chat template and tokenizer of a model's base, and turns to use it."""
         tokenizer = model.runner.frame.tokenizer
         if tokenizer not in self._texts:
-            self._texts[tokenizer] = UntrustedText(tokenizer), Turns(1)
+            turns = Turns(1, self.backend.limits.max_queue)
+            self._texts[tokenizer] = UntrustedText(tokenizer), turns
         return self._texts[tokenizer]
 
     async def follow(self) -> None:
@@ -342,7 +343,7 @@ def numbered(routing: Routing, experts: int) -> Routing:
 
 
 MOST_ROUTINGS = 8  # that requests asked for are kept
-MOST_TURNS = 256  # that wait, a half of them one client's
+MOST_TURNS = 256  # that may wait whatever --max-queue says, a half of them one client's
 
 Key = tuple[Any, Routing, tuple[str, ...]]  # model, routing, experts
 
@@ -450,18 +451,22 @@ class FairQueue(Generic[Item]):
 
 
 class Turns(FairQueue[asyncio.Future[None]]):
-    """Up to `most` works at once; the client served longest ago is next."""
+    """Up to `most` works at once; the client served longest ago is next.
 
-    def __init__(self, most: int) -> None:
+    As many as `waiting` may wait, and always MOST_TURNS.
+    """
+
+    def __init__(self, most: int, waiting: int = 0) -> None:
         super().__init__()
         self.most = self.free = most
+        self.waiting = max(waiting, MOST_TURNS)
 
     async def wait(self, client: str, deadline: Deadline) -> None:
         """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline, or at once."""
         if self.free:
             self.free -= 1
             return
-        self.check_room(client, 1, MOST_TURNS)
+        self.check_room(client, 1, self.waiting)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.add(client, place)
         try:

@@ -50,7 +50,7 @@ class LocalBackend(Backend):
         self.engine = engine = GenerationEngine(limits, batch.observe)
         kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
         kept.set_function(lambda: engine.prefixes.bytes)
-        self._lookups = Turns(LOOKUPS)
+        self._lookups = Turns(LOOKUPS, limits.max_queue)
 
     def start(self) -> None:
         self.engine.start()

@@ -134,7 +134,8 @@ class EngineBackend(Backend):
         self.models = {each.name: ChosenPool(each, self) for each in models}
         self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
         self.links.folders = self._folders_of(self.models)
-        self._choosing, self._running = Turns(1), FairQueue[asyncio.Future[None]]()
+        self._choosing = Turns(1, limits.max_queue)
+        self._running = FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
         links = self.links

@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 
 def one_line(text: object, most: int = 300) -> str:
     """`text` as one printable line of at most `most` characters: untrusted names may be in it."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))
+    line = "".join(c if c.isprintable() else " " for c in str(text)[: most + 1])
     return line if len(line) <= most else f"{line[:most]}…"
 
 

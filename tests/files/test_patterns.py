@@ -70,7 +70,7 @@ REFUSED = [  # an entry of a config, and what is said of it
 
 @pytest.mark.parametrize(("key", "value", "said"), REFUSED, ids=range(len(REFUSED)))
 def test_what_re2_does_not_match_as_python_is_refused_in_one_line(key, value, said):
-    with soon():
+    with soon(1):
         message = one_line_of(lambda: check_config({key: value}, "it"), ExpertError)
     assert message.isprintable()
     assert re.search(said, message)

@@ -63,6 +63,7 @@ from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_sav
 CONFIG = "config.json"  # of transformers
 INSTALLED = (ROUTED, "tokenizer", "save_pretrained", "generate", "init_continuous_batching")
 ARGUMENTS = ("scores", "weights")  # of `compose`, beside routing settings
+TURNED = ("fsmt", "led", "xlnet")  # whose layers take [tokens, rows]
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
 
@@ -123,6 +124,7 @@ class Composition:
                 f"encoder-decoder prompts have a stack of their own; leave them out."
             )
         self.base, self.tokenizer = base.reference, base.tokenizer
+        self._turned = base.model.config.model_type in TURNED
         self.router, self.experts, self.records = router, experts, records
         self.layers: dict[str, RoutedLayer] = {}
         self.prompt_router: PromptRouter | None = None
@@ -145,15 +147,16 @@ class Composition:
         # Kernels trust them, whoever's router it is.
         check_parts(f"{site.name}, router {self.router.name}", forms, state)
         module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
-        module.context = self.context
+        module.context, module.sees_all = self.context, module.sees_all and not self._turned
         # Of a quantised layer the type is of integers, or of bytes.
         is_plain = original.weight.dtype in FLOATS
         module.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
         tails = tuple(self.tails[z] for z in stack.experts.tolist())
         if any(tails) and not module.sees_all:
             raise RoutingError(
-                f"Some experts act from a prompt's end on, but {site.name} is inside one of the "
-                f"base's own experts, which see some tokens only; leave them out."
+                f"Some experts act from a prompt's end on, but {site.name} takes tokens in another "
+                f"order, or is inside one of the base's own experts, which see some tokens only; "
+                f"leave them out."
             )
         self.layers[site.name] = RoutedLinear(original, site, stack, module, tails)
 
@@ -175,7 +178,7 @@ class Composition:
         """Put the layers into `model`; `hidden` are attributes of its user's that ours hide."""
         self.hidden = {name: vars(model)[name] for name in INSTALLED if name in vars(model)}
         for name, layer in self.layers.items():
-            replace_module(model, name, layer)
+            replace_module(model, name, layer.train(layer.base.training))
         if self.context is not None:
             self.context.attach(model)
         setattr(model, ROUTED, self)

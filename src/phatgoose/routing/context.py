@@ -190,13 +190,6 @@ class Activity:
         return self._at[tails]
 
 
-UNKNOWN = (
-    "Nothing has told the router what its inputs are: a layer was called outside of a pass of its "
-    "model, as gradient checkpointing does."
-)
-TURNED = ("fsmt", "led", "xlnet")  # whose layers take [tokens, rows]
-
-
 class _Present(threading.local):
     routing = PromptRouting()  # of the rows of passes
     announced = False  # by somebody, rather than read
@@ -303,7 +296,8 @@ class RoutingContext:
     def of_each(self, u: Tensor, sees_all: bool = True, block: int = 0) -> Choice:
         """The experts of each token of u [T, n] in a block, [T, k]: T / rows tokens in turn.
 
-        `sees_all` False: u holds some rows' tokens only, so all rows must have the same experts.
+        `sees_all` False: u holds some rows' tokens only, or tokens in another order, so all rows
+        must have the same experts.
         Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
         """
         # Outside of a pass a layer is computed again, and other prompts may have been read since.
@@ -311,8 +305,11 @@ class RoutingContext:
         choice = self.choice if is_known else None
         if choice is None:
             unserved = self.router.unserved if self.router else None
-            raise RoutingError(unserved or UNKNOWN)
-        sees_all &= self._model is None or self._model.config.model_type not in TURNED
+            raise RoutingError(
+                unserved
+                or "Nothing has told the router what its inputs are: a layer was called outside of "
+                "a pass of its model, as gradient checkpointing does."
+            )
         choice = choice.at(block)
         if not sees_all and all((p == p[0]).all() for p in (choice.experts, choice.weights)):
             choice, sees_all = choice.of([0]), True

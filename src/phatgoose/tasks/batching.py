@@ -361,7 +361,8 @@ class PromptReading:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards every module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:  # eval() would visit every module for each prompt that is served
+        module.training = False
     try:
         yield
     finally:

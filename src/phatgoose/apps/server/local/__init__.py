@@ -257,9 +257,9 @@ class GenerationEngine:
             others = sum(each.tokens_with() for each in self.batches if each is not batch)
             free = self._limits.max_batch_tokens - others - batch.tokens_with(together)
             taken = sum(each.most_tokens for each in running)
-            if free < 0 and not running:
-                return None
             if free < 0:
+                if not running:
+                    return None
                 is_short = True
             elif not taken or taken + head.most_tokens <= SHARE * free:
                 return head

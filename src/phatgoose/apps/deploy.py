@@ -121,13 +121,13 @@ def _rank_of(pool: Pool, name: str, engine: str) -> int:
     """The rank of an expert's LoRA. Raises ConfigError where engines would apply it otherwise."""
     expert = pool[name]
     config = read_json(expert.directory / adapter_files(expert.directory).config, dict, ConfigError)
-    odd = [words for key, words in UNREAD.items() if config.get(key)]
-    odd += [f"the kind {expert.kind}"] * (expert.kind != "lora")
-    odd += ["a part of the prompt where it acts"] * (expert.info.acts_on is not None)
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        odd.append("biases")
-    if config.get("use_rslora") and engine == LLAMA_CPP:
-        odd.append("rsLoRA's scale")
+    parts = {words: config.get(key) for key, words in UNREAD.items()} | {
+        f"the kind {expert.kind}": expert.kind != "lora",
+        "a part of the prompt where it acts": expert.info.acts_on is not None,
+        "biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+        "rsLoRA's scale": config.get("use_rslora") and engine == LLAMA_CPP,
+    }
+    odd = [words for words, is_there in parts.items() if is_there]
     if odd:
         raise ConfigError(
             f"Expert {name!r} has {', '.join(odd)}, which {engine} would not apply as PEFT does; "

@@ -250,6 +250,25 @@ class Formatting(Settings):
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
 
+@dataclass(frozen=True)
+class ScoringSettings(Settings):
+    """How tasks are scored.
+
+    Attributes:
+        formatting: How inputs are cut and wrapped.
+        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
+        seed: Seed of the draw: the same one draws the same examples.
+        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
+        token_budget: Maximum tokens of a batch.
+    """
+
+    formatting: Formatting = dataclasses.field(default_factory=Formatting)
+    limit: Annotated[int | None, "Maximum examples per task.", AT_LEAST_1] = None
+    seed: int = 0
+    max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", AT_LEAST_1] = 64
+    token_budget: int = 4096
+
+
 # How a routed model chooses experts.
 
 Kernel = Literal["auto", "reference", "concat", "gather", "grouped", "native", "triton"]

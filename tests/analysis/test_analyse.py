@@ -56,6 +56,7 @@ def test_oracle_and_divergences(found):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [  # beside those that the command line's tests have
+        ({"tasks": []}, TaskError, "No task is given"),
         ({"tasks": [*TASKS, task("first")]}, TaskError, "Two tasks are called 'first'"),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
         ({"routers": ["arrow", "best-individual"]}, ConfigError, "needs the scores"),

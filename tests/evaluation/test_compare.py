@@ -356,8 +356,9 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, pool_of, 
     another = load_base(setting.references["a base"], dtype="float32")
     other, plain = ([*setting.suites, tmp_path / name] for name in ("other", "plain"))
     for error, message, options in (
+        (TaskError, "No task is given", {"suites": []}),
         (TaskError, "different datasets called 'choose'", {"suites": other}),
-        (ConfigError, "Two suites would be called 'plain'", {"suites": plain}),
+        (ConfigError, "Two suites are called 'plain'", {"suites": plain}),
         (ConfigError, "Did you mean .phatgoose", {"methods": ["phatgose"]}),
         (PoolError, "has no expert 'e9'", {"methods": ["merged", "single:expert=e9"]}),
         (WrongBaseError, "The base of joint is", {"references": {"joint": foreign}}),

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from oracle import naively_routed
 from phatgoose.config import Formatting
-from phatgoose.errors import EvaluationError
+from phatgoose.errors import ConfigError, EvaluationError, TaskError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.experts.pool import Pool
@@ -78,6 +78,14 @@ def test_what_cannot_be_scored_is_refused(llama):
     ):
         with pytest.raises(EvaluationError, match=match):
             evaluate(llama, Task("odd", test=examples, metrics=metrics))
+    for tasks, limit, error, match in (
+        ([], None, TaskError, "No task is given"),
+        (Task("none"), None, TaskError, "'none' has no examples"),
+        (CHOICE_TASK, 0, ConfigError, "limit is 0"),
+        (CHOICE_TASK, -1, ConfigError, "limit is -1"),
+    ):
+        with pytest.raises(error, match=match):
+            evaluate(llama, tasks, limit=limit)
     llama.model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EvaluationError, match=r"'choose'.*not numbers"):
         evaluate(llama, CHOICE_TASK)

@@ -145,7 +145,8 @@ def test_files_that_hold_no_marks(tmp_path, marks):
 
 
 def test_the_command_prints_a_table_for_each_wording(marks, tmp_path, monkeypatch, capsys):
-    (tmp_path / "my_rules.py").write_text("def moods(prompt):\n    return 'moods'\n")
+    rule = "import sys\nsys.path.insert(0, 'theirs')\ndef moods(prompt):\n    return 'moods'\n"
+    (tmp_path / "my_rules.py").write_text(rule)
     monkeypatch.chdir(tmp_path)
     numbers = tmp_path / "numbers.json"
     options = ["--router", "centroid", "--rule", "my_rules:moods", "--json", str(numbers)]

@@ -93,7 +93,7 @@ def by_argmax(base, ids, tokens):
         answer.append(int(logits[0, -1].argmax()))
         if answer[-1] == 1:
             break
-    return answer
+    return answer[1 if base.is_encoder_decoder else ids.shape[1] :]
 
 
 @pytest.mark.parametrize("ends", [1, [1], None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base
-from ..config import Routing
+from ..config import Routing, ScoringSettings
 from ..errors import ConfigError
-from ..evaluation.evaluate import ScoringSettings, TaskScore, evaluate, tokenizer_of
+from ..evaluation.compare import check_composable
+from ..evaluation.evaluate import TaskScore, evaluate, tokenizer_of
 from ..experts.pool import Pool
 from ..routing.compose import (
     compose,
@@ -29,11 +29,10 @@ from ..routing.compose import (
 )
 from ..routing.routers.auto import settled
 from ..routing.routers.fixed import read_scores
-from ..routing.routers.prompt import ByPrompt
-from ..routing.routers.router import Scores, check_routing, class_of, router_of
+from ..routing.routers.router import Scores, class_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
-from ..tasks.task import Task, named_apart
+from ..tasks.task import Task, refuse_twice
 from .distribution import MEASURES, PARTS, Measure, RoutingDistribution, read_task
 from .measures import (
     ORACLE,
@@ -249,9 +248,10 @@ def analyse(
     how = AnalysisSettings(**settings)
     if isinstance(how.scores, str | Path):
         how = replace(how, scores=read_scores(how.scores))
-    tasks = named_apart(given_tasks(tasks))
-    subject = _opened(source, base, tokenizer, how)
+    tasks = given_tasks(tasks)
     datasets = tuple(task.name for task in tasks)
+    refuse_twice("tasks", datasets)
+    subject = _opened(source, base, tokenizer, how)
     oracle = oracle_experts(subject.scores, subject.experts, datasets)
     scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
 
@@ -324,21 +324,10 @@ def _opened(
         for name in dict.fromkeys(routers or (how.routing.router,))
     ]
     for each in routings[1:]:  # the first is composed before anything is read
-        _check_router(each, pool, scores)
+        check_composable(pool, each, scores)
     names = tuple(dict.fromkeys(each.router for each in routings))
     tokenizer = tokenizer or loaded.tokenizer
     return _Subject(pool.names, names, routings[0], tokenizer, None, pool, loaded, scores)
-
-
-def _check_router(routing: Routing, pool: Pool, scores: Scores | None) -> None:
-    """Raise what composing `pool` by `routing` would, before other routers have been read."""
-    router = router_of(routing)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # composing warns
-        check_routing(router, pool)
-        narrowed = router.narrow(pool, scores)
-        if isinstance(router, ByPrompt) and "scores" in router.given:
-            router.tables(narrowed, scores)
 
 
 def _read(

@@ -20,7 +20,7 @@ from ..routing.compose import Composition, composition_of, routing_for
 from ..routing.context import Choice
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless
-from ..tasks.batching import Collator, batches_of_tokens, pad_right
+from ..tasks.batching import batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
 
@@ -63,8 +63,8 @@ def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 
+# Called at each site of a pass, with 0 for prompt and 1 for answer, [rows, tokens] by stream.
 Seer = Callable[[SitePass, Mapping[Stream, Tensor]], None]
-"""Called at each site of a pass, with 0 for prompt and 1 for answer, [rows, tokens] by stream."""
 
 
 def read_task(
@@ -107,27 +107,29 @@ def pass_through(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], see: Seer
 ) -> None:
     """Show `see` what the routed sites decide on `pairs`, in one pass without gradients."""
-    inputs, parts = _inputs(model, encoder, pairs)
+    inputs, parts = dict[str, Tensor](), dict[Stream, Tensor]()
+    each = [streams_of(model, pair) for pair in pairs]
+    for stream in each[0]:
+        rows, marks = zip(*(streams[stream] for streams in each), strict=True)
+        prefix = "decoder_" if len(each[0]) > 1 and stream == "decoder" else ""
+        inputs[f"{prefix}input_ids"] = pad_right(rows, encoder.tokenizer.pad_token_id)
+        inputs[f"{prefix}attention_mask"] = pad_right([[1] * len(row) for row in rows], 0)
+        parts[stream] = pad_right(marks, 0)
     with watch(model, lambda passed: see(passed, parts)), torch.inference_mode():
         device = model.device
         headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
 
 
-def _inputs(
-    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair]
-) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
-    pad = encoder.tokenizer.pad_token_id
-    if encoder.is_encoder_decoder:
-        inputs = Collator(model, pad)(pairs)
-        del inputs["labels"]
-        prompts, targets = inputs["input_ids"], inputs["decoder_input_ids"]
-        return inputs, {"encoder": torch.zeros_like(prompts), "decoder": torch.ones_like(targets)}
+def streams_of(
+    model: PreTrainedModel, pair: TokenPair
+) -> dict[Stream, tuple[list[int], list[int]]]:
+    """The tokens that pass each stack, and for each token 0 in the prompt and 1 in the answer."""
     # The target's last token, the end of the sequence, is never read, as in scoring.
-    rows = [pair.prompt + pair.target[:-1] for pair in pairs]
-    parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
-    mask = pad_right([[1] * len(row) for row in rows], 0)
-    inputs = {"input_ids": pad_right(rows, pad), "attention_mask": mask}
-    return inputs, {"decoder": pad_right(parts, 0)}
+    prompt, answer = pair.prompt, pair.target[:-1]
+    if model.config.is_encoder_decoder:
+        answer = [model.config.decoder_start_token_id, *answer]
+        return {"encoder": (prompt, [0] * len(prompt)), "decoder": (answer, [1] * len(answer))}
+    return {"decoder": (prompt + answer, [0] * len(prompt) + [1] * len(answer))}
 
 
 Part = Literal["prompt", "answer"]

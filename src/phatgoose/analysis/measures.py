@@ -119,19 +119,15 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     n = len(first)
     if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return Correlation(n)
-    r = min(1.0, max(-1.0, float(_direction(first) @ _direction(second))))
+    # Scaled, since squares of the smallest numbers would be 0.
+    scaled = (values / np.abs(values).max() for values in (first, second))
+    r = float(np.corrcoef(*scaled)[0, 1])
     if n == 3:
         return Correlation(n, Estimate(r, -1, 1))
     if abs(r) == 1:
         return Correlation(n, Estimate(r, r, r))
     centre, half = math.atanh(r), Z / math.sqrt(n - 3)
     return Correlation(n, Estimate(r, math.tanh(centre - half), math.tanh(centre + half)))
-
-
-def _direction(values: Array) -> Array:
-    scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
-    centred = scaled - scaled.mean()
-    return np.asarray(centred / np.linalg.norm(centred))
 
 
 @dataclass(frozen=True)

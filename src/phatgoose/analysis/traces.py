@@ -20,7 +20,6 @@ from ..routing.compose import Composition, composition_of
 from ..routing.context import ALONE, Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
-from ..sites import Stream
 from ..tasks.encoding import Encoder, TokenPair
 from .distribution import (
     PARTS,
@@ -29,6 +28,7 @@ from .distribution import (
     layers_and_kinds,
     pass_through,
     site_label,
+    streams_of,
 )
 
 Array = NDArray[np.float64]
@@ -148,8 +148,8 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
     pass_through(model, encoder, [pair], lambda passed, _: keeper.add(passed))
     passed = keeper.streams()
     streams = (
-        passed[name].some(slice(None), tokens, marks)
-        for name, tokens, marks in _streams(model, encoder, pair)
+        passed[name].some(slice(None), texts_of(encoder.tokenizer, tokens), marks)
+        for name, (tokens, marks) in streams_of(model, pair).items()
         if name in passed
     )
     whole = chosen_for_whole(parts, parts.context.choice if parts.context else None)
@@ -161,21 +161,6 @@ def chosen_for_whole(parts: Composition, choice: Choice | None) -> tuple[tuple[s
     return tuple(
         item for row in chosen_for_prompts(parts, choice) for item in (row or ALONE).items()
     )
-
-
-def _streams(
-    model: PreTrainedModel, encoder: Encoder, pair: TokenPair
-) -> list[tuple[Stream, tuple[str, ...], tuple[int, ...]]]:
-    """(name, tokens as text, parts) of each stream."""
-    prompt, answer = pair.prompt, pair.target[:-1]
-    if encoder.is_encoder_decoder:
-        answer = [model.config.decoder_start_token_id, *answer]
-        return [
-            ("encoder", texts_of(encoder.tokenizer, prompt), (0,) * len(prompt)),
-            ("decoder", texts_of(encoder.tokenizer, answer), (1,) * len(answer)),
-        ]
-    marks = (0,) * len(prompt) + (1,) * len(answer)
-    return [("decoder", texts_of(encoder.tokenizer, prompt + answer), marks)]
 
 
 class TraceKeeper:

@@ -47,8 +47,7 @@ def generate(
     ids = torch.tensor([read.tokens], device=model.device)
     with routing_for(model, [read.tokens], examples=[Example(prompt, "")], encoder=encoder):
         tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
-    start = 0 if encoder.is_encoder_decoder else ids.shape[1]
-    text: str = tokenizer.decode(tokens[start:].tolist(), skip_special_tokens=True)
+    text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
     return text.strip()
 
 

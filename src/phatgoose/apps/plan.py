@@ -141,7 +141,6 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
     rows.append(row("total", f"{len(plan.tasks)} tasks", None, *plan.tasks))
     head = ["expert", "data", "examples", "steps", "tokens"]
     title = f"{len(plan.tasks)} experts to train on {plan.base}"
-    show(drawn(Table(title, head, rows)), width=WIDE)
     lines = [
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters, "
         f"{plan.gate_parameters:,} gate parameters."
@@ -150,5 +149,4 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
         lines.append("≤: data or tokenizer aren't here, so sequences count as long as they may be.")
     if finished:
         lines.append(f"{finished} experts are finished and not counted.")
-    for line in lines:
-        show(line, width=WIDE)
+    show(drawn(Table(title, head, rows)), *lines, width=WIDE)

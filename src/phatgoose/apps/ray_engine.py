@@ -31,15 +31,15 @@ except ImportError as error:
 
 
 OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
-PASSED_ON = (
+PASSED_ON = (  # how the names begin of variables that workers need
     "GOMP_SPINCOUNT",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "OMP_WAIT_POLICY",
+    "PHATGOOSE_",
     "PYTHONPATH",
     "TOKENIZERS_PARALLELISM",
 )
-OURS = "PHATGOOSE_"
 
 
 @contextmanager
@@ -52,17 +52,10 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {
-        "address": "local",
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE,
-    }
+    here = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    options: dict[str, Any] = {"address": "local", **here}
     if address is not None:  # workers on other machines should have these variables too
-        passed_on = {
-            name: value
-            for name, value in os.environ.items()
-            if name in PASSED_ON or name.startswith(OURS)
-        }
+        passed_on = {k: value for k, value in os.environ.items() if k.startswith(PASSED_ON)}
         options = {"address": address, "runtime_env": {"env_vars": passed_on}}
     try:
         ray.init(logging_level=logging.ERROR, **options)

@@ -12,7 +12,6 @@ import json
 import logging
 import platform
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..base import Base, check_base, dtype_name, load_base, number_format
-from ..config import Routing
+from ..config import Routing, ScoringSettings
 from ..errors import ConfigError, EvaluationError, PoolError, TaskError
 from ..experts.expert import Expert, warn_of_other_formatting
 from ..experts.pool import Pool
@@ -40,13 +39,15 @@ from ..routing.compose import (
     resolve_base,
 )
 from ..routing.routers.fixed import best_expert, best_expert_by_task
-from ..routing.routers.router import all_routers, canonical, check_routing, router_of
+from ..routing.routers.prompt import ByPrompt
+from ..routing.routers.router import Scores, all_routers, canonical, check_routing, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
+from ..tasks.loading import given_tasks
 from ..tasks.suites.registry import open_suite
-from ..tasks.task import Sources, Suite, Task
-from .evaluate import EvaluationSet, Questions, ScoringSettings, TaskScore, score
+from ..tasks.task import Sources, Suite, Task, refuse_twice
+from .evaluate import EvaluationSet, Questions, TaskScore, score
 from .results import BASE, Comparison, ResultStore, restored, stored, write_tables
 
 RESULTS = "results.jsonl"
@@ -104,10 +105,18 @@ def runnable_methods(
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # composing warns
-            check_routing(router := router_of(replace(routing, router=name)), pool)
-            router.narrow(pool, None)
+        check_composable(pool, replace(routing, router=name))
+
+
+def check_composable(pool: Pool, routing: Routing, scores: Scores | None = None) -> None:
+    """Raise what composing `pool` by `routing` would, before other models have been read."""
+    router = router_of(routing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # composing warns
+        check_routing(router, pool)
+        narrowed = router.narrow(pool, scores)
+        if isinstance(router, ByPrompt) and "scores" in router.given:
+            router.tables(narrowed, scores)
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,7 @@ def compare(
     ]
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
-    _refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))])
+    refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))], ConfigError)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
     _report_inputs(base, (*rows, *singles), datasets, how)
@@ -330,12 +339,6 @@ def code_version() -> str:
     return f"{release}+{digest.hexdigest()[:12]}"
 
 
-def _refuse_twice(what: str, names: Iterable[str]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ConfigError(f"Two {what} would be called {name!r}; rename one.")
-
-
 def _load(
     suites: Iterable[Source] | Source, settings: ComparisonSettings
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
@@ -343,8 +346,9 @@ def _load(
     datasets: dict[str, EvaluationSet] = {}
     each = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
     opened = [_suite(source) for source in each]
-    _refuse_twice("suites", (suite.name for suite in opened))
-    for task in (task for suite in opened for task in suite.load(settings.sources)):
+    refuse_twice("suites", (suite.name for suite in opened), ConfigError)
+    tasks = [task for suite in opened for task in suite.load(settings.sources)]
+    for task in given_tasks(tasks):
         dataset = EvaluationSet.of(task, settings)
         if datasets.setdefault(task.name, dataset).digest != dataset.digest:
             raise TaskError(f"Two suites have different datasets called {task.name!r}.")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base import Base, load_tokenizer
-from ..config import Formatting
+from ..config import Formatting, ScoringSettings
 from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line
@@ -32,38 +32,16 @@ from ..tasks.task import Example, Task
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 from .metrics import CONFIDENCE, METRICS, Estimate, Sample, metric, wilson
 
-TOKEN_BUDGET = 4096
-MAX_NEW_TOKENS = 64
 CHOSEN = "accuracy"  # the metric of rank classification
 WRITTEN = "exact-match"  # the metric of generated answers where a task names none
 
 
+# The index of an example, the model's answer to it, and the mean log-likelihood per token of each
+# choice, if there are any.
 Answer = tuple[int, str, tuple[float, ...]]
-"""The index of an example, the model's answer to it, and the mean log-likelihood per token of each
-choice, if there are any.
-"""
 
 
 # Scores of a task's examples, and of several tasks.
-
-
-@dataclass(frozen=True)
-class ScoringSettings:
-    """How tasks are scored.
-
-    Attributes:
-        formatting: How inputs are cut and wrapped.
-        limit: Maximum examples of each task, drawn by `seed`; None is all of them.
-        seed: Seed of the draw: the same one draws the same examples.
-        max_new_tokens: Maximum tokens of a generated answer, where a task sets none.
-        token_budget: Maximum tokens of a batch.
-    """
-
-    formatting: Formatting = field(default_factory=Formatting)
-    limit: int | None = None
-    seed: int = 0
-    max_new_tokens: int = MAX_NEW_TOKENS
-    token_budget: int = TOKEN_BUDGET
 
 
 @dataclass(frozen=True)
@@ -147,9 +125,8 @@ class Questions:
             before_pass(batch)
             with torch.inference_mode():
                 output = continued(model, tokenizer, ids.to(device), mask.to(device), longest)
-            start = 0 if seq2seq else ids.shape[1]
             for index, tokens in zip(batch, output, strict=True):
-                text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
                 yield index, text.strip(), ()
 
 

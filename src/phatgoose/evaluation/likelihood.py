@@ -22,11 +22,12 @@ Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
 LOGITS_AT_ONCE = 512  # rows of logits that are float32 at a time
 ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
+ChoicePrompts = Sequence[ChoicePrompt]
 
 
 def choice_log_likelihoods(
     model: PreTrainedModel,
-    rows: Sequence[ChoicePrompt],
+    rows: ChoicePrompts,
     pad_token_id: int,
     budget: int,
     before_pass: BeforePass = lambda _: None,
@@ -50,11 +51,7 @@ def choice_log_likelihoods(
 
 
 def _packed(
-    model: PreTrainedModel,
-    rows: Sequence[ChoicePrompt],
-    pad: int,
-    budget: int,
-    before_pass: BeforePass,
+    model: PreTrainedModel, rows: ChoicePrompts, pad: int, budget: int, before_pass: BeforePass
 ) -> Iterator[tuple[int, list[float]]]:
     # The last token of a choice is predicted, not read.
     texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
@@ -99,17 +96,13 @@ def _means(
 
 
 def _padded(
-    model: PreTrainedModel,
-    rows: Sequence[ChoicePrompt],
-    pad: int,
-    budget: int,
-    before_pass: BeforePass,
+    model: PreTrainedModel, rows: ChoicePrompts, pad: int, budget: int, before_pass: BeforePass
 ) -> Iterator[tuple[int, list[float]]]:
-    score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
-    times = [1 if model.config.is_encoder_decoder else len(choices) for _, choices in rows]
+    is_seq2seq = model.config.is_encoder_decoder
+    score = _score_seq2seq if is_seq2seq else _score_causal
     lengths = [
-        read * len(prompt) + sum(map(len, choices))
-        for (prompt, choices), read in zip(rows, times, strict=True)
+        len(prompt) * (1 if is_seq2seq else len(choices)) + sum(map(len, choices))
+        for prompt, choices in rows
     ]
     with batching.contiguous_head(model):
         for batch in batching.batches_of_tokens(lengths, budget):
@@ -124,7 +117,7 @@ def _padded(
 
 
 def _score_causal(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
+    model: PreTrainedModel, rows: ChoicePrompts, pad: int, announce: BeforePass
 ) -> Tensor:
     device = model.device
     # Windows and states would see beyond their text in a row: each choice is read with its prompt.
@@ -140,7 +133,7 @@ def _score_causal(
 
 
 def _score_seq2seq(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
+    model: PreTrainedModel, rows: ChoicePrompts, pad: int, announce: BeforePass
 ) -> Tensor:
     device = model.device
     prompts, real = _padded_rows(pad_right, [prompt for prompt, _ in rows], pad, device)
@@ -191,7 +184,7 @@ def _padded_rows(
     return side(rows, pad).to(device), side([[1] * len(row) for row in rows], 0).to(device)
 
 
-def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:
+def _owners(rows: ChoicePrompts, device: torch.device) -> Tensor:
     """For every choice the index of its row, [choices]."""
     counts = torch.tensor([len(choices) for _, choices in rows])
     return torch.arange(len(rows)).repeat_interleave(counts).to(device)

@@ -154,12 +154,13 @@ def router_rule(router: str) -> Rule:
 def imported_rule(name: str) -> Rule:
     """The function that "package.module:function" names, from the working folder or installed."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # a console script's own path lacks it
+    here = os.getcwd()
+    sys.path.insert(0, here)  # a console script's own path lacks it
     try:
         with _users_code(f"Rule {name} can't be imported; wanted package.module:function"):
             rule: Rule = getattr(importlib.import_module(module), function)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)  # the module may have put others before it
     return rule
 
 

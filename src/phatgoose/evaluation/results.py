@@ -262,19 +262,16 @@ class ResultStore:
     def alone(cls, path: str | Path) -> Iterator[ResultStore]:
         """The store at `path`, locked against other processes, or EvaluationError if one has it."""
         folder = Path(path).parent
-        lock = FileLock(folder / LOCK)
         with writing(folder, EvaluationError):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                lock = FileLock(folder / LOCK).acquire(timeout=0)
             except Timeout as error:
                 raise EvaluationError(
                     f"Another process is adding results to {path}; choose another --out."
                 ) from error
-        try:
+        with lock:
             yield cls(path)
-        finally:
-            lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return self._records.get(_digest(key))

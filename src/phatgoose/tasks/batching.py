@@ -40,22 +40,15 @@ class Collator:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        pad_token_id: int,
-        *,
-        packs: bool = False,
-        tail: int | None = None,
+        self, model: PreTrainedModel, pad: int, *, packs: bool = False, tail: int | None = None
     ) -> None:
-        self._tail = tail
-        self._pad, self._dtype = pad_token_id, model.dtype
+        self._pad, self._tail, self._dtype = pad, tail, model.dtype
         # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         # In a causal model a prompt's last token predicts an answer's first.
         self._start = model.config.decoder_start_token_id if self._is_encoder_decoder else 0
-        accepted = inspect.signature(model.forward).parameters
-        self._wants_positions = "position_ids" in accepted
+        self._wants_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         if self._packs:
@@ -451,7 +444,7 @@ def continued(
     max_new_tokens: int,
     **options: Any,
 ) -> Tensor:
-    """The prompts `ids` [rows, columns], and the likeliest tokens after them.
+    """The likeliest tokens after the prompts `ids` [rows, columns].
 
     `mask` is 0 at padding. Of the model's generation_config only the tokens that begin and end
     answers count; `options` are other settings of transformers' GenerationConfig.
@@ -474,7 +467,7 @@ def continued(
             output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config)
     finally:
         model.generation_config = usual
-    return output
+    return output[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
 
 
 def messages_by(
@@ -492,8 +485,9 @@ def messages_by(
     options = {"do_sample": True, "top_k": 0, "eos_token_id": [*ends]}  # its top_k is 50
     torch.manual_seed(seed)
     rows = continued(model, tokenizer, ids, torch.ones_like(ids), most, **options)
-    new = rows[:, len(start) :].tolist()
-    written = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in new]
+    written = [
+        [*itertools.takewhile(lambda token: token not in ends, row)] for row in rows.tolist()
+    ]
     return [str(tokenizer.decode(row)).partition(following)[0].strip() for row in written]
 
 

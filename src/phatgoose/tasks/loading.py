@@ -130,9 +130,15 @@ def prompts_in(task: Task) -> list[str]:
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
-    """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`."""
-    tasks = [given] if isinstance(given, Task | str | Path) else given
-    return [each if isinstance(each, Task) else load_task(each) for each in tasks]
+    """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`.
+
+    Raises TaskError for none.
+    """
+    each = [given] if isinstance(given, Task | str | Path) else given
+    tasks = [task if isinstance(task, Task) else load_task(task) for task in each]
+    if not tasks:
+        raise TaskError("No task is given.")
+    return tasks
 
 
 def default_name(source: str | Path) -> str:
@@ -372,9 +378,6 @@ Answers = Annotated[tuple[Answer, ...], BeforeValidator(_listed)]
 FIELDS = TypeAdapter(dict[str, Any])
 
 
-NoTools = Annotated[list[Any], Field(max_length=0)] | None
-
-
 class _Part(BaseModel):
     text: Whole
 
@@ -384,7 +387,7 @@ class _Turn(BaseModel):
 
     role: str
     content: Whole | list[_Part]
-    tool_calls: NoTools = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
     @property
     def text(self) -> str:

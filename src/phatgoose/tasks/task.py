@@ -7,13 +7,14 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from ..config import closest
-from ..errors import TaskError
+from ..config import Settings, closest
+from ..errors import PhatgooseError, TaskError
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
@@ -176,9 +177,12 @@ class Task:
         """The examples to score on: test, else validation, else train.
 
         `limit` draws that many of them, the same ones for a given `seed`, in file order; None keeps
-        all.
+        all. Raises TaskError when there is none.
         """
-        return draw(self.test or self.validation or self.train, limit, seed)
+        examples = self.test or self.validation or self.train
+        if not examples:
+            raise TaskError(f"Task {self.name!r} has no examples.")
+        return draw(examples, limit, seed)
 
 
 def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
@@ -212,7 +216,7 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
 
 
 @dataclass(frozen=True)
-class Sources:
+class Sources(Settings):
     """Where a suite's files are.
 
     `data` is a folder with copies of Hub datasets, each in the layout of its repository, at
@@ -221,8 +225,8 @@ class Sources:
     installed package promptsource.
     """
 
-    data: Path | None = None
-    templates: Path | None = None
+    data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub."] = None
+    templates: Annotated[Path | None, "Folder of promptsource templates, for P3 datasets."] = None
 
 
 @dataclass(frozen=True)
@@ -242,17 +246,16 @@ class Entry:
     source: str = ""
 
 
-Named = TypeVar("Named", Task, Entry)
-
-
-def named_apart(tasks: Iterable[Named]) -> list[Named]:
-    """All `tasks`. Raises TaskError if two have one name."""
-    by_name: dict[str, Named] = {}
-    for task in tasks:
-        if task.name in by_name:
-            raise TaskError(f"Two tasks are called {task.name!r}; give them different names.")
-        by_name[task.name] = task
-    return list(by_name.values())
+def refuse_twice(
+    what: str,
+    names: Iterable[str],
+    error: type[PhatgooseError] = TaskError,
+    advice: str = "rename one",
+) -> None:
+    """Raise `error` if two of `what`, such as "tasks", have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise error(f"Two {what} are called {name!r}; {advice}.")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ add nowhere bare => nowhere/routed.json does not exist
 remove routed x9 => 'x9' can't leave
 export experts --out new --router phatgoose BASE => route by merged, single or fixed weights
 export experts --engine vllm --k 4 --out new => --k works only without --engine
+export experts --engine vllm --dtype float32 --out new => --dtype works only without --engine
 generate tiny-base hi --dtype int3 => 'int3'
 generate routed Film --router arrow BASE => routed is not a pool
 generate experts hi --json file/x.json BASE => can't be written

@@ -88,7 +88,7 @@ TASK = '[[tasks]]\nfile = "counting.jsonl"\n'
         ("nmae = 'x'\n" + TASK, "nmae: Extra inputs are not permitted, got 'x'"),
         (TASK + "metric = ['accuracy']", "tasks.0.metric: Extra inputs are not permitted"),
         (TASK + "max_new_tokens = 0", "max_new_tokens: Input should be greater than 0"),
-        (TASK + TASK, "Two tasks are called 'counting'; give them different names."),
+        (TASK + TASK, "Two tasks are called 'counting'; rename one."),
         ("bbq", "'bbq' is neither a known name (t0hi, "),
         ("nowhere.toml", "nowhere.toml does not exist"),
         ("empty", "empty is not valid: tasks: "),
@@ -159,7 +159,7 @@ def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(hub_co
 @pytest.mark.parametrize(
     ("file", "complaint"),
     [  # a mistake in one's own file isn't found out after hours of training
-        ("samsum.jsonl", "Two tasks are named 'samsum'"),
+        ("samsum.jsonl", "Two tasks are called 'samsum'"),
         ("broken.jsonl", "broken.jsonl, line 2 is not valid: target is missing"),
         ("graded.jsonl", "'graded' has 0 training examples"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
 from ...files import one_line, require_free
+from ...tasks.task import Sources, refuse_twice
 from ..console import complain, report, say
 from . import options
 
@@ -37,7 +37,7 @@ def train(
     ] = None,
     base: options.BaseOptions,
     template: options.TemplateOptions,
-    source: options.SourceOptions,
+    sources: Sources,
     resume: options.Resume = False,
     engine: options.EngineOptions,
     plan: Annotated[bool, "Train nothing and download nothing: print steps and tokens."] = False,
@@ -55,7 +55,7 @@ def train(
     from ...training.pool_jobs import ExpertJob, train_experts
     from ...training.trainer import Hyperparameters
 
-    opened = open_tasks(tasks, source.sources, **vars(template))
+    opened = open_tasks(tasks, sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     _refuse_taken_names(opened, out, resume=resume)
@@ -86,12 +86,11 @@ def train(
 def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
     from ...experts.expert import check_name
 
-    for name, count in Counter(task.name for task in tasks).items():
-        check_name(name)
-        if count > 1:
-            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
+    refuse_twice("tasks", (task.name for task in tasks))
+    for task in tasks:
+        check_name(task.name)
         if not resume:
-            require_free(out / name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
+            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
 
 
 def _summary(expert: ExpertInfo) -> str:

@@ -20,6 +20,7 @@ from ...config import (
     GateTraining,
     Peft,
     Routing,
+    ScoringSettings,
     Serving,
     Setting,
     Settings,
@@ -31,6 +32,7 @@ from ...errors import ConfigError
 from ...experts import kinds
 from ...files import read_table, shortened
 from ...routing.routers.registry import AUTO, known_names
+from ...tasks.task import Sources
 from ..console import check_report, set_voice
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...routing.compose import OpenedModel
-    from ...tasks.task import Sources, Task
+    from ...tasks.task import Task
 
 SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
 RECIPE_TABLES: dict[str, type[Settings]] = {
@@ -282,27 +284,9 @@ class TemplateOptions(Settings):
 
 
 @dataclass(frozen=True)
-class SourceOptions(Settings):
-    data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub."] = None
-    templates: Annotated[Path | None, "Folder of promptsource templates, for P3 datasets."] = None
-
-    @property
-    def sources(self) -> Sources:
-        from ...tasks.task import Sources
-
-        return Sources(self.data, self.templates)
-
-
-@dataclass(frozen=True)
-class ScoringOptions(Settings):
-    limit: Annotated[int | None, "Maximum examples per task.", AT_LEAST_1] = None
-    max_new_tokens: Annotated[int, "Maximum new tokens if the task sets none.", AT_LEAST_1] = 64
-    formatting: Formatting = field(default_factory=Formatting)
-
-
-@dataclass(frozen=True)
-class SuiteOptions(SourceOptions):
-    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+class SuiteOptions(Settings):
+    sources: Sources = field(default_factory=Sources)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
 
 
 @dataclass(frozen=True)

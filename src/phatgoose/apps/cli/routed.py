@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ...config import AT_LEAST_1, Formatting
+from ...config import AT_LEAST_1, Formatting, ScoringSettings
 from ...errors import RoutingError
 from ...files import require_free
 from ..console import report, say, show
@@ -128,15 +128,16 @@ def evaluate(
     task: Annotated[list[str], "Task file or hub:DATASET (repeatable)."],
     opening: options.ModelOptions,
     template: options.TemplateOptions,
-    scoring: options.ScoringOptions,
+    scoring: ScoringSettings,
     json: options.JsonOption = None,
 ) -> None:
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
-    from ...tasks.task import named_apart
+    from ...tasks.task import refuse_twice
     from ..tables import scores_table
 
-    tasks = named_apart([template.load(source) for source in task])
+    tasks = [template.load(source) for source in task]
+    refuse_twice("tasks", (each.name for each in tasks))
     opened = opening.open(model)
     result = run(opened.model, tasks, tokenizer=opened.tokenizer, **vars(scoring))
     if not report(json, result.to_dict(predictions=True), "scores"):

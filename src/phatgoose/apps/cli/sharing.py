@@ -139,8 +139,9 @@ def export(
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
     routing = dict(vars(opening.routing).items() - vars(Routing()).items())
-    for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, **routing}
-    options.only_with("without --engine", engine is None, for_one)
+    dtype = None if opening.dtype == options.BaseOptions.dtype else opening.dtype
+    for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, "dtype": dtype}
+    options.only_with("without --engine", engine is None, {**for_one, **routing})
     if engine is not None:
         from ...routing.compose import require_pool
         from ..deploy import deploy

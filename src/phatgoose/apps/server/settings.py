@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping
 from ...errors import ConfigError
+from ...tasks.task import refuse_twice
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
@@ -65,9 +65,8 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     file's name, or what follows "hub:".
     """
     models = [_served(place, options) for place in places]
-    (name, count), *_ = Counter(model.name for model in models).most_common(1)
-    if count > 1:
-        raise ConfigError(f"Two models are called {name!r}; write NAME=PLACE for one of them.")
+    names = (model.name for model in models)
+    refuse_twice("models", names, ConfigError, "write NAME=PLACE for one of them")
     return models
 
 

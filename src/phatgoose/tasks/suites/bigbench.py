@@ -45,13 +45,10 @@ def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
         splits, make = ["test"], partial(_of_bbh, tuple(row.get("choices", ())))
 
     def read(sources: Sources) -> Task:
-        examples = (
-            example
-            for split in splits
-            for example in examples_of(
-                read_rows(sources, dataset, name, split), f"{dataset}, {name}, {split}", make
-            )
-        )
+        examples: list[Example] = []
+        for split in splits:
+            rows = read_rows(sources, dataset, name, split)
+            examples += examples_of(rows, f"{task.source}, {split}", make)
         return replace(task, test=tuple(examples))
 
     return Entry(name, read, task.metrics, most, source=task.source)

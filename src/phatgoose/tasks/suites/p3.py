@@ -180,6 +180,7 @@ class P3Dataset:
     rename: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     prompt_choices: tuple[str, ...] = ()
+    validation: str = "validation"
 
     @property
     def source(self) -> str:

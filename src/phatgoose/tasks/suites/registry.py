@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -14,7 +14,7 @@ from ...config import TASK_FILES, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_table, reading, shortened
 from ..loading import FILES, HUB, SPLITS, default_name, load_task
-from ..task import Entry, Sources, Suite, Task, mix, named_apart
+from ..task import Entry, Sources, Suite, Task, mix, refuse_twice
 from . import bigbench, flan, t0
 
 # A new suite is a module with a function, and a record here.
@@ -78,7 +78,8 @@ def open_suite(name_or_path: str | Path) -> Suite:
     with reading(f"Suite {path}", TaskError):
         table = _SuiteTable.model_validate(content)
     entries = [_entry(folder / task.file, task, table.suffix) for task in table.tasks]
-    return Suite(table.name or path.stem, tuple(named_apart(entries)))
+    refuse_twice("tasks", (entry.name for entry in entries))
+    return Suite(table.name or path.stem, tuple(entries))
 
 
 def _entry(file: Path, table: _TaskTable, suffix: str) -> Entry:
@@ -106,13 +107,10 @@ class _TaskTable(BaseModel, extra="forbid", strict=True):
     suffix: str | None = None
 
 
-Tasks = Annotated[list[_TaskTable], Field(min_length=1)]
-
-
 class _SuiteTable(BaseModel, extra="forbid", strict=True):
     name: str = ""
     suffix: str = ""
-    tasks: Tasks
+    tasks: list[_TaskTable] = Field(min_length=1)
 
 
 Origin = Literal["file", "copy", "hub"]

@@ -58,7 +58,7 @@ def t0_held_out() -> Suite:
     Every row of the evaluation split comes in every original-task template, so that a task's
     accuracy is the mean over its templates. Story Cloze must be requested from its authors.
     """
-    datasets = [_HeldOut(**_tupled(table)) for table in _tables()["held_out"]]
+    datasets = [P3Dataset(**_tupled(table)) for table in _tables()["held_out"]]
     entries = (
         Entry(each.name, partial(_held_out_task, each), ACCURACY, source=each.source)
         for each in datasets
@@ -77,18 +77,12 @@ class _HeldIn(P3Dataset):
     metrics: tuple[str, ...] = ACCURACY
     train_rows: int
     train_templates: int
-    validation: str = "validation"
     validation_rows: int | None = None
     set_apart: int = 0
     validation_templates: str = "original"
     ignored_in_validation: tuple[str, ...] = ()
     references: str | None = None
     max_new_tokens: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _HeldOut(P3Dataset):
-    split: str = "validation"
 
 
 @cache
@@ -141,9 +135,9 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
     )
 
 
-def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
+def _held_out_task(dataset: P3Dataset, sources: Sources) -> Task:
     templates = [each for each in dataset.prompt_templates(sources) if each.original_task]
-    rows = dataset.rows(dataset.split, templates, sources)
+    rows = dataset.rows(dataset.validation, templates, sources)
     pairs = (
         Pair(row, template, number) for number, row in enumerate(rows) for template in templates
     )

@@ -25,7 +25,7 @@ def layer_of(router, widths=PACKED, split=None):
         first = sum(widths[:index])
         sites.append(op.SiteUpdate(rule.router, numbers, ("vectors",), first, width))
     update = op.LayerUpdate(tuple(sites), split)
-    return tensors, op.place_of_update(object(), lambda: update)
+    return tensors, op.place_of_update(object(), update)
 
 
 ROUTERS = {

@@ -417,3 +417,20 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
             is_trained_anew("e1")  # of which the engine has the old weights
             until(lambda: "Two experts are called 'e1'" in caplog.text)
             assert answers("e1")
+
+
+def test_what_changed_while_models_were_loaded_is_served_and_factors_stay_shared(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("phatgoose.apps.server.service.LOOKING", 0.05)
+    shutil.copytree(place / "e0", tmp_path / "e0")
+    routings = {"goose": Routing("phatgoose"), "arrow": Routing("arrow")}
+    models = [ServedModel(n, str(tmp_path), r, dtype="float32") for n, r in routings.items()]
+    app = create_app(models, Serving(watch=True))
+    shutil.copytree(place / "e1", tmp_path / "e1")
+    with serving.client_of(app) as client:
+        until(
+            lambda: all("e1" in client.get(f"/v1/models/{n}").json()["experts"] for n in routings)
+        )
+        goose, arrow = (app.state.service.models[name].parts.layers for name in routings)
+        assert all(goose[site].A is arrow[site].A for site in goose)

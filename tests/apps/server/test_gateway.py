@@ -176,6 +176,10 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             for own in (*own_fields, "vllm_xargs", "prompt_logprobs", "n_probs"):
                 error = error_of(client, path=CHATS, **body, **{own: [1]})
                 assert error["message"].startswith(f"{own} isn't forwarded")
+            for path, own in ((CHATS, "prompt"), (PATH, "max_completion_tokens")):
+                asked = {"messages": TALK} if path == CHATS else {"prompt": "a"}
+                error = error_of(client, path=path, model="e1", **asked, **{own: 3})
+                assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
             assert error_of(client, path=CHATS, **body)["param"] == "chat_template_kwargs"
             ask(client, path=CHATS, model="e1", messages=TALK, tools=[TOOL], **KNOWN)

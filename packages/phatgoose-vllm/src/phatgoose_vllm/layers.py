@@ -11,7 +11,7 @@ split needs one more sum, of the routing scores.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -168,18 +168,12 @@ class Loading:
         )
         key = (served.place, served.router.routing, served.names, share, sizes)
 
-        def update() -> op.LayerUpdate:
-            sites = tuple(
-                op.SiteUpdate(
-                    served.router, each.numbers, tuple(each.state), part.first, part.width
-                )
-                for part, each in zip(parts, experts, strict=True)
-            )
-            return op.LayerUpdate(
-                sites, op.Split(share.inputs, _sum) if share.splits_inputs else None
-            )
-
-        layer.phatgoose_update = op.place_of_update(key, update)
+        updates = tuple(
+            op.SiteUpdate(served.router, each.numbers, tuple(each.state), part.first, part.width)
+            for part, each in zip(parts, experts, strict=True)
+        )
+        split = op.Split(share.inputs, _sum) if share.splits_inputs else None
+        layer.phatgoose_update = op.place_of_update(key, op.LayerUpdate(updates, split))
         device, names = torch.get_default_device(), []
         for index, each in enumerate(experts):
             for name, tensor in {**each.state, "A": each.A, "B": each.B}.items():
@@ -320,9 +314,9 @@ class BaseFiles:
 
         Raises WrongBaseError where they are another's.
         """
-        why = "its weights are made up" if self.is_made_up else None
+        why = "its weights are made up" if self.is_made_up else "its config.json can't be used"
         found = None
-        if why is None and self.skeleton is not None:
+        if not self.is_made_up and self.skeleton is not None:
             found = fingerprint_of_files(self.skeleton, self.tensors)
             why = "its files are quantised, or laid out otherwise than transformers has it"
         if wanted.fingerprint is None or found is None:
@@ -354,18 +348,13 @@ class BaseFiles:
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
+        folder = Path(self.name)
+        if not folder.is_dir():
+            how: Any = {"cache_dir": self.cache, "local_files_only": True}
+            folder = Path(snapshot_download(self.name, revision=self.revision, **how))
         try:
-            files = [TensorFile(path) for path in self._paths()]
+            files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
         except ExpertError as error:  # of a type that is none of ours, say
             logger.warning("phatgoose: %s", error)
             return {}
         return {name: tensor for file in files for name, tensor in file.items()}
-
-    def _paths(self) -> Iterator[Path]:
-        folder = Path(self.name)
-        if not folder.is_dir():
-            found = snapshot_download(
-                self.name, revision=self.revision, cache_dir=self.cache, local_files_only=True
-            )
-            folder = Path(found)
-        yield from sorted(folder.glob("*.safetensors"))

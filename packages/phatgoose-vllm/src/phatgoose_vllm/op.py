@@ -105,10 +105,10 @@ _updates: list[LayerUpdate] = []
 _places: dict[Hashable, int] = {}
 
 
-def place_of_update(key: Hashable, make: Callable[[], LayerUpdate]) -> int:
-    """The place in the table of the update that `key` says all about; made if it is a new one."""
+def place_of_update(key: Hashable, update: LayerUpdate) -> int:
+    """The place in the table of an update that `key` says all about."""
     if key not in _places:
-        _updates.append(make())
+        _updates.append(update)
         _places[key] = len(_updates) - 1
     return _places[key]
 

@@ -81,6 +81,7 @@ class Part:
     site: str
     first: int
     width: int
+    outputs: int
     rows: tuple[slice, ...]
 
     def of(self, tensor: Tensor, dim: int = -1) -> Tensor:
@@ -128,7 +129,8 @@ def parts_of(layer: str, share: Share, sites: Mapping[int, str], count: int) -> 
     for index, group in enumerate(groups):
         width = sum(section.held for section in group)
         if index in sites:
-            parts.append(Part(sites[index], first, width, _rows_of(share, group)))
+            outputs = sum(section.total for section in group)
+            parts.append(Part(sites[index], first, width, outputs, _rows_of(share, group)))
         first += width
     return tuple(parts)
 
@@ -188,9 +190,8 @@ class Served:
         Raises RoutingError for experts that don't fit, or aren't plain LoRAs.
         """
         stack, lora, state = self._at(part.site, dtype)
-        outputs = sum(section.total for section in self._sections(part, share))
         sizes = (lora.A.shape[2], lora.B.shape[2])
-        if sizes != (share.inputs, outputs):
+        if sizes != (share.inputs, part.outputs):
             raise RoutingError(f"{part.site}: the experts map {sizes[0]} to {sizes[1]} features.")
         check_numbers(stack, part.site, self.names)
         table = SiteRouter(self.router, part.site, stack.experts, len(self.names), state)
@@ -231,14 +232,6 @@ class Served:
                 f"{GATEWAY}."
             )
         return stack, stack.plain_lora, state
-
-    def _sections(self, part: Part, share: Share) -> list[Section]:
-        found, first = [], 0
-        for section in share.sections:
-            if part.first <= first < part.first + part.width:
-                found.append(section)
-            first += section.held
-        return found
 
 
 @_as_usual()

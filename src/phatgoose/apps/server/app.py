@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -161,8 +161,6 @@ def create_app(
 # The application under uvicorn, which limits how many connections there are, and how long one may
 # idle between two requests. Connections whose clients are late are cut off here.
 
-Looks = dict[Any, tuple[object, float]]  # what each connection waits for, and since when
-
 
 def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     """Serve `app` until SIGTERM or SIGINT, then give running requests some time to finish.
@@ -195,12 +193,24 @@ def leave() -> NoReturn:
 def server_of(
     app: Any, host: str, port: int, limits: Serving, patience: float = PATIENCE
 ) -> uvicorn.Server:
-    """The uvicorn server of `app`, with limits on connections, headers and time."""
-    looks: Looks = {}
+    """The uvicorn server of `app`, with limits on connections, headers and time.
+
+    It closes connections whose client hasn't sent a request, or read on, for `patience` seconds;
+    RequestGuard gives bodies their time.
+    """
+    looks = dict[Any, tuple[object, float]]()  # what each connection waits for, and since when
 
     async def look() -> None:
-        nonlocal looks
-        looks = cut_off(server.server_state.connections, looks, patience)
+        now, before = time.monotonic(), {**looks}
+        looks.clear()
+        for each in list[Any](server.server_state.connections):
+            cycle = each.cycle  # of uvicorn: one request and its answer
+            waits = cycle is None or cycle.response_complete or each.flow.write_paused
+            state = cycle, waits, each.transport.get_write_buffer_size()
+            last, since = before.get(each, (None, now))
+            looks[each] = state, since if state == last else now
+            if waits and now - looks[each][1] > patience:
+                each.transport.abort()
 
     config = uvicorn.Config(
         app,
@@ -220,21 +230,3 @@ def server_of(
     )
     server = uvicorn.Server(config)
     return server
-
-
-def cut_off(connections: Collection[Any], before: Looks, seconds: float) -> Looks:
-    """Close connections whose client hasn't sent a request, or read on, for so many seconds.
-
-    `before` is what the last look has returned. RequestGuard gives bodies their time.
-    """
-    now = time.monotonic()
-    looks: Looks = {}
-    for each in list(connections):
-        cycle = each.cycle  # of uvicorn: one request and its answer
-        waits = cycle is None or cycle.response_complete or each.flow.write_paused
-        state = cycle, waits, each.transport.get_write_buffer_size()
-        last, since = before.get(each, (None, now))
-        looks[each] = state, since if state == last else now
-        if waits and now - looks[each][1] > seconds:
-            each.transport.abort()
-    return looks

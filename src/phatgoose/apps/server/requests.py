@@ -254,7 +254,11 @@ class RequestReader:
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
             logprobs = request.logprobs
-        seed, room = request.seed, self._room(prompt, request.asks)
+        seed, most, count = request.seed, self._most_tokens, prompt.longest
+        if count >= most:
+            message = f"The prompt has {count} tokens; the model can hold {most} with the answer."
+            raise bad_request(message, request.asks, TOO_LONG)
+        room = min(self._limits.max_tokens, most - count)
         return Decoding(
             max_tokens=min(asked or room, room),
             is_cut=room < (asked or 0) < protocol.NO_LIMIT,
@@ -265,11 +269,3 @@ class RequestReader:
             ignores_end=bool(request.ignore_eos),
             **{name: getattr(request, name) for name in SAMPLING},
         )
-
-    def _room(self, prompt: RequestPrompt, what: str) -> int:
-        """How many tokens an answer may have to a prompt, the request's field `what`."""
-        limit, count = self._limits.max_tokens, prompt.longest
-        if count >= self._most_tokens:
-            message = f"The prompt has {count} tokens; the model can hold {self._most_tokens}"
-            raise bad_request(f"{message} with the answer.", what, TOO_LONG)
-        return min(limit, self._most_tokens - count)

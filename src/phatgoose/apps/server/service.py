@@ -279,8 +279,8 @@ class Service:
         The new one takes the old one's place when it is complete: requests that run finish on the
         old one. One that can't be opened leaves it where it is, and is tried again.
         """
-        opened = {name: seen_at(model.settings.place) for name, model in self.models.items()}
-        last, again = dict(opened), dict.fromkeys(opened, 0.0)
+        last = {name: model.seen for name, model in self.models.items()}
+        again = dict.fromkeys(last, 0.0)
         while True:
             await asyncio.sleep(LOOKING)
             for name, model in self.models.items():
@@ -289,11 +289,10 @@ class Service:
                     before, last[name] = last[name], now
                     if before != now:
                         again[name] = 0.0
-                    elif now != opened[name] and time.monotonic() >= again[name]:
+                    elif now != model.seen and time.monotonic() >= again[name]:
                         again[name] = time.monotonic() + AGAIN
-                        new = await in_thread(model.reopened)
+                        new = await in_thread(partial(model.reopened, self.models.values()))
                         await self.backend.take({**self.models, name: new})
-                        opened[name] = now
                         self.routings.cached.clear()
                         log.warning("%s has changed, and is served as it is now", name)
                 except Exception as error:  # also where there are too many threads
@@ -436,11 +435,9 @@ class FairQueue(Generic[Item]):
 
     def remove(self, client: str, item: Item) -> None:
         """Remove an item, wherever it is, if it is there."""
-        left = [each for each in self._lines.get(client, ()) if each is not item]
-        if left:
-            self._lines[client] = left
-        else:
-            self._lines.pop(client, None)
+        self._lines[client] = [x for x in self._lines.get(client, ()) if x is not item]
+        if not self._lines[client]:
+            del self._lines[client]
 
     def check_room(self, client: str, new: int, most: int) -> None:
         """Raise ApiError where `new` ones are more than may wait, of all or of one client."""

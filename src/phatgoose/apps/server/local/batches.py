@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -28,7 +27,7 @@ from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken
 from ..requests import Answer, Decoding
 from .json_form import Calls, JsonForm, beginning_of, calls_begin
-from .runner import Cache, ModelRunner, PrefixStore, Reader, begin_with
+from .runner import Cache, ModelRunner, PrefixStore, Reader, begin_with, joined
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
@@ -207,29 +206,6 @@ class ActiveSequence:
             self.deliver(self.calls.parsed(new) if self.calls and self.finish else new)
 
 
-# transformers' caches can drop rows; joining two caches and dropping columns is done here.
-
-
-def join(one: Cache, other: Cache) -> None:
-    """Add the rows of `other` to `one`, both padded on the left to the longer one's columns."""
-    columns = max(one.get_seq_length(), other.get_seq_length())
-
-    def together(*pair: Tensor) -> Tensor:  # [rows, heads, tokens, n] each
-        return torch.cat([pad(each, (0, 0, columns - each.shape[-2], 0)) for each in pair])
-
-    for mine, theirs in zip(one.layers, other.layers, strict=True):
-        mine.keys = together(mine.keys, theirs.keys)
-        mine.values = together(mine.values, theirs.values)
-
-
-def drop_columns(cache: Cache, columns: int) -> None:
-    """Drop the first `columns` tokens of every layer of `cache`, in place."""
-    for layer in cache.layers:
-        # A view would keep the dropped columns in memory.
-        layer.keys = layer.keys[..., columns:, :].contiguous()
-        layer.values = layer.values[..., columns:, :].contiguous()
-
-
 def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple[Cache, Tensor]:
     """Read the prompts of `sequences` together, each distinct one once, after known `prefixes`.
 
@@ -249,13 +225,10 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
     # As many tokens of every row: windows and ALiBi count columns, so none may be padding between
     # what is known and what is read.
     most = max(len(e.prompt) - (p[1] if p else 0) for e, p in zip(firsts, known, strict=True))
-    known = [
-        (prefix[0], count) if prefix and (count := len(each.prompt) - most) > 0 else None
-        for each, prefix in zip(firsts, known, strict=True)
-    ]
+    counts = [max(0, len(each.prompt) - most) for each in firsts]
     unread = [each.prompt[-most:] for each in firsts]
     cache, keeper = DynamicCache(), keeper_for(sequences)
-    before = begin_with(cache, known)
+    before = begin_with(cache, [pair and pair[0] for pair in known], counts)
     ids = pad_left(unread, runner.pad).to(runner.device)
     mask = torch.cat([before, pad_left([[1] * len(each) for each in unread], 0)], dim=1)
     mask = mask.to(runner.device)
@@ -317,11 +290,11 @@ class Batch:
         self._drop_finished()
         cache, mask = prefill(newcomers, self._prefixes)
         if self.sequences:
-            join(self._cache, cache)
-            columns, masks = max(self._mask.shape[1], mask.shape[1]), (self._mask, mask)
-            self._mask = torch.cat([pad(each, (columns - each.shape[1], 0)) for each in masks])
-        else:
-            self._cache, self._mask = cache, mask
+            for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                mine.keys = joined(mine.keys, theirs.keys)
+                mine.values = joined(mine.values, theirs.values)
+            cache, mask = self._cache, joined(self._mask[..., None], mask[..., None])[..., 0]
+        self._cache, self._mask = cache, mask
         self.sequences += newcomers
 
     def step(self) -> None:
@@ -358,9 +331,11 @@ class Batch:
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
         unused = int(self._mask.any(dim=0).long().argmax())
-        if unused:
-            drop_columns(self._cache, unused)
-            self._mask = self._mask[:, unused:]
+        self._mask = self._mask[:, unused:]
+        for layer in self._cache.layers if unused else ():
+            # A view would keep the dropped columns in memory.
+            layer.keys = layer.keys[..., unused:, :].contiguous()
+            layer.values = layer.values[..., unused:, :].contiguous()
 
     def _keep(self, row: int, sequence: ActiveSequence) -> None:
         # The next turn of a conversation begins with this answer too, whose last token never passed

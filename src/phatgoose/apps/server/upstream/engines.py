@@ -13,19 +13,19 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar
 
 import httpx2
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from ....errors import ConfigError
 from ....files import first_line, one_line
 from ..protocol import ApiError, ChatRequest, bad_request, for_clients
-from ..replies import Progress, written
+from ..replies import Progress, Weights, written
 from ..requests import Asked
 from ..settings import UPSTREAM_KEY, Upstream
 
@@ -40,6 +40,10 @@ BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailab
 IS_AWAY = "The engine behind this server is away; try again."
 JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
+
+# Fields that this server reads for an engine, or says in another way.
+NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
+NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs", "route_by"}
 
 
 class TooMuchError(httpx2.HTTPError):
@@ -121,12 +125,8 @@ class _Numbered(_Form):
     path: str
 
 
-class _Slot(_Form):
-    n_ctx: int | None = None
-
-
 class _Props(_Form):
-    default_generation_settings: _Slot
+    n_ctx: int | None = Field(validation_alias=AliasPath("default_generation_settings", "n_ctx"))
 
 
 class _Function(_Form):
@@ -268,7 +268,7 @@ class LlamaCpp(Engine):
         adapters = await _read(client, "/lora-adapters", list[_Numbered])
         props = await _read(client, "/props", _Props)
         cards = await _read(client, "/v1/models", _Cards)
-        self.base, self.context = cards.data[0].id, props.default_generation_settings.n_ctx
+        self.base, self.context = cards.data[0].id, props.n_ctx
         self.ids = {PurePath(each.path).stem: each.id for each in adapters}
 
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
@@ -315,6 +315,30 @@ async def _sent(
     return httpx2.Response(reply.status_code, content=await content_of(reply, MOST_READ))
 
 
+def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
+    """What the engine is asked for an answer."""
+    request, (*_, prompt, decoding) = asked.request, asked.answers[number]
+    body = {
+        **request.model_dump(exclude_unset=True, exclude=NOT_FORWARDED),
+        "max_tokens": decoding.max_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
+        "stream": bool(request.stream),
+    }
+    options = body.pop("stream_options", {})  # an error without a stream
+    if request.stream:
+        body["stream_options"] = {**options, "include_usage": True}
+    if isinstance(request, ChatRequest):
+        body["messages"] = [message.sent for message in request.messages]
+        if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp
+            body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
+    else:
+        body["prompt"] = prompt.text
+    named = {engine.names.get(name, name): value for name, value in body.items()}
+    return {**engine.plain, **named, **engine.fields(sent)}
+
+
 class Link:
     """The way to one engine, which may come later than the gateway, and be restarted."""
 
@@ -359,10 +383,8 @@ class Link:
                 return
         self.engine = None
 
-    async def bring(
-        self, body: Callable[[Engine], dict[str, Any]], number: int, asked: Asked, events: Any
-    ) -> None:
-        """Put into `events` what the engine answers to the `body` that is made for it.
+    async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
+        """Put into `events` what the engine answers with these experts.
 
         Raises ApiError when the engine refuses the request or fails, AwayError if it is away.
         """
@@ -372,7 +394,8 @@ class Link:
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
         self.busy += 1
         try:
-            request = self.client.build_request("POST", path, content=written(body(self.engine)))
+            content = written(_body(number, asked, weights, self.engine))
+            request = self.client.build_request("POST", path, content=content)
             try:
                 response = await self.client.send(request, stream=True)
             except AttributeError as error:  # anyio's, where a connection is cut as it opens
@@ -463,20 +486,15 @@ async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, No
 
 
 async def _events(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
-    """The data of server-sent events; comments and other fields are left out."""
-    left = b""
+    """The data of server-sent events."""
     try:
-        # By hand: httpx2 would end lines at U+2028 too, which JSON may hold.
-        async for content in response.aiter_bytes():
-            *lines, left = (left + content).split(b"\n")
-            if len(left) > MOST_EVENT:
-                raise TooMuchError(MOST_EVENT)
-            for line in lines:
-                if line.startswith(b"data:"):
-                    event = line[5:].strip()
-                    if event == b"[DONE]":
-                        return
-                    yield event
+        async for event in httpx2.EventSource(response, MOST_EVENT):
+            if event.data == "[DONE]":
+                return
+            if event.data:  # else it is a name or a number alone
+                yield event.data.encode()
+    except httpx2.SSEError as error:
+        raise TooMuchError(MOST_EVENT) from error
     finally:
         with suppress(httpx2.HTTPError):
             await asyncio.shield(response.aclose())

@@ -41,7 +41,7 @@ import torch
 from phatgoose.apps import tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.experts import importing  # noqa: F401  loaded before forking
-from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.compose import load
 from phatgoose.routing.saved import SavedModel, read_saved
@@ -92,9 +92,7 @@ def weights_of(expert: Path) -> Any:
     """The hashes of an expert's tensors; its metrics hold speeds, which differ between runs."""
     if not expert.exists():
         return None
-    problems = check_expert(expert)
-    if problems:
-        raise ValueError(problems[0])
+    Expert.load(expert)
     found = contents(expert) or {}
     return {file: found.get(file) for file in (ADAPTER_WEIGHTS, LAYOUT.vectors)}
 

@@ -453,7 +453,7 @@ def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the ex
         warnings.warn(
             f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust. "
             f"'phatgoose import --fingerprint' records one.",
-            stacklevel=4,
+            stacklevel=1,
         )
     elif wanted.fingerprint != found.fingerprint:
         raise WrongBaseError(
@@ -489,7 +489,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 def fingerprint_of_files(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:
     """The fingerprint of the model that transformers would load of `weights`, none of it loaded.
 
-    `skeleton` is the model without numbers (`loading.load_skeleton`), `weights` the tensors of its
+    `skeleton` is the model without numbers (`load_skeleton`), `weights` the tensors of its
     files by name. None where a parameter isn't there under its own name and in its own shape:
     quantised files, and those that transformers takes apart or joins as it loads them.
     """

@@ -186,11 +186,12 @@ def watching(
             grid, real = masks.grid(values, stream), masks.real_tokens(values, stream)
             see(place, values.reshape(*grid, values.shape[-1]), real)
 
+        blocks = blocks_of(model)  # a visit to all modules
         for place in places:
             if isinstance(place, Site):
                 part = model.get_submodule(place.name)
             else:
-                part = blocks_of(model)[max(place, 0)]
+                part = blocks[max(place, 0)]
             if isinstance(place, Site) or place < 0:
                 handle = part.register_forward_pre_hook(partial(look, place), with_kwargs=True)
             else:
@@ -300,16 +301,11 @@ def acting_at(active: Tensor | None) -> AbstractContextManager[None]:
     return in_context(_ACTIVE, active)
 
 
-def active_share(u: Tensor) -> Tensor | None:
-    """1 at tokens of u [.., n] that the expert acts on and 0 elsewhere, [.., 1]; None: at all.
+def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
+    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere.
 
     A layer inside one of the base's own experts, which sees some tokens only, can't tell them.
     """
-    active = _ACTIVE.get()
-    return None if active is None else active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)
-
-
-def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
-    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere."""
-    active = active_share(u)
-    return strength if active is None else strength * active
+    if (active := _ACTIVE.get()) is None:
+        return strength
+    return strength * active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)

@@ -87,15 +87,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 class WrappedLinear(nn.Module):
-    """A layer in place of a linear one, `base`, with its attributes and state-dict keys."""
+    """A layer in place of a linear one, `base`, with its attributes."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         shape: Any = linear_shape(base)
         self.base, (self.in_features, self.out_features) = base, shape
-        # Keys lose "base." on the way out and get it back on the way in, so that checkpoints fit.
-        self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -104,16 +101,6 @@ class WrappedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
-
-
-def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
-        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
-
-
-def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

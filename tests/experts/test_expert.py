@@ -22,7 +22,6 @@ from phatgoose.experts.expert import (
     Expert,
     adapter_files,
     base_named_in,
-    check_expert,
     warn_of_other_formatting,
 )
 from phatgoose.experts.statistics import readings_of
@@ -130,7 +129,8 @@ def test_the_golden_experts_of_other_kinds_are_read_as_they_were_written():
     assert (expert.kind, expert.lora, set(expert.modules)) == ("bottleneck", {}, {QUERY, DOWN})
     query = expert.modules[QUERY]
     assert (query.activation, query.scale, query.size) == ("gelu", 0.5, 2)
-    assert (query.in_features, query.out_features) == (None, 3)
+    assert query.sizes["d"] == 3
+    assert "n" not in query.sizes
     assert query.down.tolist() == [[-1.0, -0.75, -0.5], [-0.25, 0.0, 0.25]]
     assert query.up_bias.tolist() == [1.5, 1.75, 2.0]
 
@@ -139,7 +139,7 @@ def test_the_golden_experts_of_other_kinds_are_read_as_they_were_written():
 def test_a_golden_expert_is_written_again_without_a_change(kind, tmp_path):
     golden = GOLDENS / kind
     again = Expert.load(golden).save(tmp_path / "again").directory
-    assert check_expert(again) == []
+    Expert.load(again)
     assert {path.name for path in again.iterdir()} == {path.name for path in golden.iterdir()}
     old, new = (json.loads((folder / LAYOUT.info).read_text()) for folder in (golden, again))
     for info in (old, new):  # a hash also depends on how safetensors lays out its header

@@ -13,8 +13,8 @@ from oracle import token_weights
 from phatgoose.analysis.audit import signs_of
 from phatgoose.config import GateTraining
 from phatgoose.errors import RoutingError
-from phatgoose.experts.expert import check_expert
-from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kind import applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, load, save
 from phatgoose.routing.export import export
@@ -40,7 +40,7 @@ def test_it_is_trained(shifts, llama, joint, tmp_path):
     settings = SHIFTS.Shift(sites="(o|down)_proj")
     gates = GateTraining(joint=joint, gate_steps=2)
     expert = train(llama, tmp_path / "echo", peft=settings, gate_training=gates)
-    assert check_expert(expert.directory) == []
+    Expert.load(expert.directory)
     assert expert.info.hyperparameters["peft"] == expert.kind == "shift"
     assert {site.rpartition(".")[2] for site in expert.modules} == {"o_proj", "down_proj"}
     assert all(module.b.any() for module in expert.modules.values())
@@ -48,7 +48,7 @@ def test_it_is_trained(shifts, llama, joint, tmp_path):
     if joint:
         loss = gated_loss(llama, expert, TASK.validation)
     else:
-        with applied(llama.model, expert.modules, ModifiedLinear):
+        with applied(llama.model, expert.modules):
             loss = target_nll(llama.model, llama, TASK.validation).mean().item()
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
     assert "shift expert" in (expert.directory / "README.md").read_text()

@@ -15,7 +15,7 @@ from oracle import token_weights
 from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
-from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.kind import applied
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.layers import RoutedLinear, stack_of
@@ -54,7 +54,7 @@ def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name
     plain = logits_of(base.model, ids)
     expert = mixed_pool[name]
     if expert.kind == "bottleneck":
-        with applied(base.model, expert.modules, ModifiedLinear):
+        with applied(base.model, expert.modules):
             wanted = logits_of(base.model, ids)
     else:
         wanted = logits_of(peft_model(base, expert.directory), ids)

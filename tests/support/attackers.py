@@ -136,9 +136,7 @@ def honest(pool: Pool, blocks: int = 2, size: int = 32) -> Pool:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw)
 
-    usual = {
-        site: 3 * normal(e.modules[site].in_features) for e in pool.experts for site in e.gates
-    }
+    usual = {site: 3 * normal(e.modules[site].sizes["n"]) for e in pool.experts for site in e.gates}
     experts = []
     for expert in pool.experts:
         means = {site: usual[site] + 0.5 * normal(len(gate)) for site, gate in expert.gates.items()}

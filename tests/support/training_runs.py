@@ -11,7 +11,7 @@ from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Tr
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.train_expert import GatedLinear, train_expert
+from phatgoose.training.train_expert import train_expert
 
 
 def words(*targets: str) -> tuple[Example, ...]:
@@ -91,7 +91,7 @@ PASS = "phatgoose.training.trainer.target_logits"
 
 def gated_loss(base, expert: Expert, examples) -> float:
     """The loss of the base with the saved expert behind its saved gates."""
-    with applied(base.model, expert.modules, GatedLinear) as layers:
+    with applied(base.model, expert.modules, gated=True) as layers:
         for site, layer in layers.items():
             layer.gate.data.copy_(expert.gates[site])
         return target_nll(base.model, base, examples).mean().item()

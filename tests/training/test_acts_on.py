@@ -10,7 +10,7 @@ import torch
 
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora
 from phatgoose.errors import ConfigError
-from phatgoose.experts.expert import check_expert
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, routing_for
@@ -47,7 +47,7 @@ def test_what_is_trained_is_what_is_served(llama, tmp_path, kind, packs, monkeyp
         monkeypatch.setattr(batching, "can_pack", lambda _: False)
     expert = train(llama, tmp_path / "e", training=LATE, peft=KINDS[kind])
     assert expert.info.tail == 3
-    assert check_expert(expert.directory) == []
+    Expert.load(expert.directory)
     model = compose(Pool((expert,)), make_model("llama"), router="single")
     loss = validation_loss(llama, expert, model)
     assert loss == pytest.approx(expert.info.metrics["expert_validation_loss"], rel=1e-4)

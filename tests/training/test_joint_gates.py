@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phatgoose.config import GateTraining
-from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.kind import applied
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
@@ -49,7 +49,7 @@ def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
     assert all(gate.any() for gate in expert.gates.values())
     ids = make_ids()
     got = logits_of(peft_model(base, expert.directory), ids)  # warnings are errors
-    with applied(base.model, expert.lora, ModifiedLinear):
+    with applied(base.model, expert.lora):
         assert_same_logits(got, logits_of(base.model, ids))
 
 

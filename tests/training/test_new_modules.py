@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from phatgoose.config import GateTraining, Lora
-from phatgoose.experts.expert import check_expert
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import scales_input
-from phatgoose.experts.kind import ModifiedLinear, applied
+from phatgoose.experts.kind import applied
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert, placed_sites
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
@@ -65,14 +65,14 @@ def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, joint
     options = {"peft": SHAPES[shape], "gate_training": GateTraining(joint=True) if joint else GATES}
     training = replace(TRAINING, learning_rate=0.1)
     expert = train(base, tmp_path / "echo", training=training, **options)
-    assert check_expert(expert.directory) == []
+    Expert.load(expert.directory)
     assert expert.kind == (shape if shape in ("ia3", "dora") else "bottleneck")
     assert expert.info.hyperparameters["peft"] == expert.kind
     assert expert.gates.keys() == expert.means.keys() == expert.modules.keys()
     assert expert.modules.keys() == placed_sites(base.model, SHAPES[shape]).keys()
     assert all(gate.any() for gate in expert.gates.values())
     alone = logits_of(base.model, make_ids())
-    with applied(base.model, expert.modules, ModifiedLinear), torch.no_grad():
+    with applied(base.model, expert.modules), torch.no_grad():
         got = logits_of(base.model, make_ids())
         loss = target_nll(base.model, base, TASK.validation).mean().item()
     loss = gated_loss(base, expert, TASK.validation) if joint else loss

@@ -30,7 +30,6 @@ from ..experts.pool import Pool
 from ..files import sha256_of
 from ..jobs import BaseLocation, Engine, absolute
 from ..routing.compose import (
-    OpenedModel,
     compose,
     detach,
     is_pool,
@@ -145,9 +144,9 @@ class Row:
         return pool_row(self.name, self.label, Pool.open(self.place), self.routing)
 
     @contextmanager
-    def model(self, base: Base) -> Iterator[OpenedModel]:
+    def model(self, base: Base) -> Iterator[Base]:
         """The row's model; afterwards the base is as it was."""
-        opened = OpenedModel(base.model, base.tokenizer)
+        opened = base
         if isinstance(self.place, str):
             dtype = dtype_name(base.model.dtype)
             opened = open_model(self.place, base, dtype=dtype, routing=self.routing)
@@ -472,7 +471,7 @@ class RunWorkshop:
         """
         base = self.base.load() if isinstance(self.base, BaseLocation) else self.base
         with ExitStack() as composed:
-            opened: dict[str, OpenedModel] = {}  # the last row's
+            opened: dict[str, Base] = {}  # the last row's
 
             def result_of(run: Run) -> dict[str, Any]:
                 dataset = self.datasets[run.dataset]

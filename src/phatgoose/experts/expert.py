@@ -465,15 +465,6 @@ class Expert:
             (work / file).write_text(text, encoding="utf-8", errors="replace")
 
 
-def check_expert(directory: str | Path) -> list[str]:
-    """The first problem of the expert in `directory`, a sentence; empty when it is sound."""
-    try:
-        Expert.load(directory)
-    except ExpertError as error:
-        return [str(error)]
-    return []
-
-
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
@@ -481,7 +472,7 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_vectors(expert: Expert) -> None:
     who, exact, readings = f"Expert {expert.name!r}", (torch.float32,), expert.readings
     # A module that doesn't tell its input's size has a letter of its own: `check_fit` asks.
-    sites = {site: (each.in_features or f"n of {site}",) for site, each in expert.modules.items()}
+    sites = {site: (each.sizes.get("n", f"n of {site}"),) for site, each in expert.modules.items()}
     check_parts(f"{who}, gates", sites if expert.gates else {}, expert.gates, exact)
     check_parts(f"{who}, means", sites if expert.means else {}, expert.means, exact)
     parts = {f"{READ}.{part}": form for part, form in PARTS.items()}

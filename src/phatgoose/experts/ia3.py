@@ -38,7 +38,6 @@ from .kind import (
     factor_of,
     stacked,
     weighted_rows,
-    write_adapter,
 )
 
 ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
@@ -94,12 +93,14 @@ class ScalingVector(SiteModule):
             **about,
             "peft_type": "IA3",
             "feedforward_modules": sorted(site for site, each in modules.items() if each.on_input),
+            "inference_mode": True,
+            "target_modules": sorted(modules),
         }
         tensors = {
             site + ENDINGS["vector"]: each.vector.view((1, -1) if each.on_input else (-1, 1))
             for site, each in modules.items()
         }
-        return write_adapter(folder, config, modules, tensors)
+        return PEFT_FILES.write(folder, config, tensors)
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,15 @@ class ScalingStack(Part):
     def row(cls, module: ScalingVector) -> dict[str, Tensor | None]:
         return {"deltas": module.vector.float() - 1}
 
-    def factor(self, experts: Tensor, weights: Tensor) -> Tensor:
-        """1 + Σ w_z (l_z - 1) for every token, float32."""
-        return 1 + weighted_rows(experts, weights, self.deltas)
+    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
+        return 1 + weighted_rows(experts, weights, self.deltas) if self.on_input else None
 
     def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        return self.factor(experts, weights)
+        return None if self.on_input else 1 + weighted_rows(experts, weights, self.deltas)
 
     def constant(self, weights: Tensor) -> Constant:
-        return Constant(output_factor=factor_of(weights, self.deltas))
+        factor = factor_of(weights, self.deltas)
+        return Constant(input_factor=factor) if self.on_input else Constant(output_factor=factor)
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,6 @@ class InputScalingStack(ScalingStack):
     on_input: ClassVar[bool] = True
 
     deltas: Tensor = stacked("n", "float32")
-
-    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor:
-        return self.factor(experts, weights)
-
-    def output_factor(self, experts: Tensor, weights: Tensor) -> None:
-        return None
-
-    def constant(self, weights: Tensor) -> Constant:
-        return Constant(input_factor=factor_of(weights, self.deltas))
 
 
 class NewScalings(NewModules):

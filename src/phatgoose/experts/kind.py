@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
@@ -59,16 +59,6 @@ class SiteModule(ABC):
         return {letter: size for pairs in there for letter, size in pairs}
 
     @property
-    def in_features(self) -> int | None:
-        """The size n of the site's input, None for a module that doesn't tell."""
-        return self.sizes.get("n")
-
-    @property
-    def out_features(self) -> int | None:
-        """The size d of the site's output, None for a module that doesn't tell."""
-        return self.sizes.get("d")
-
-    @property
     def size(self) -> int | None:
         """The rank, or the size of the bottleneck; None for a kind that has neither."""
         return next((size for letter, size in self.sizes.items() if letter not in "nd"), None)
@@ -106,15 +96,12 @@ class SiteModule(ABC):
         """
         first = next(iter(modules.values()))
         tensors = {
-            site + cls.endings.get(name, f".{name}"): getattr(module, name).detach().cpu()
+            site + cls.endings.get(name, f".{name}"): getattr(module, name)
             for site, module in modules.items()
             for name in cls.parts
         }
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / cls.files.weights)
         settings = {name: getattr(first, name) for name in cls.files.settings}
-        config = {cls.files.version_key: VERSION, **about, **settings}
-        text = json.dumps(config, indent=2) + "\n"
-        (folder / cls.files.config).write_text(text, encoding="utf-8")
+        cls.files.write(folder, {cls.files.version_key: VERSION, **about, **settings}, tensors)
         return folder
 
 
@@ -138,6 +125,13 @@ class AdapterFiles(ABC):
 
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights, self.hint)
+
+    def write(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+        """`folder`, with both in it; `tensors` are by site and ending."""
+        named = {self.prefix + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(named, folder / self.weights)
+        (folder / self.config).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return folder
 
     def by_site(
         self,
@@ -279,17 +273,6 @@ class PeftFiles(AdapterFiles):
 PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
 
 
-def write_adapter(
-    folder: Path, config: Mapping[str, Any], sites: Iterable[str], tensors: Mapping[str, Tensor]
-) -> Path:
-    """Write a PEFT adapter of `tensors`, by site and ending, into `folder`, and return that."""
-    named = {PEFT_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(named, folder / ADAPTER_WEIGHTS)
-    content = {**config, "inference_mode": True, "target_modules": sorted(sites)}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder
-
-
 # What is wrong with tensors.
 
 
@@ -343,7 +326,8 @@ def check_fit(
     for site, module in modules.items():
         at = sites.get(site)
         n, d = (at.in_features, at.out_features) if at else (0, 0)
-        got = (module.in_features or n, module.out_features or d)
+        sizes = module.sizes
+        got = sizes.get("n", n), sizes.get("d", d)
         lengths = {len(each[site]) for each in vectors if site in each}
         if not at or got != (n, d) or lengths - {n}:
             more = f", with gates or means of {sorted(lengths)} numbers" if lengths else ""
@@ -356,38 +340,38 @@ def check_fit(
 
 # One expert alone on its base: a layer with its module at each of its sites.
 
-Layer = TypeVar("Layer", bound="ModifiedLinear")
-
 
 class ModifiedLinear(WrappedLinear):
-    """A linear layer with one expert's module: `module.apply`, at `strength` per token (1 here)."""
+    """A linear layer with one expert's module, behind a gate v that starts at zeros if `gated`.
+
+    A LoRA's output is then `W u + scale * B A u * sigmoid(v . u)`, without a bias in the sigmoid
+    (paper section 3). A module of another kind acts at the strength of the sigmoid.
+    """
+
+    gate: nn.Parameter
 
     def __init__(
-        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
+        self, base: nn.Module, module: SiteModule, dtype: torch.dtype, *, gated: bool
     ) -> None:
-        """`dtype` is the module's type if the weights are packed and have none."""
         super().__init__(base)
-        like = self.weight
-        if dtype is not None and not like.is_floating_point():
-            like = torch.empty(0, dtype=dtype, device=like.device)
-        self.module = module.at(like)
-
-    def strength(self, u: Tensor) -> Tensor | float:
-        return 1.0
+        device = self.weight.device
+        self.module = module.at(torch.empty(0, dtype=dtype, device=device))
+        self.register_parameter("gate", new_gate(self.in_features, device) if gated else None)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.module.apply(self.base, u, where_active(self.strength(u), u))
+        return self.module.apply(self.base, u, strength_at(u, self.gate))
 
 
 @contextmanager
 def applied(
-    model: PreTrainedModel, modules: Mapping[str, SiteModule], layer: type[Layer]
-) -> Iterator[dict[str, Layer]]:
-    """`layer`s with an expert's modules, by site, in `model`; ExpertError if one doesn't fit."""
+    model: PreTrainedModel, modules: Mapping[str, SiteModule], *, gated: bool = False
+) -> Iterator[dict[str, ModifiedLinear]]:
+    """`model` with an expert's modules by site, `gated` or not; ExpertError if one doesn't fit."""
     check_fit("adapter", modules, find_sites(model))
-    layers = {
-        site: layer(model.get_submodule(site), each, model.dtype) for site, each in modules.items()
-    }
+    layers = {}
+    for site, module in modules.items():
+        layer = model.get_submodule(site)
+        layers[site] = ModifiedLinear(layer, module, dtype_at(layer, model), gated=gated)
     with replaced(model, layers):
         yield layers
 
@@ -403,10 +387,13 @@ def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.zeros(in_features, device=device))
 
 
-def openness(u: Tensor, v: Tensor) -> Tensor:
-    """How far gate v [n] is open for each token, `sigmoid(v . u)`: u [.., n] to [.., 1]."""
-    score = u @ v.to(u.dtype)
-    return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
+def strength_at(u: Tensor, v: Tensor | None) -> Tensor | float:
+    """The strength σ at each token of u [.., n]: how far its gate v [n], if any, is open.
+
+    That is `sigmoid(v . u)`, [.., 1]; 0 at tokens that the expert doesn't act on.
+    """
+    opened = 1.0 if v is None else (u @ v.to(u.dtype)).float().sigmoid().to(u.dtype).unsqueeze(-1)
+    return where_active(opened, u)
 
 
 @dataclass(frozen=True)
@@ -516,9 +503,7 @@ class _NewLayer(WrappedLinear):
         return self.new.module(self.settings, now, self.base)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate: nn.Parameter | None = self.trained.gate
-        strength = 1.0 if gate is None else openness(u, gate)
-        return self.module(u.dtype).at(u).apply(self.base, u, where_active(strength, u))
+        return self.module(u.dtype).at(u).apply(self.base, u, strength_at(u, self.trained.gate))
 
 
 # Many experts at one site, stacked: one row an expert.
@@ -563,8 +548,8 @@ class Constant:
     W u + b becomes `output_factor` ⊙ (W (u ⊙ `input_factor`) + b) + B A u + `bias`.
     """
 
-    A: Tensor | None = None  # [r, n]
-    B: Tensor | None = None  # [d, r]
+    A: Any = None  # [r, n]
+    B: Any = None  # [d, r]
     bias: Tensor | None = None  # [d]
     input_factor: Tensor | None = None  # [n]
     output_factor: Tensor | None = None  # [d]

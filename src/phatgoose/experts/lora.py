@@ -47,7 +47,6 @@ from .kind import (
     scaled,
     stacked,
     weighted_rows,
-    write_adapter,
 )
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
@@ -77,7 +76,9 @@ class LoraFactors(SiteModule):
         y: Tensor = base(u)
         if self.bias is not None:
             y = y + strength * self.bias
-        return plus_product(y, strength * functional.linear(u, self.A), self.B)
+        h = strength * functional.linear(u, self.A)
+        # In one call that rounds once.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.B.t()).view_as(y)
 
     @classmethod
     def read(
@@ -115,6 +116,8 @@ class LoraFactors(SiteModule):
             "lora_alpha": alpha,
             "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
             "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
+            "inference_mode": True,
+            "target_modules": sorted(modules),
         }
         tensors: dict[str, Tensor] = {}
         for site, lora in modules.items():
@@ -122,13 +125,7 @@ class LoraFactors(SiteModule):
             if has_biases:  # PEFT's lora_bias is for all sites or none
                 bias = lora.B.new_zeros(len(lora.B)) if lora.bias is None else lora.bias
                 tensors[site + ENDINGS["bias"]] = bias
-        return write_adapter(folder, config, modules, tensors)
-
-
-def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
-    """The sum y + B h, [.., d], of h [.., r] and B [d, r], in one call that rounds once."""
-    total = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t())
-    return total.view_as(y)
+        return PEFT_FILES.write(folder, config, tensors)
 
 
 @dataclass(frozen=True)

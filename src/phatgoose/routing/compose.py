@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -250,7 +250,8 @@ def compose(
         named = settings.get("router") or (routing.router if routing else AUTO)
         named = WEIGHTS if named == AUTO else named  # which refuses settings that aren't its own
         settings["router"] = ":".join(filter(None, (named, written_mixture(weights))))
-    routing = _routing(routing, settings, "compose", *ARGUMENTS)
+    asked = {**vars(routing or Routing()), **settings}
+    routing = from_mapping(Routing, asked, "compose", ARGUMENTS)
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -271,12 +272,6 @@ def compose(
     _add_layers(parts, pool, model, sites)
     parts.install(model)
     return model
-
-
-def _routing(
-    routing: Routing | None, settings: Mapping[str, Any], where: str, *others: str
-) -> Routing:
-    return from_mapping(Routing, {**vars(routing or Routing()), **settings}, where, others)
 
 
 def _add_layers(
@@ -525,12 +520,6 @@ def load(
 # Opening a model from any place.
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
 def is_routed(place: str | Path) -> bool:
     """True for a folder that `save` of a routed model wrote."""
     return os.path.isfile(os.path.join(place, ROUTED_INFO))
@@ -562,7 +551,7 @@ def open_model(
     dtype: str = "auto",
     routing: Routing | None = None,
     scores: Scores | str | Path | None = None,
-) -> OpenedModel:
+) -> Base:
     """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
 
     `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
@@ -573,15 +562,15 @@ def open_model(
     if scores and not isinstance(place, Pool):
         require_pool(place)
     if not isinstance(place, Pool) and is_routed(place):
-        routed = load(place, base, dtype=dtype, embedder=routing.embedder if routing else None)
+        model = load(place, base, dtype=dtype, embedder=routing.embedder if routing else None)
     elif isinstance(place, Pool) or is_pool(place):
         pool = Pool.open(place)
         loaded = resolve_base(base, pool.base, dtype)
-        routed = compose(pool, loaded, routing=routing, scores=scores)
+        model = compose(pool, loaded, routing=routing, scores=scores)
     else:
-        alone = load_base(place, dtype=dtype)
-        return OpenedModel(alone.model, alone.tokenizer)
-    return OpenedModel(routed, routed.phatgoose.tokenizer)
+        return load_base(place, dtype=dtype)
+    parts = composition_of(model)
+    return Base(model, parts.tokenizer, **asdict(parts.base))
 
 
 def open_prompt_router(
@@ -601,7 +590,8 @@ def open_prompt_router(
     base makes of a prompt are handed `base` in `choose`. Raises ConfigError for a router that looks
     at no prompt, and what opening a pool raises.
     """
-    routing = _routing(routing, settings, "open_prompt_router")
+    asked = {**vars(routing or Routing()), **settings}
+    routing = from_mapping(Routing, asked, "open_prompt_router")
     pool = Pool.open(place)
     router = router_of(first_allowed(routing, pool, BY_PROMPT))
     if not isinstance(router, ByPrompt):

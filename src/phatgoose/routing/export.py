@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import Base, quiet_loading
 from ..errors import RoutingError
-from ..experts.kind import PEFT_FILES
+from ..experts.kind import PEFT_FILES, Constant
 from ..experts.lora import LoraFactors
 from ..files import new_directory, require_free
 from ..sites import replaced
@@ -94,7 +94,7 @@ def export(
     """
     target, parts = Path(out), composition_of(model)
     require_free(target, RoutingError)
-    shares, updates = dict[str, Tensor](), dict[str, Update]()
+    shares, updates = dict[str, Tensor](), dict[str, Constant]()
     for site, layer in parts.layers.items():
         found = constant_shares(layer, parts)
         if found is None:
@@ -126,7 +126,7 @@ def export(
 
 
 def _problem(
-    parts: Composition, updates: Mapping[str, Update], merged: bool, rank: int | None
+    parts: Composition, updates: Mapping[str, Constant], merged: bool, rank: int | None
 ) -> str | None:
     """What an adapter, or a `merged` model, can't hold of `updates` by site; None for nothing."""
     if rank is not None and (merged or rank < 1):
@@ -191,17 +191,7 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
 # What a site's experts come to at constant shares: factors of a LoRA, or a layer of its own.
 
 
-class Update(NamedTuple):
-    """What experts at constant shares do at a site, as `Constant`; A and B may have no rank."""
-
-    A: Tensor  # [R, n]
-    B: Tensor  # [d, R]
-    bias: Tensor | None = None
-    input_factor: Tensor | None = None
-    output_factor: Tensor | None = None
-
-
-def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Update:
+def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Constant:
     """What the experts of `layer` do at these `shares` [E of the pool].
 
     Factors of weight 1 keep their type, weighted ones are float32. Raises RoutingError for a
@@ -214,7 +204,7 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
         eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
         A, B = (delta, eye) if d <= n else (eye, delta)
         used = A.any(dim=1) & B.any(dim=0)
-        return Update(A[used], B[:, used])
+        return Constant(A[used], B[:, used])
     stack, weights = layer.stack, shares.to(layer.experts.device)[layer.experts]
     constants = []
     for name, rows in stack.rows().items():
@@ -233,7 +223,7 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
 
     biases = [bias for bias in every("bias") if bool(bias.any())]
     downs, factors = every("A"), (every("input_factor"), every("output_factor"))
-    return Update(
+    return Constant(
         torch.cat(downs) if downs else weights.new_zeros(0, n).float(),
         torch.cat(every("B"), dim=1) if downs else weights.new_zeros(d, 0).float(),
         reduce(torch.add, biases) if biases else None,
@@ -242,7 +232,7 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
 
 
 def _loras(
-    updates: Mapping[str, Update], rank: int | None
+    updates: Mapping[str, Constant], rank: int | None
 ) -> tuple[dict[str, LoraFactors], dict[str, CutLoss]]:
     cuts = {site: cut(update, rank) for site, update in updates.items()}
     # PEFT may have a rank for each site, but many programs know one for all.
@@ -257,7 +247,7 @@ def _loras(
 
 
 @torch.no_grad()
-def cut(update: Update, rank: int | None = None) -> tuple[Tensor, Tensor, CutLoss]:
+def cut(update: Constant, rank: int | None = None) -> tuple[Tensor, Tensor, CutLoss]:
     """The factors of `update` in a LoRA of at most this `rank`, the nearest there is, and its loss.
 
     None cuts nothing off; then a rank beyond the site's own sizes is brought down to these, which
@@ -279,7 +269,7 @@ def cut(update: Update, rank: int | None = None) -> tuple[Tensor, Tensor, CutLos
 
 
 @torch.no_grad()
-def merged_layer(layer: RoutedLayer, update: Update) -> nn.Module:
+def merged_layer(layer: RoutedLayer, update: Constant) -> nn.Module:
     """A layer of the base's own class with `update` inside its weight and bias.
 
     Summed in float32 (float64 in a float64 base) and rounded once, to the base's type.

@@ -1,6 +1,6 @@
 """Watching a routed model: callbacks for what its layers decide, and recordings of all of it.
 
-For whole datasets `analysis.routing_distribution` sums decisions up in constant memory.
+For whole datasets `analysis.distribution` sums decisions up in constant memory.
 """
 
 from __future__ import annotations

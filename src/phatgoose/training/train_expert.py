@@ -22,7 +22,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..base import Base, check_base, fingerprint_here, load_base, number_format, recorded_id
@@ -39,15 +39,7 @@ from ..experts.expert import (
     read_modules,
     recorded_formatting,
 )
-from ..experts.kind import (
-    FreshExpert,
-    ModifiedLinear,
-    SiteModule,
-    applied,
-    check_fit,
-    new_gate,
-    openness,
-)
+from ..experts.kind import FreshExpert, applied, check_fit
 from ..experts.statistics import readings_by
 from ..files import sha256_of, write_text, writing
 from ..sites import Site, find_sites
@@ -307,7 +299,7 @@ def _trained_gates(
     """Gates trained for the frozen `modules`, and their metrics (paper section 3)."""
     model = run.base.model
     pairs, cuts = _encoded(run, tells=run.settings.peft is None)
-    with applied(model, modules, GatedLinear) as layers:
+    with applied(model, modules, gated=True) as layers:
         model.requires_grad_(False)
         for layer in layers.values():
             layer.gate.requires_grad_(True)
@@ -369,7 +361,7 @@ def written_prompts(expert: Expert, base: Base) -> Task:
     template, ExpertError when the expert doesn't fit, TaskError when it writes nothing.
     """
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
-    with applied(base.model, expert.modules, ModifiedLinear):
+    with applied(base.model, expert.modules):
         texts = messages_by(base.model, Encoder.of(base), *WRITTEN, _recorded_seed(expert))
     if not any(texts):
         raise TaskError(f"Expert {expert.name!r} writes no prompts; give some.")
@@ -408,7 +400,7 @@ def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
     if settings.means:
         sites = {name: site for name, site in find_sites(model).items() if name in modules}
         collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
-        with applied(model, modules, ModifiedLinear):
+        with applied(model, modules):
             updates["means"] = mean_activations(model, sites, pairs, collator, label)
     record = {"statistics_examples": settings.statistics_examples, **how}
     result = expert.with_statistics(model, len(prompts), **updates)
@@ -500,20 +492,3 @@ def fresh_expert(base: Base, peft: Peft, *, joint: bool) -> AbstractContextManag
     return kind_for(peft).new_modules.create(
         base, peft, placed_sites(base.model, peft), joint=joint
     )
-
-
-class GatedLinear(ModifiedLinear):
-    """A linear layer with one expert's module behind a gate v, which starts at zeros.
-
-    A LoRA's output is `W u + scale * B A u * sigmoid(v . u)`, without a bias in the sigmoid (paper
-    section 3). A module of another kind acts at the strength of the sigmoid (`experts.kind`).
-    """
-
-    def __init__(
-        self, base: nn.Module, module: SiteModule, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(base, module, dtype)
-        self.gate = new_gate(self.in_features, self.weight.device)
-
-    def strength(self, u: Tensor) -> Tensor:
-        return openness(u, self.gate)

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ...base import Base, BaseReference
     from ...experts.pool import Pool
     from ...jobs import Engine
-    from ...routing.compose import OpenedModel
     from ...tasks.task import Task
 
 SHAPES = {name: kind.settings for name, kind in kinds().items() if kind.settings is not None}
@@ -255,7 +254,7 @@ class ModelOptions(BaseOptions):
     scores: Annotated[Path | None, "comparison.json, for oracle and best-individual."] = None
     routing: Routing = field(default_factory=Routing)
 
-    def open(self, model: str, *, keeps_factors: bool = False) -> OpenedModel:
+    def open(self, model: str, *, keeps_factors: bool = False) -> Base:
         """What is at `model`; ConfigError for a routing of one that has its own."""
         from ...routing.compose import open_model, require_pool
 

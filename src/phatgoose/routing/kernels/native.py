@@ -28,14 +28,13 @@ import torch
 from torch import Tensor
 
 from ...files import one_line, user_cache
-from .shipped import LINKED, OPTIMISED, load_shipped
+from .shipped import LINKED, OPTIMISED, load_shipped, run
 
 logger = logging.getLogger(__name__)
 
 FLAGS = (*OPTIMISED, "-march=native", "-fopenmp")
 # For sanitizers, in the environment (research/reliability.md).
 MORE_FLAGS = "PHATGOOSE_NATIVE_FLAGS"
-SECONDS = 120  # for the compiler
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
@@ -58,7 +57,7 @@ def load_built(source: Path) -> ctypes.CDLL:
         raise FileNotFoundError(f"there is no C++ compiler, {command!r}")
     more = shlex.split(os.environ.get(MORE_FLAGS, ""))
     # The compiler's macros name its version and this processor: both belong to the cache's key.
-    macros = _run_compiler(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    macros = run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     # Loaded for all by torch already: naming it would bring in a second runtime (`shipped`).
     is_there = hasattr(ctypes.pythonapi, "GOMP_parallel") and b"__clang__" not in macros
     linking = (*LINKED, *(() if is_there else ("-fopenmp",)), *more)
@@ -74,8 +73,8 @@ def load_built(source: Path) -> ctypes.CDLL:
     # Beside its place, so that it is complete before it has the name that others look for.
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
         compiled, built = str(Path(work) / "compiled.o"), Path(work) / name
-        _run_compiler(compiler, *compiling, "-o", compiled, str(source))
-        _run_compiler(compiler, *linking, "-o", str(built), compiled)
+        run(compiler, *compiling, "-o", compiled, str(source))
+        run(compiler, *linking, "-o", str(built), compiled)
         if folder:
             built = built.rename(folder / name)
         return ctypes.CDLL(str(built))
@@ -95,14 +94,6 @@ def _private_cache() -> Path | None:
         why = one_line(error)
     logger.warning("The native kernel is built for this process alone: %s.", why)
     return None
-
-
-def _run_compiler(*command: str) -> bytes:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout
-    except subprocess.CalledProcessError as error:
-        complaint = error.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise OSError(f"{command[0]} failed: {complaint or error.returncode}") from error
 
 
 def runs_natively(*tensors: Tensor) -> bool:

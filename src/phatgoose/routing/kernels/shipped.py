@@ -23,6 +23,7 @@ EXACTLY = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 OPTIMISED = ("-std=c++17", "-O3", *EXACTLY, "-fPIC")
 PROCESSORS = Path("/proc/cpuinfo")
 X86 = ("x86_64", "amd64")
+SECONDS = 120  # for a compiler
 
 # OpenMP is asked for when compiling and not when linking. So the library names no runtime: it finds
 # that which torch has loaded for all, whatever its file is called. Named, a second one would come
@@ -66,8 +67,8 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Pa
             object_file = str(Path(work) / f"{level.name}.o")
             library = folder / _name(source, level)
             flags = (*OPTIMISED, *PARALLEL, *level.flags, "-Wno-psabi")
-            _run(compiler, *flags, "-c", str(source), "-o", object_file)
-            _run(compiler, *LINKED, object_file, "-o", str(library))
+            run(compiler, *flags, "-c", str(source), "-o", object_file)
+            run(compiler, *LINKED, object_file, "-o", str(library))
             made.append(library)
     return made
 
@@ -97,7 +98,10 @@ def _levels_here() -> Iterator[Level]:
     return (level for level in LEVELS if level.needs <= can)
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+def run(*command: str) -> bytes:
+    """What a compiler writes. Raises OSError, or SubprocessError after SECONDS."""
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS)
     if done.returncode:
-        raise OSError(f"{' '.join(command)} failed:\n{done.stderr}")
+        said = done.stderr.decode(errors="replace").strip()
+        raise OSError(f"{command[0]} failed: {said or done.returncode}")
+    return done.stdout

@@ -25,7 +25,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from ...config import AT_LEAST_1
 from ...experts.lora import LoraFactors
@@ -70,8 +70,7 @@ def along_directions(u: Tensor, directions: Tensor) -> Tensor:
 def padded_rows(pool: Pool, site: str, rows_of: Callable[[LoraFactors], Tensor]) -> Tensor:
     """`rows_of` each LoRA at `site`, [E, q, n], with zeros up to the highest rank q."""
     rows = [rows_of(expert.lora[site]) for expert in pool.experts if site in expert.lora]
-    rank = max(map(len, rows))
-    return torch.stack([functional.pad(each, (0, 0, 0, rank - len(each))) for each in rows])
+    return pad_sequence(rows, batch_first=True)
 
 
 def right_singular_vectors(lora: LoraFactors) -> Tensor:

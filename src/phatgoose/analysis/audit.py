@@ -187,7 +187,7 @@ def ratios(values: Tensor) -> Tensor:
 
     NaN for NaN, with under LEAST numbers, or if the median is 0.
     """
-    known = values.isfinite() | values.isinf()
+    known = ~values.isnan()
     middle = values.double().clamp(min=TINY).nanquantile(0.5, dim=-1, keepdim=True)
     enough = (known.sum(dim=-1, keepdim=True) >= LEAST) & (middle > TINY)
     return (values.double().clamp(min=TINY) / middle).masked_fill(~enough, math.nan)

@@ -5,6 +5,7 @@ Colours are safe for colour-blind readers: cividis.
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -148,8 +149,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    quoted = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{quoted}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def read_marks(place: str | Path) -> list[Marks]:
     marks: list[Marks] = []
     for path in sorted(Path(place).glob("*.parquet")) or [Path(place)]:
         with reading(path, EvaluationError, " A clone has some: research/marks."):
-            marks.append(_read(regular(path), parquet))
+            marks.append(_read(path, parquet))
     return marks
 
 

@@ -264,8 +264,8 @@ class Encoder:
     def _tokens(self, text: str) -> list[int]:
         return list(self._encoded(text)["input_ids"])
 
-    def _encoded(self, text: str | list[str], **options: Any) -> Any:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    def _encoded(self, text: str | list[str]) -> Any:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)
 
 
 def added_tokens(

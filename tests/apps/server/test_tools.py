@@ -77,7 +77,7 @@ def said_by(runner, text, template=HERMES, *, is_bound=False, most=300, schema=N
         logits = torch.zeros(runner.vocabulary)
         logits[tokens[len(row.generated)]] = 9
         row.advance(logits)
-    deltas = events[-1].more[0].get("tool_calls", [])
+    deltas = events[-1].message.get("tool_calls", [])
     assert [each["index"] for each in deltas] == [*range(len(deltas))]
     assert len({each["id"] for each in deltas}) == len(deltas)
     functions = [each["function"] for each in deltas]

@@ -6,11 +6,12 @@ Who computes them, here or in another engine, puts `Progress` into a `Reply`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -64,8 +65,8 @@ class Progress:
     """What is new of answer number `choice`.
 
     `routing` is what its backend reports of the new tokens' experts. `finish` is None while more is
-    to come. `generated` counts all tokens so far. `more` has what only its engine knows: fields of
-    a message, of its choice, and of the whole reply (its `usage` too).
+    to come. `generated` counts all tokens so far. What only its engine knows are fields of the
+    `message`, `beside` it in its choice, and of the whole `reply` (its `usage` too).
     """
 
     choice: int
@@ -74,20 +75,23 @@ class Progress:
     routing: tuple[Any, ...] = ()
     finish: str | None = None
     generated: int = 0
-    more: tuple[Mapping[str, Any], ...] = ({}, {}, {})
+    message: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    reply: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def joined(events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
         last, text = events[-1], "".join(each.text for each in events)
-        levels = zip(*(each.more for each in events), strict=True)
-        more = tuple({n: v for each in level for n, v in each.items()} for level in levels)
-        if calls := [each for new in events for each in new.more[0].get("tool_calls") or ()]:
+        told: dict[str, Any] = {"message": {}, "beside": {}, "reply": {}}
+        for event, level in itertools.product(events, told):
+            told[level] |= getattr(event, level)
+        if calls := [each for new in events for each in new.message.get("tool_calls") or ()]:
             calls = [{n: v for n, v in each.items() if n != "index"} for each in calls]
-            more[0].update(content=text or None, tool_calls=calls)
+            told["message"].update(content=text or None, tool_calls=calls)
         tokens = tuple(token for each in events for token in each.tokens)
         routing = tuple(part for each in events for part in each.routing)
-        return replace(last, text=text, tokens=tokens, routing=routing, more=more)
+        return replace(last, text=text, tokens=tokens, routing=routing, **told)
 
 
 def routing_report(
@@ -144,8 +148,8 @@ class Builder:
 
     def chunks(self, progress: Progress) -> list[dict[str, Any]]:
         self._count(progress)
-        said = {"delta": {"content": progress.text, **progress.more[0]}}
-        return [{**progress.more[2], **self._chunk(self._choice(progress, said))}]
+        said = {"delta": {"content": progress.text, **progress.message}}
+        return [{**progress.reply, **self._chunk(self._choice(progress, said))}]
 
     def closing(self) -> list[dict[str, Any]]:
         """The chunks after the last token: what was used, if that was asked for."""
@@ -158,7 +162,7 @@ class Builder:
 
     def _count(self, progress: Progress) -> None:
         self._generated[progress.choice] = progress.generated
-        self._counted |= progress.more[2].get("usage", {})
+        self._counted |= progress.reply.get("usage", {})
 
     def _chunk(self, *choices: Any, usage: Any = None) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
@@ -168,9 +172,9 @@ class Builder:
         answers, choices = [Progress.joined(each) for each in events], []
         for each in answers:
             self._count(each)
-            message = {"role": "assistant", "content": each.text, "refusal": None, **each.more[0]}
+            message = {"role": "assistant", "content": each.text, "refusal": None, **each.message}
             choices.append(self._choice(each, {"message": message}))
-        reply = {**answers[-1].more[2], **self._chunk(*choices, usage=self.usage)}
+        reply = {**answers[-1].reply, **self._chunk(*choices, usage=self.usage)}
         return reply | ({"object": "chat.completion"} if self.is_chat else {})
 
     def _choice(self, progress: Progress, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class Builder:
                     for token in tokens
                 ]
                 logprobs = {"content": content, "refusal": None}
-            return {**common, **said, "logprobs": logprobs, **progress.more[1]}
+            return {**common, **said, "logprobs": logprobs, **progress.beside}
         if self.request.logprobs is not None:
             logprobs = {
                 "tokens": [token.text for token in tokens],
@@ -193,7 +197,7 @@ class Builder:
                 "top_logprobs": [_by_text(token) for token in tokens],
                 "text_offset": [token.place for token in tokens],
             }
-        return {**common, "text": progress.text, "logprobs": logprobs, **progress.more[1]}
+        return {**common, "text": progress.text, "logprobs": logprobs, **progress.beside}
 
 
 def _by_text(token: ScoredToken) -> dict[str, float]:

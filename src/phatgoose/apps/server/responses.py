@@ -129,7 +129,7 @@ class ResponseBuilder(Builder):
         self._seen.append(progress)
         item: Fields = {"type": "message", "role": "assistant", "content": []}
         events = self._said(TEXT, progress.text, item) if progress.text else []
-        for number, call in enumerate(progress.more[0].get("tool_calls") or ()):
+        for number, call in enumerate(progress.message.get("tool_calls") or ()):
             function = call.get("function") or {}
             item = {"type": "function_call", "call_id": call.get("id"), **function, "arguments": ""}
             events += self._said(call.get("index", number), function.get("arguments") or "", item)

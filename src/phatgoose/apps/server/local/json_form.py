@@ -107,8 +107,8 @@ def _by(schema: Any, **options: bool) -> str:
 # How bases write calls, by the mark before; the first one in the chat template counts. They are
 # those of Hermes and Qwen, Mistral, Granite and Phi; of Llama, JSON alone.
 FORMS = {"<tool_call>": "\n%s\n</tool_call>", "[TOOL_CALLS]": "[%s]", "<|tool_call|>": "[%s]"}
+BEGINS = *FORMS, '{"name"'  # small models forget the mark
 FORMS[""] = "%s"
-BEGINS = "<tool_call>", "[TOOL_CALLS]", "<|tool_call|>", '{"name"'  # small models forget the mark
 MARK = re.compile(r"(</?tool_call>|\[TOOL_CALLS\]|<\|tool_call\|>)")
 ENDS = r'</tool_call>|(?<=})(?=\n{"name")|\Z'
 CALL = re.compile(rf'(?s)(?:{MARK.pattern}|(?={{"name"))(?P<json>.*?)(?:{ENDS})')
@@ -178,7 +178,7 @@ class Calls:
             for n, each in enumerate(functions)
         ]
         finish = "tool_calls" if new.finish == "stop" else new.finish
-        return replace(new, text=left.rstrip(), more=({"tool_calls": calls}, {}, {}), finish=finish)
+        return replace(new, text=left.rstrip(), message={"tool_calls": calls}, finish=finish)
 
     def _functions_in(self, match: re.Match[str]) -> list[dict[str, Any]]:
         """What is called where calls may be; nothing where there is anything else."""

@@ -343,6 +343,5 @@ def _report(
     )
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": weights}
     tokens = [token] if progress.text else []
-    summary = weights or ALONE
-    report = routing_report(router, len(all_weights) or None, all_weights, tokens, summary)
+    report = routing_report(router, len(all_weights) or None, all_weights, tokens, weights or ALONE)
     return report | ({"chosen": all_weights} if chosen[row] != sent[row] else {})

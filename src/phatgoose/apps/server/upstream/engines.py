@@ -425,26 +425,23 @@ class Link:
                 for choice in (answer.choices or [])[:1]:
                     finish, said = choice.finish_reason or finish, choice.said
                     message = said.model_dump(exclude={"role", "content"}, exclude_unset=True)
-                    beside = choice.model_extra or {}
-                    beside.pop("index", None)
+                    beside = {n: v for n, v in (choice.model_extra or {}).items() if n != "index"}
                     if choice.logprobs:
                         for token in choice.logprobs.content or ():
                             del token.top_logprobs[most_top:]
                         beside["logprobs"] = choice.logprobs.model_dump(exclude_unset=True)
-                    pieces += bool(said.content)
-                    if said.content or any([*message.values(), *beside.values()]):
+                    text, pieces = said.content or "", pieces + bool(said.content)
+                    if text or any([*message.values(), *beside.values()]):
                         message |= {"content": said.content}
-                        more = message, beside, rest
-                        new = Progress(number, said.content or "", generated=pieces, more=more)
+                        new = Progress(number, text, (), (), None, pieces, message, beside, rest)
                         await events.put(new)
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
         # It was ended, but not its answer; or it holds none.
         if finish in CUT or (finish is None and (is_stream or not pieces)):
             raise ApiError(502, "The engine broke off its answer.", code=BROKEN)
         rest["usage"] = usage.model_dump(exclude_unset=True, exclude_none=True)
-        generated = usage.completion_tokens or pieces
-        more, end = ({}, {}, rest), finish or "stop"
-        await events.put(Progress(number, "", finish=end, generated=generated, more=more))
+        generated, end = usage.completion_tokens or pieces, finish or "stop"
+        await events.put(Progress(number, "", finish=end, generated=generated, reply=rest))
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TooMuchError):

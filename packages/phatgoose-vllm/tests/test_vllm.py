@@ -269,12 +269,15 @@ def quantised_base(folder, into):
 def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(compared, tiny, ask, tmp_path):
     """int8 weights and activations: our layer around vLLM's quantised one.
 
+    What int8 alone changes in the base's answers depends on the processor (more without AVX-512).
     vLLM 0.32's own LoRA, to which it might be compared, ends with an error on such a base on CPUs.
     """
-    base = quantised_base(tiny("llama")[0], tmp_path / "int8")
-    (alone,) = ask(base, SHORT, tokens=1)
+    whole = tiny("llama")[0]
+    base = quantised_base(whole, tmp_path / "int8")
+    (alone,), (exact,) = (ask(each, SHORT, tokens=1) for each in (base, whole))
     routed, wanted = compared("llama", "single:expert=e1", base=base, tokens=1)
-    assert sum(distances(routed, wanted)) < sum(distances(alone, wanted)) / 3
+    lost, missing = sum(distances(alone, exact)), sum(distances(alone, wanted))
+    assert sum(distances(routed, wanted)) < 1.5 * lost < missing
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -164,6 +166,10 @@ def test_an_adapter_beside_the_weights_is_no_part_of_the_base(
     hub.add("you/merged", files)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    if place == "folder" and Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(BaseModelError, match=r"adapter_config\.json"):
+            load_base(tmp_path, dtype="float32")  # transformers can't be told to leave it there
+        return
     base = load_base("you/merged" if place == "hub" else tmp_path, dtype="float32")
     alone = load_base(base_folders["llama"], dtype="float32")
     assert base.fingerprint == alone.fingerprint

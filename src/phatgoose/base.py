@@ -450,6 +450,7 @@ class BaseReference:
 def check_base(wanted: BaseReference, found: BaseReference, owner: str = "the experts") -> None:
     """Raise WrongBaseError unless `found` is `wanted`, the base of `owner`; warn if unrecorded."""
     if wanted.fingerprint is None:
+        # From here, not from its caller: so it is said once, however often a base is resolved.
         warnings.warn(
             f"No fingerprint is recorded of the base of {owner}; taking {found.id!r} on trust. "
             f"'phatgoose import --fingerprint' records one.",

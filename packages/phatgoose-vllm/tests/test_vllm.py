@@ -269,7 +269,7 @@ def quantised_base(folder, into):
 def test_on_a_quantised_base_the_expert_acts_as_on_the_whole_one(compared, tiny, ask, tmp_path):
     """int8 weights and activations: our layer around vLLM's quantised one.
 
-    What int8 alone changes in the base's answers depends on the processor (more without AVX-512).
+    What int8 alone changes in the base's answers differs between processors, so it is measured.
     vLLM 0.32's own LoRA, to which it might be compared, ends with an error on such a base on CPUs.
     """
     whole = tiny("llama")[0]

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base import Base
 from ..config import Routing, ScoringSettings
 from ..errors import ConfigError
-from ..evaluation.compare import check_composable
 from ..evaluation.evaluate import TaskScore, evaluate, tokenizer_of
 from ..experts.pool import Pool
 from ..routing.compose import (
+    check_composable,
     compose,
     composition_of,
     detach,

@@ -30,6 +30,7 @@ from ..experts.pool import Pool
 from ..files import sha256_of
 from ..jobs import BaseLocation, Engine, absolute
 from ..routing.compose import (
+    check_composable,
     compose,
     detach,
     is_pool,
@@ -38,8 +39,7 @@ from ..routing.compose import (
     resolve_base,
 )
 from ..routing.routers.fixed import best_expert, best_expert_by_task
-from ..routing.routers.prompt import ByPrompt
-from ..routing.routers.router import Scores, all_routers, canonical, check_routing, router_of
+from ..routing.routers.router import all_routers, canonical, router_of
 from ..routing.saved import ROUTED_INFO, base_of
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
@@ -105,17 +105,6 @@ def runnable_methods(
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
         check_composable(pool, replace(routing, router=name))
-
-
-def check_composable(pool: Pool, routing: Routing, scores: Scores | None = None) -> None:
-    """Raise what composing `pool` by `routing` would, before other models have been read."""
-    router = router_of(routing)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # composing warns
-        check_routing(router, pool)
-        narrowed = router.narrow(pool, scores)
-        if isinstance(router, ByPrompt) and "scores" in router.given:
-            router.tables(narrowed, scores)
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ class ModifiedLinear(WrappedLinear):
     (paper section 3). A module of another kind acts at the strength of the sigmoid.
     """
 
-    gate: nn.Parameter
+    gate: nn.Parameter  # None unless `gated`
 
     def __init__(
         self, base: nn.Module, module: SiteModule, dtype: torch.dtype, *, gated: bool

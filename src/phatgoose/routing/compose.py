@@ -250,8 +250,7 @@ def compose(
         named = settings.get("router") or (routing.router if routing else AUTO)
         named = WEIGHTS if named == AUTO else named  # which refuses settings that aren't its own
         settings["router"] = ":".join(filter(None, (named, written_mixture(weights))))
-    asked = {**vars(routing or Routing()), **settings}
-    routing = from_mapping(Routing, asked, "compose", ARGUMENTS)
+    routing = _routing(routing, settings, "compose", *ARGUMENTS)
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -272,6 +271,23 @@ def compose(
     _add_layers(parts, pool, model, sites)
     parts.install(model)
     return model
+
+
+def _routing(
+    routing: Routing | None, settings: Mapping[str, Any], where: str, *others: str
+) -> Routing:
+    return from_mapping(Routing, {**vars(routing or Routing()), **settings}, where, others)
+
+
+def check_composable(pool: Pool, routing: Routing, scores: Scores | None = None) -> None:
+    """Raise what composing `pool` by `routing` would, before other models have been read."""
+    router = router_of(routing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # composing warns
+        check_routing(router, pool)
+        narrowed = router.narrow(pool, scores)
+        if isinstance(router, ByPrompt) and "scores" in router.given:
+            router.tables(narrowed, scores)
 
 
 def _add_layers(
@@ -590,8 +606,7 @@ def open_prompt_router(
     base makes of a prompt are handed `base` in `choose`. Raises ConfigError for a router that looks
     at no prompt, and what opening a pool raises.
     """
-    asked = {**vars(routing or Routing()), **settings}
-    routing = from_mapping(Routing, asked, "open_prompt_router")
+    routing = _routing(routing, settings, "open_prompt_router")
     pool = Pool.open(place)
     router = router_of(first_allowed(routing, pool, BY_PROMPT))
     if not isinstance(router, ByPrompt):

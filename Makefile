@@ -64,7 +64,7 @@ lint: install-dev
 types: install-dev
 	$(BIN)/mypy
 
-# The size of the source beside budget.toml; TIGHTEN=1 lowers the budgets to what is there.
+# The tokens of the source, compared with budget.toml; TIGHTEN=1 lowers the budgets to them.
 size:
 	$(PYTHON) .ci/size.py $(if $(TIGHTEN),--tighten)
 

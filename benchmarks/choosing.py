@@ -16,8 +16,8 @@ from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import composition_of
-from phatgoose.routing.context import Choice
 from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
@@ -51,7 +51,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
 
 
 def _choosing(model: Any, prompts: list[list[int]]) -> Callable[[], Choice]:
-    router = composition_of(model).prompt_router
+    router = composition_of(model).chooser
     assert router is not None
     return lambda: router.choose(prompts, model)
 

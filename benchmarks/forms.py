@@ -33,10 +33,11 @@ from phatgoose.apps.demo import SKILLS, TASKS
 from phatgoose.base import Base, load_base
 from phatgoose.config import Formatting
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_prompt_router
+from phatgoose.routing.compose import open_chooser
+from phatgoose.routing.conversation import ChatTexts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.task import Chat, ChatTexts
+from phatgoose.tasks.task import Chat
 
 TEXTS = Path(__file__).parents[1] / "research" / "forms"
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -135,7 +136,7 @@ class Reader:
     def __init__(self, pool: Pool, base: Base, router: str) -> None:
         self._is_whole = router == WHOLE_CHAT
         named = "discriminant:fallback=off" if self._is_whole else router
-        self._chooser = open_prompt_router(pool, base.tokenizer, router=named)
+        self._chooser = open_chooser(pool, base.tokenizer, router=named)
         self._base, self.tokens = base, 0
         formatting = Formatting(max_input_tokens=1 << 20, chat=self._chooser.in_chats)
         self._encoder = Encoder.of(base, formatting)

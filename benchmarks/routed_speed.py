@@ -16,7 +16,7 @@ from phatgoose.base import twin
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.phatgoose import Phatgoose, standardise
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.batching import contiguous_head
 
@@ -170,9 +170,10 @@ def _routed(
     loras, gates = made
     numbers = torch.arange(len(gates))
     stack = SiteStack(numbers, {"lora": loras})
-    router = SiteRouter(Phatgoose(k=sizes.k), site.name, numbers, len(gates), {"vectors": gates})
-    router.to(sizes.torch_dtype)
-    return RoutedLinear(base, site, stack, router).requires_grad_(False)
+    names = [str(z) for z in range(len(gates))]
+    at_site = RouterAtSite(Phatgoose(k=sizes.k), site.name, numbers, names, {"vectors": gates})
+    at_site.to(sizes.torch_dtype)
+    return RoutedLinear(base, site, stack, at_site).requires_grad_(False)
 
 
 def _applied(layer: nn.Module, u: Tensor) -> Callable[[], object]:

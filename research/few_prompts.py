@@ -31,8 +31,9 @@ from torch import Tensor
 from phatgoose.base import load_base
 from phatgoose.config import Formatting
 from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.routing.conversation import ScoredText, answer_to
 from phatgoose.routing.routers.discriminant import COUNTS, Discriminant
-from phatgoose.routing.routers.prompt import PromptRouter, ScoredText, Tables, answer_to
+from phatgoose.routing.routers.prompt import PromptChooser, Tables
 from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
@@ -82,7 +83,7 @@ def main() -> None:
         for at in range(DRAWS):
             rng = random.Random(at)
             picked = [rows[rng.sample(range(len(rows)), min(n, len(rows)))] for rows in trained]
-            chooser = PromptRouter(Discriminant(), tables_of(names, picked), base.tokenizer)
+            chooser = PromptChooser(Discriminant(), tables_of(names, picked), base.tokenizer)
             chooser.read_base(base.model)
             left = [each is None for each in chosen(chooser, general)]
             every.append({**shares(asked, chosen(chooser, own), marks), "general": fmean(left)})
@@ -111,7 +112,7 @@ def tables_of(names: Sequence[str], picked: Sequence[Tensor]) -> Tables:
     return Tables(tuple(names), {**stacked, COUNTS: counts})
 
 
-def chosen(chooser: PromptRouter, features: Tensor) -> list[str | None]:
+def chosen(chooser: PromptChooser, features: Tensor) -> list[str | None]:
     """The expert for each prompt, None for the base."""
     allowances = chooser.router.allowances(chooser.tables)
     scores = chooser.router.prompt_scores(features, chooser.ready)

@@ -62,8 +62,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
-from phatgoose.routing.compose import compose, detach, open_prompt_router, resolve_base
-from phatgoose.routing.routers.prompt import PromptRouter
+from phatgoose.routing.compose import compose, detach, open_chooser, resolve_base
+from phatgoose.routing.routers.prompt import PromptChooser
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 
@@ -360,16 +360,16 @@ def choices_of(pool: Pool, base: Base, sets: Sets, out: Path, basis: Tensor | No
     return {name: list(rows.numpy()) for name, rows in found.items()}
 
 
-def _chooser(pool: Pool, base: Base, router: str) -> PromptRouter | None:
+def _chooser(pool: Pool, base: Base, router: str) -> PromptChooser | None:
     try:
-        return open_prompt_router(pool, base.tokenizer, router=router)
+        return open_chooser(pool, base.tokenizer, router=router)
     except PoolError as error:
         print(f"without {router}: {error}", flush=True)
         return None
 
 
 def _chosen(
-    choosers: Mapping[str, PromptRouter], base: Base, prompts: list[list[int]]
+    choosers: Mapping[str, PromptChooser], base: Base, prompts: list[list[int]]
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for router, chooser in choosers.items():

@@ -105,7 +105,7 @@ class Readers:
             for site in self.sites
         }
         router = router_of(Routing(router="discriminant:place=whole,per_block=1"))
-        self.discriminant = router.prompt_router(router.tables(pool))
+        self.discriminant = router.chooser(router.tables(pool))
 
     def shares(self, own: int, pairs: list[TokenPair]) -> dict[str, list[float]]:
         """For each line of the table the shares of the own and of the reader's vector."""

@@ -58,9 +58,9 @@ def demo_of(folder: Path) -> dict[str, Any]:
     encoder = Encoder.of(base)
     prompts = [encoder.prompt(row.input) for task in unseen_tasks(ASKED) for row in task.test]
     model = compose(pool, base, router="discriminant:fallback=off")
-    context = composition_of(model).context
-    assert context is not None
-    chosen = [context.choose([prompt]).experts[0, 0].item() for prompt in prompts]
+    chooser = composition_of(model).chooser
+    assert chooser is not None
+    chosen = [chooser.choose([prompt], model).experts[0, 0].item() for prompt in prompts]
     detach(model)
     model, weights = compose(pool, base, router="phatgoose"), []
     for prompt in prompts:

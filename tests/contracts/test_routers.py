@@ -22,7 +22,7 @@ from phatgoose.routing.compose import compose, composition_of, detach, load, sav
 from phatgoose.routing.layers import FoldedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import OURS, known_names
-from phatgoose.routing.routers.router import Router, SiteRouter, class_of, router_of
+from phatgoose.routing.routers.router import Router, RouterAtSite, class_of, router_of
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import assert_is_that_of, compose_by, composed, of_task, with_embeddings
@@ -61,7 +61,7 @@ def told(model):
     return model
 
 
-def restarted(router: SiteRouter) -> SiteRouter:
+def restarted(router: RouterAtSite) -> RouterAtSite:
     router.restart()
     return router
 
@@ -130,7 +130,7 @@ def test_a_k_above_the_pool_is_lowered_and_told_where_k_matters(name, llama, lla
     said = [str(each.message) for each in caught]
     expected = "k is 90, but the pool has 4 experts; k is lowered."
     assert (expected in said) == (KINDS[name].usual_k is not None)
-    assert all(layer.router.k <= 4 for layer in layers_of(model))
+    assert all(layer.at_site.k <= 4 for layer in layers_of(model))
 
 
 # What is decided at a site
@@ -140,13 +140,13 @@ def test_a_k_above_the_pool_is_lowered_and_told_where_k_matters(name, llama, lla
 def test_weights_are_of_different_experts_and_sum_to_one(name, llama, llama_pool):
     model = told(compose_by(name, llama_pool, llama))
     for layer in layers_of(model):
-        decision = layer.router(random(6, layer.in_features))
+        decision = layer.at_site(random(6, layer.in_features))
         assert decision.experts.shape == decision.weights.shape
         assert decision.experts.dtype == torch.int64
         assert decision.weights.dtype == torch.float32
         torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(6))
         assert decision.experts.sort(dim=-1).values.diff(dim=-1).ne(0).all()
-        none = layer.router(random(0, layer.in_features))
+        none = layer.at_site(random(0, layer.in_features))
         assert none.experts.shape == (0, decision.experts.shape[1])
 
 
@@ -160,15 +160,15 @@ def test_the_best_by_score_act_the_first_of_equals_first(name, llama, llama_pool
     for layer in layers_of(model)[:3]:
         u = random(6, layer.in_features)
         with torch.no_grad():
-            decision = layer.router(u)
-        scores = layer.router.router.scores(u, layer.router)
+            decision = layer.at_site(u)
+        scores = layer.at_site.router.scores(u, layer.at_site)
         assert torch.equal(scores[:, :2], scores[:, 2:])
         for row, chosen in zip(scores.tolist(), decision.experts.tolist(), strict=True):
             assert chosen == sorted(range(4), key=lambda z: -row[z])[:k]
-        assert_weights(layer.router, scores, decision)
+        assert_weights(layer.at_site, scores, decision)
 
 
-def assert_weights(router: SiteRouter, scores: Tensor, decision) -> None:
+def assert_weights(router: RouterAtSite, scores: Tensor, decision) -> None:
     chosen = scores.gather(1, decision.experts)
     wanted = chosen.softmax(dim=-1)
     if router.router.equal:
@@ -184,18 +184,18 @@ def test_only_experts_that_are_active_act(name, llama, llama_pool):
     for layer in layers_of(model)[:4]:
         u = random(6, layer.in_features)
         E = len(layer.experts)
-        free = restarted(layer.router)(u)
-        decision = restarted(layer.router)(u, active[:, :E])
+        free = restarted(layer.at_site)(u)
+        decision = restarted(layer.at_site)(u, active[:, :E])
         dense = torch.zeros(6, E).scatter_add(1, decision.experts, decision.weights)
         assert not dense[~active[:, :E]].any()
         torch.testing.assert_close(decision.weights[1], free.weights[1])
         if name in SCORING or name == "random":
             some = active[:, :E].any(dim=1)
             torch.testing.assert_close(dense[some].sum(dim=1), torch.ones(int(some.sum())))
-            scores = restarted(layer.router).router.scores(u, layer.router)
+            scores = restarted(layer.at_site).router.scores(u, layer.at_site)
             for t in some.nonzero().flatten().tolist():
                 allowed = [z for z in range(E) if active[t, z]]
-                best = sorted(allowed, key=lambda z: -float(scores[t, z]))[: layer.router.k]
+                best = sorted(allowed, key=lambda z: -float(scores[t, z]))[: layer.at_site.k]
                 assert {z for z in range(E) if dense[t, z]} == {z for z in best if dense[t, z]}
 
 
@@ -204,7 +204,7 @@ def test_only_experts_that_are_active_act(name, llama, llama_pool):
 def test_a_token_alone_chooses_as_in_a_batch(name, llama, llama_pool, dtype):
     model = compose_by(name, llama_pool, llama)
     for layer in layers_of(model)[:3]:
-        router, u = copy.deepcopy(layer.router).to(dtype), random(9, layer.in_features).to(dtype)
+        router, u = copy.deepcopy(layer.at_site).to(dtype), random(9, layer.in_features).to(dtype)
         for tokens in (u, u.clone().requires_grad_()):  # the native kernel, and torch
             together = router(tokens)
             alone = [router(tokens[t : t + 1]) for t in range(len(u))]
@@ -218,7 +218,7 @@ def test_a_layer_adds_its_experts_updates_by_their_weights(name, llama, llama_po
     model = told(compose_by(name, llama_pool, llama))
     for layer in layers_of(model)[:4]:
         u = random(6, layer.in_features)
-        decision = restarted(layer.router)(u)
+        decision = restarted(layer.at_site)(u)
         wanted = layer.base(u).double()
         for t in range(6):
             for z, weight in zip(decision.experts[t], decision.weights[t], strict=True):
@@ -226,10 +226,10 @@ def test_a_layer_adds_its_experts_updates_by_their_weights(name, llama, llama_po
                 factors = lora[layer.site.name]
                 update = factors.scale * factors.B.double() @ (factors.A.double() @ u[t].double())
                 wanted[t] += weight.double() * update
-        layer.router.restart()
+        layer.at_site.restart()
         with torch.no_grad():
             torch.testing.assert_close(layer(u).double(), wanted, rtol=1e-4, atol=1e-4)
-        probabilities = restarted(layer.router).distribution(u)
+        probabilities = restarted(layer.at_site).distribution(u)
         assert probabilities.shape == (6, len(layer.experts))
         torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
 

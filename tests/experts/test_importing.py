@@ -176,7 +176,7 @@ def test_prompts_that_adapters_bring_are_measured_where_the_base_is_loaded(llama
         for part, wanted in imported[name].readings.items():
             assert torch.equal(read[name].readings[part], wanted)
     assert read.measured(base) is read
-    router = compose(str(tmp_path / "adapters"), llama).phatgoose.prompt_router
+    router = compose(str(tmp_path / "adapters"), llama).phatgoose.chooser
     choice = router.choose([lines[0] for lines in texts.values()], llama.model)
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b"]
     detach(llama.model)

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing import compose as composing
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of, detach, routing_for
-from phatgoose.routing.context import Choice, base_alone
+from phatgoose.routing.context import base_alone
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.sites import prompt_stack
@@ -70,7 +71,7 @@ def test_layers_that_take_tokens_in_another_order_have_one_choice(llama, llama_p
 
 def test_prompts_are_read_without_dropout(llama, llama_pool):
     model = compose(llama_pool, llama, router="discriminant:fallback=off")
-    prompts, router = tokens_of(model, PROMPTS), composition_of(model).prompt_router
+    prompts, router = tokens_of(model, PROMPTS), composition_of(model).chooser
     wanted = router.router.score(router, prompts, model)
     for module in model.modules():
         module.training = True
@@ -142,7 +143,7 @@ def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_poo
 @pytest.mark.parametrize("by_place", [False, True])
 def test_padding_without_a_mask_is_found_as_transformers_finds_it(llama, llama_pool, by_place):
     model = compose(llama_pool, llama, router="discriminant:temperature=10,fallback=off", k=2)
-    wanted = composition_of(model).context.choose(tokens_of(model, PROMPTS[:3]))
+    wanted = composition_of(model).chooser.choose(tokens_of(model, PROMPTS[:3]), model)
     own, other = (None, 0) if by_place else (0, None)
     model.generation_config.pad_token_id = own
     config = GenerationConfig(max_new_tokens=1, pad_token_id=other)

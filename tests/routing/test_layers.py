@@ -20,7 +20,7 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.layers import RoutedLinear, stack_of
 from phatgoose.routing.routers.fixed import Merged
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 from phatgoose.sites import Site
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 
@@ -100,7 +100,7 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
     stack = stack_of(SimpleNamespace(experts=experts), "site", torch.float32, CPU)
     rows = [row for rows in stack.rows().values() for row in rows.tolist()]
     assert sorted(rows) == list(range(len(modules)))
-    router = SiteRouter(Merged(), "site", stack.experts, len(modules) + 1, {})
+    router = RouterAtSite(Merged(), "site", stack.experts, "abcdefghijkl"[: len(modules) + 1], {})
     layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router)
     weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
     wanted = torch.stack([mixed_output(base, t, experts, weights, "site") for t in u])

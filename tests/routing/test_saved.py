@@ -208,7 +208,7 @@ def test_what_is_known_of_the_base_is_read_again_in_another_form(
     assert bool(added.tables.base) == third_in_chats
     prompts = make_ids(rows=9).tolist()
     models = [load(tmp_path / name, copy.deepcopy(llama)) for name in ("few", "all")]
-    one, other = (composition_of(m).prompt_router.choose(prompts, m) for m in models)
+    one, other = (composition_of(m).chooser.choose(prompts, m) for m in models)
     assert torch.equal(one.experts, other.experts)
 
 

@@ -15,7 +15,7 @@ from phatgoose.apps.server import ServedModel, Upstream, create_app
 from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_prompt_router
+from phatgoose.routing.compose import open_chooser
 
 NAMES = ("e0", "e1", "e2", "e3")
 ASK = {**serving.GREEDY, "model": "auto"}
@@ -255,5 +255,5 @@ def chosen_by(place, prompt, router="retrieval", *, with_base=False):
     """What the router alone chooses, by name; `with_base` where it reads prompts with the base."""
     pool = Pool.open(place)
     base = load_base(pool.base.id, dtype="float32") if with_base else None
-    chooser = open_prompt_router(pool, base and base.tokenizer, router=router)
+    chooser = open_chooser(pool, base and base.tokenizer, router=router)
     return chooser.choose([prompt], base and base.model).named(chooser.experts)[0]

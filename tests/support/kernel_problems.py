@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from phatgoose.routing.kernels import KERNELS
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 from routed_models import by_vectors
 
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
@@ -97,7 +97,9 @@ def scored(router: str, T: int, E: int, n: int, k: int, dtype, offset: float, se
     return u, by_vectors(router, vectors, k)
 
 
-def assert_are_the_top(chosen: tuple[Tensor, Tensor], u: Tensor, router: SiteRouter, slack: float):
+def assert_are_the_top(
+    chosen: tuple[Tensor, Tensor], u: Tensor, router: RouterAtSite, slack: float
+):
     """`chosen` experts and weights are those of the formula of `router`."""
     experts, weights = (each.cpu() for each in chosen)
     scores = router.router.scores(u, router)

@@ -13,7 +13,7 @@ from phatgoose.config import Routing
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, save
-from phatgoose.routing.routers.router import SiteRouter, router_of
+from phatgoose.routing.routers.router import RouterAtSite, router_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
 from phatgoose.tasks.task import Example
 from tiny import write_expert
@@ -71,23 +71,25 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
 
 def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
-    context = composition_of(model).context
-    if context is not None and context.router is not None and context.router.name == "oracle":
-        context.use(context.choose([[]], task=task))
+    parts = composition_of(model)
+    if parts.context is not None and parts.router.name == "oracle":
+        parts.context.use(parts.chooser.choose([[]], model, task=task))
     return model
 
 
-def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> SiteRouter:
+def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> RouterAtSite:
     """The router that `text` names, where an expert acts for each of `vectors`, its table."""
     router, E = router_of(Routing(text, k=k)), len(vectors)
     table = {"vectors": vectors} if router.sizes else {}
-    return SiteRouter(router, "blocks.0.linear", torch.arange(E), E, table)
+    return RouterAtSite(
+        router, "blocks.0.linear", torch.arange(E), [f"e{z}" for z in range(E)], table
+    )
 
 
-def router_at(site: str, base: Base, pool: Pool, text: str, k: int | None = None) -> SiteRouter:
+def router_at(site: str, base: Base, pool: Pool, text: str, k: int | None = None) -> RouterAtSite:
     """The router that `text` names at one site, where all experts of `pool` act."""
     router = router_of(Routing(text, k)).settled(pool, base.model, base.tokenizer)
-    return SiteRouter(router, site, torch.arange(len(pool)), len(pool), router.table(pool, site))
+    return RouterAtSite(router, site, torch.arange(len(pool)), pool.names, router.table(pool, site))
 
 
 def uneven_pool(base: Base, folder: Path) -> Pool:

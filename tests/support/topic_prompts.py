@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor
 
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of, detach
-from phatgoose.routing.context import Choice
 from phatgoose.tasks.batching import pad_left, pad_right, position_ids
 from phatgoose.tasks.task import Example, Task
 from tiny import logits_of
@@ -70,12 +70,12 @@ def tokens_of(model, texts: Sequence[str]) -> list[list[int]]:
 
 def experts_of(model, texts: Sequence[str]) -> Choice:
     """The experts that the routed `model` chooses for these prompts."""
-    return composition_of(model).context.choose(tokens_of(model, texts))
+    return composition_of(model).chooser.choose(tokens_of(model, texts), model)
 
 
 def scores_of(model, texts: Sequence[str]) -> Tensor:
     """The scores that the router of `model` gives all experts for these prompts."""
-    return composition_of(model).prompt_router.score(tokens_of(model, texts), model)
+    return composition_of(model).chooser.score(tokens_of(model, texts), model)
 
 
 def read_by(model) -> list[int]:
@@ -85,7 +85,7 @@ def read_by(model) -> list[int]:
 
 def read_prompts_of(model) -> list:
     """The prompts that `model` reads from now on, call by call."""
-    router, seen = composition_of(model).prompt_router, []
+    router, seen = composition_of(model).chooser, []
     choose = router.choose
     router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
     return seen

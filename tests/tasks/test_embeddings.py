@@ -64,7 +64,7 @@ def test_no_other_embedder_is_loaded_because_a_record_names_it(
     assert str(caught.value).isprintable()
     assert loaded == []
     model = compose(pool, llama, router="retrieval", embedder=recorded)
-    assert composition_of(model).prompt_router.ready.embedder == recorded
+    assert composition_of(model).chooser.ready.embedder == recorded
     assert loaded == [recorded]
     detach(model)
     compose(with_embeddings(llama_pool), llama, router="retrieval")

@@ -12,7 +12,7 @@ from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.statistics import prompt_states, readings_of
-from phatgoose.routing.compose import open_prompt_router
+from phatgoose.routing.compose import open_chooser
 from phatgoose.tasks.batching import messages_by, read_prompts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts
@@ -133,7 +133,7 @@ def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path, most):
     for name in texts:
         train(llama, tmp_path / name, means=False, readings=False)
         measure(tmp_path / name, llama, load_prompts(texts[name][:most]), GateTraining())
-    router = open_prompt_router(tmp_path, llama.tokenizer, router="discriminant")
+    router = open_chooser(tmp_path, llama.tokenizer, router="discriminant")
     choice = router.choose([texts[name][0] for name in texts], llama.model)
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b", "c"]
 

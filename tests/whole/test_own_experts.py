@@ -10,8 +10,8 @@ from phatgoose.analysis.traces import trace
 from phatgoose.base import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of
-from phatgoose.routing.context import Choice
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 from scored_tasks import CHOICE_TASK, naive_scores
@@ -58,15 +58,16 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     (NLLB-MoE's experts take so many tokens of a batch, so what it says depends on the batch.)
     """
     model = routed(base, router="discriminant:fallback=off", k=2)
-    context, encoder = composition_of(model).context, Encoder.of(base)
-    choice = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
+    parts, encoder = composition_of(model), Encoder.of(base)
+    prompts = [encoder.prompt(example.input) for example in CHOICE_TASK.test]
+    choice = parts.chooser.choose(prompts, model)
     assert len(choice.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(model, CHOICE_TASK, tokenizer=base.tokenizer)
     scored = evaluate(model, CHOICE_TASK, tokenizer=base.tokenizer, token_budget=1).scores[0]
     each = zip(choice.experts[:, None], choice.weights[:, None], strict=True)
     for example, prediction, one in zip(CHOICE_TASK.test, scored.predictions, each, strict=True):
-        context.use(Choice(*one))
+        parts.context.use(Choice(*one))
         wanted = naive_scores(model, base, example)
-        context.use(None)
+        parts.context.use(None)
         assert prediction.scores == pytest.approx(wanted, abs=1e-4)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.phatgoose import Phatgoose, affinities
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 
 from .neutral import Moments, over_neutral_text
 
@@ -55,5 +55,5 @@ class Calibrated(Phatgoose):
         spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
         return {**super().table(pool, site), "usual": usual, "spread": spread}
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return (super().scores(u, table) - table.usual) / table.spread
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return (super().scores(u, at_site) - at_site.usual) / at_site.spread

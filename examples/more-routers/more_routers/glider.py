@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from phatgoose.config import NOT_NEGATIVE
-from phatgoose.routing.context import Choice
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.prompt import choice_at
 from phatgoose.routing.routers.retrieval import Centroid
-from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.routing.routers.router import Router, RouterAtSite
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ class Glider(Phatgoose, Centroid):
     def choice(self, scores: Tensor) -> Choice:
         return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        cosines = choice_at(u, table).weights[:, table.members]
-        return super().scores(u, table) + self.weight / self.temperature * cosines
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        cosines = choice_at(u, at_site).weights[:, at_site.members]
+        return super().scores(u, at_site) + self.weight / self.temperature * cosines

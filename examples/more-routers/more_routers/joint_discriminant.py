@@ -23,7 +23,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import PARTS, moments_of
 from phatgoose.routing.routers.discriminant import Discriminant, Lines
 from phatgoose.routing.routers.phatgoose import Temperature
-from phatgoose.routing.routers.prompt import Base, PromptRouter, Prompts, Tables
+from phatgoose.routing.routers.prompt import Base, PromptChooser, Prompts, Tables
 from phatgoose.routing.routers.retrieval import Embeds, Searched, embeddings_of
 from phatgoose.routing.routers.router import Scores
 from phatgoose.tasks.embeddings import PROMPT
@@ -73,7 +73,7 @@ class JointDiscriminant(Discriminant, Embeds):
     def prompt_scores(self, features: Tensor, ready: Both) -> Tensor:
         return super().prompt_scores(features, ready.lines)
 
-    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
+    def score(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Tensor:
         ready, by_base = chooser.ready, super().score(chooser, prompts, base)
         vectors = ready.embedder.embed(chooser.texts(prompts))
         embedded = vectors @ ready.embedded.slopes + ready.embedded.offsets

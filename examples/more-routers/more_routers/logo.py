@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.errors import RoutingError
 from phatgoose.experts.lora import LoraStack
-from phatgoose.routing.context import Choice
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.prompt import ReadsBase, Tables
 from phatgoose.routing.routers.router import highest

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.router import Router, SiteRouter
+from phatgoose.routing.routers.router import Router, RouterAtSite
 from phatgoose.routing.routers.spectr import DIRECTIONS, along_directions, padded_rows
 
 from .neutral import Moments, over_neutral_text
@@ -50,8 +50,8 @@ class Seqr(Router):
         rows = padded_rows(pool, site, stretching_rows)
         return {DIRECTIONS: rows, "usual": usual, "spread": spread}
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return (lengths(u, getattr(table, DIRECTIONS)) - table.usual) / table.spread
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return (lengths(u, getattr(at_site, DIRECTIONS)) - at_site.usual) / at_site.spread
 
 
 def lengths(u: Tensor, rows: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE
 from phatgoose.experts.kind import dense_weights
-from phatgoose.routing.context import Choice
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, Temperature
 from phatgoose.routing.routers.prompt import best_of, choice_at
-from phatgoose.routing.routers.router import RoutingDecision, SiteRouter, highest
+from phatgoose.routing.routers.router import RouterAtSite, RoutingDecision, highest
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,24 @@ class ByDiscriminant(Phatgoose, Discriminant):
         return best_of(scores, self.shortlist, self.shortlist_temperature)
 
     def decision(
-        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+        self, u: Tensor, at_site: RouterAtSite, active: Tensor | None = None
     ) -> RoutingDecision:
-        experts, logits = self._shortlisted(u, table)
+        experts, logits = self._shortlisted(u, at_site)
         if active is not None:
             logits = logits.masked_fill(~active.gather(1, experts), -torch.inf)
-        best = highest(logits, min(table.k, logits.shape[-1]))
+        best = highest(logits, min(at_site.k, logits.shape[-1]))
         weights = logits.gather(-1, best).softmax(dim=-1).nan_to_num(0.0)  # nobody acts here: 0
         return RoutingDecision(experts.gather(-1, best), weights)
 
-    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
-        experts, logits = self._shortlisted(u, table)
-        return dense_weights(experts, logits.softmax(dim=-1).nan_to_num(0.0), table.E)
+    def distribution(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        experts, logits = self._shortlisted(u, at_site)
+        return dense_weights(experts, logits.softmax(dim=-1).nan_to_num(0.0), at_site.E)
 
-    def _shortlisted(self, u: Tensor, table: SiteRouter) -> tuple[Tensor, Tensor]:
-        choice = choice_at(u, table)
-        found = table.position[choice.experts]
+    def _shortlisted(self, u: Tensor, at_site: RouterAtSite) -> tuple[Tensor, Tensor]:
+        choice = choice_at(u, at_site)
+        found = at_site.position[choice.experts]
         experts = found.clamp(min=0)
-        logits = self.scores(u, table).gather(-1, experts)
+        logits = self.scores(u, at_site).gather(-1, experts)
         if self.prior:
             least = torch.finfo(choice.weights.dtype).tiny  # of 0 there is no logarithm
             logits = logits + self.prior * choice.weights.clamp(min=least).log()

@@ -8,7 +8,7 @@ import torch
 from more_routers.centroids import clusters_of
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_prompt_router
+from phatgoose.routing.compose import open_chooser
 from phatgoose.routing.routers.retrieval import centroids_of, embeddings_of
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, retrieving
@@ -42,7 +42,7 @@ def test_several_centroids_are_the_unit_means_of_clusters(llama_pool):
 @retrieving
 def test_of_several_centroids_the_nearest_counts(llama, llama_pool):
     pool = with_embeddings(llama_pool)
-    router = open_prompt_router(pool, llama.tokenizer, router="centroids")
+    router = open_chooser(pool, llama.tokenizer, router="centroids")
     scores = router.score(list(PROMPTS))
     wanted = torch.stack(
         [(toy_embed(PROMPTS) @ rows.T).amax(dim=1) for rows in clusters_by_hand(pool, 3)], dim=1

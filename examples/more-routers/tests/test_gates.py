@@ -21,7 +21,7 @@ def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base
     for router in ("phatgoose", "uniform-top-k"):
         layers = composition_of(compose(pool, base, router=router, k=k)).layers
         decisions[router] = {
-            site: layer.router(random(9, layer.in_features)) for site, layer in layers.items()
+            site: layer.at_site(random(9, layer.in_features)) for site, layer in layers.items()
         }
         detach(base.model)
     for site, wanted in decisions["phatgoose"].items():

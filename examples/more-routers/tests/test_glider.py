@@ -51,8 +51,8 @@ def test_experts_and_weights_follow_the_formula(llama, uneven, settings, k, scal
     model = compose_by(f"glider{settings}", uneven, llama, k=k)
     layer, u = composition_of(model).layers[SITE], random(6, 32)
     composition_of(model).context.use(experts_of(model, PROMPTS[:3]))
-    decision = layer.router(u)
-    spread = layer.router.distribution(u)
+    decision = layer.at_site(u)
+    spread = layer.at_site.distribution(u)
     assert set(layer.experts.tolist()) == {0, 1, 2}  # e3 acts at no query
     for t in range(6):
         logits = logits_by_hand(uneven, u[t], PROMPTS[t // 2], scale)

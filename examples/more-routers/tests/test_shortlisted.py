@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of, detach
-from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.phatgoose import standardise
 from tiny import assert_same_logits, logits_of, make_ids, random
 
@@ -38,7 +38,7 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
     composition_of(model).context.use(Choice(shortlists, shares))
     for site, layer in composition_of(model).layers.items():
         u = random(6, layer.in_features)  # three tokens of each row
-        decision = layer.router(u)
+        decision = layer.at_site(u)
         gates = standardise(torch.stack([e.gates[site] for e in pool.experts]))
         for token in range(6):
             row = token // 3

@@ -107,11 +107,11 @@ def test_a_saved_model_gives_the_layers_what_ours_has(serve, llama_pool, llama, 
     experts = opened.experts(PART, ALONE, torch.float32)
     assert torch.equal(experts.A, layer.A)
     assert torch.equal(experts.B, layer.B)
-    for name, tensor in layer.router.state().items():
+    for name, tensor in layer.at_site.state().items():
         assert torch.equal(experts.state[name], tensor)
     u = random(6, 32)
     decision = opened.router.decision(u, SimpleNamespace(**experts.numbers, **experts.state))
-    assert torch.equal(decision.experts, layer.router(u).experts)
+    assert torch.equal(decision.experts, layer.at_site(u).experts)
 
 
 @pytest.mark.parametrize("rank", [8, 2])  # where our own model folds too, and where it doesn't

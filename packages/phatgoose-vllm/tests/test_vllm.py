@@ -107,7 +107,7 @@ def is_tied(model, ids):
     gaps = []
 
     def look(layer, arguments):
-        router, u = layer.router, arguments[0]
+        router, u = layer.at_site, arguments[0]
         if router.router.fused and router.k < router.E:
             scores = router.router.scores(u.reshape(-1, u.shape[-1]), router)
             ranked = scores.sort(-1, descending=True).values

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..files import one_line
+from ..routing.choice import Choice
 from ..routing.compose import Composition, composition_of, routing_for
-from ..routing.context import Choice
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless
 from ..tasks.batching import batches_of_tokens, pad_right
@@ -98,7 +98,7 @@ def read_task(
 
 def chosen_for_prompts(parts: Composition, choice: Choice | None) -> list[dict[str, float]]:
     """The experts of each prompt in `choice`; none if the router chooses for tokens."""
-    if choice is None or parts.prompt_router is None or not parts.prompt_router.router.chooses:
+    if choice is None or parts.chooser is None or not parts.chooser.router.chooses:
         return []
     return choice.named(parts.experts)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base import texts_of
+from ..routing.choice import ALONE, Choice
 from ..routing.compose import Composition, composition_of
-from ..routing.context import ALONE, Choice
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
 from ..tasks.encoding import Encoder, TokenPair

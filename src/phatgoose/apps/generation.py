@@ -15,8 +15,8 @@ from ..analysis.traces import Trace, TraceStream, trace
 from ..config import Formatting
 from ..errors import TaskError
 from ..files import half_character
+from ..routing.choice import ALONE
 from ..routing.compose import composition_if_any, routing_for
-from ..routing.context import ALONE
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
 from ..tasks.batching import continued

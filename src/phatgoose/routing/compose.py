@@ -39,8 +39,9 @@ from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
-from ..tasks.task import ChatTexts, Example
+from ..tasks.task import Example
 from .context import RoutingContext
+from .conversation import ChatTexts
 from .kernels import AUTO as ANY_KERNEL
 from .layers import (
     FoldedLinear,
@@ -55,9 +56,9 @@ from .layers import (
 )
 from .routers.auto import BY_PROMPT, first_allowed, settled
 from .routers.fixed import read_scores
-from .routers.prompt import ByPrompt, PromptRouter, Tables
+from .routers.prompt import ByPrompt, PromptChooser, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
-from .routers.router import Router, Scores, SiteRouter, check_routing, check_served, router_of
+from .routers.router import Router, RouterAtSite, Scores, check_routing, check_served, router_of
 from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
 
 CONFIG = "config.json"  # of transformers
@@ -99,7 +100,7 @@ class Composition:
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
     layers by site. `tails` are how many of a prompt's last tokens each expert acts on, None for
-    all tokens. `prompt_router` chooses for whole prompts, None where experts are chosen for
+    all tokens. `chooser` chooses for whole prompts, None where experts are chosen for
     every token. `context` has its choice for the present batch, and where in it those experts act
     that act from a prompt's end on; None without either.
     """
@@ -127,12 +128,12 @@ class Composition:
         self._turned = base.model.config.model_type in TURNED
         self.router, self.experts, self.records = router, experts, records
         self.layers: dict[str, RoutedLayer] = {}
-        self.prompt_router: PromptRouter | None = None
+        self.chooser: PromptChooser | None = None
         if isinstance(router, ByPrompt) and tables is not None:
             router.check_fits(base.model, tables)
-            self.prompt_router = PromptRouter(router, tables, base.tokenizer, self.in_chats)
-        has_context = self.prompt_router is not None or late
-        self.context = RoutingContext(self.prompt_router, self.tails) if has_context else None
+            self.chooser = PromptChooser(router, tables, base.tokenizer, self.in_chats)
+        has_context = self.chooser is not None or late
+        self.context = RoutingContext(self.chooser, self.tails) if has_context else None
 
     def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
         """Add the layer that takes the place of `original` at `site`.
@@ -146,7 +147,7 @@ class Composition:
         forms = {name: [sizes.get(x, x) for x in form] for name, form in self.router.sizes.items()}
         # Kernels trust them, whoever's router it is.
         check_parts(f"{site.name}, router {self.router.name}", forms, state)
-        module = SiteRouter(self.router, site.name, stack.experts, len(self.experts), state)
+        module = RouterAtSite(self.router, site.name, stack.experts, self.experts, state)
         module.context, module.sees_all = self.context, module.sees_all and not self._turned
         # Of a quantised layer the type is of integers, or of bytes.
         is_plain = original.weight.dtype in FLOATS
@@ -355,18 +356,18 @@ def routing_for(
     names its `task`, by which router oracle chooses and random routers start again, and the
     `examples`, which retrieval in the paper's form embeds. With the `encoder` that made their
     prompts, routers read the texts of those that are chats. Inside another one,
-    that one's prompts count again afterwards. Raises what `PromptRouter.choose` does.
+    that one's prompts count again afterwards. Raises what `PromptChooser.choose` does.
     """
     parts = composition_if_any(model)
     context = parts.context if parts else None
     for layer in parts.layers.values() if parts and task is not None else ():
         if isinstance(layer, RoutedLinear):
-            layer.router.restart()
+            layer.at_site.restart()
     if context is None:
         yield lambda _: None
         return
     asked = None
-    if parts and parts.prompt_router and examples and encoder:
+    if parts and parts.chooser and examples and encoder:
         asked = asked_of(parts, prompts, examples, encoder)
     found = context.routing_of(prompts, asked=asked, examples=examples, task=task)
 
@@ -453,8 +454,8 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
             f"The weights of the base {parts.base.id!r} have changed since it was loaded: trained "
             f"or resized? A routed model is saved without them; detach it and save the base."
         )
-    if parts.prompt_router:
-        parts.prompt_router.read_base(model)
+    if parts.chooser:
+        parts.chooser.read_base(model)
     folder.mkdir(parents=True, exist_ok=True)
     recorded = parts.router.recorded
     info = {
@@ -463,7 +464,7 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         "routing": {"router": recorded.router, "k": recorded.k, "kernel": recorded.kernel},
         "experts": shareable(parts.records),
         "weights_sha256": "",
-        "lookup": dict(parts.prompt_router.tables.info) if parts.prompt_router else {},
+        "lookup": dict(parts.chooser.tables.info) if parts.chooser else {},
     }
     config = {
         "model_type": MODEL_TYPE,
@@ -478,8 +479,8 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         elif isinstance(layer, RoutedLinear):
             # A model that was moved to another type has its scalings in that, too.
             stack = layer.stack.to(layer.experts.device, layer.stack.dtype)
-            sites[name] = SitePart(stack, layer.router.state())
-    tables = parts.prompt_router.tables if parts.prompt_router else Tables(parts.experts)
+            sites[name] = SitePart(stack, layer.at_site.state())
+    tables = parts.chooser.tables if parts.chooser else Tables(parts.experts)
     write_saved(folder, info, sites, tables)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", RoutingError)
     if parts.tokenizer is not None:
@@ -589,24 +590,24 @@ def open_model(
     return Base(model, parts.tokenizer, **asdict(parts.base))
 
 
-def open_prompt_router(
+def open_chooser(
     place: Pool | str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     routing: Routing | None = None,
     **settings: Unpack[RoutingSettings],
-) -> PromptRouter:
+) -> PromptChooser:
     """What chooses the experts of a pool for a prompt; no base is loaded.
 
-        chooser = open_prompt_router("experts/", router="retrieval")
+        chooser = open_chooser("experts/", router="retrieval")
         chooser.choose(["What is 12 + 7?"]).named(chooser.experts)
 
-    `routing` and `settings` are those of `compose`. Prompts are as a `PromptRouter` takes them:
+    `routing` and `settings` are those of `compose`. Prompts are as a `PromptChooser` takes them:
     text without a `tokenizer` for routers that go by embeddings alone; those that go by what the
     base makes of a prompt are handed `base` in `choose`. Raises ConfigError for a router that looks
     at no prompt, and what opening a pool raises.
     """
-    routing = _routing(routing, settings, "open_prompt_router")
+    routing = _routing(routing, settings, "open_chooser")
     pool = Pool.open(place)
     router = router_of(first_allowed(routing, pool, BY_PROMPT))
     if not isinstance(router, ByPrompt):
@@ -616,4 +617,4 @@ def open_prompt_router(
         )
     check_served(router)
     check_routing(router, pool)
-    return PromptRouter(router, router.tables(pool), tokenizer, trained_in_chats(pool.records()))
+    return PromptChooser(router, router.tables(pool), tokenizer, trained_in_chats(pool.records()))

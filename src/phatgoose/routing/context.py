@@ -1,7 +1,5 @@
 """The routing context of a model: which experts act on each row of the present batch, and where.
 
-First what is known of some prompts: their experts, and where those begin to act.
-
 All sites of a model share one if its router chooses for whole prompts, or if some of its experts
 act from a prompt's end on. Prompts are announced to it, by `compose.routing_for` or by the
 model's own `generate`, which chooses before the first pass. An unannounced pass without a cache is
@@ -13,15 +11,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
@@ -36,120 +32,12 @@ from ..passes import (
     token_positions,
 )
 from ..sites import ROUTED
-from ..tasks.task import ChatTexts
+from .choice import Choice, Chooser, PromptRouting
+from .conversation import ChatTexts
 from .recording import unwatched
 
 Result = TypeVar("Result")
 Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
-NOBODY = -1  # stands among experts for none: the base's own output
-ALONE = {"base": 1.0}  # is reported where no expert acts
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The experts of some prompts: `experts` [rows, k], the pool's indices, best first.
-
-    `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
-    Both are [rows, blocks, k] if each block of the model has a choice of its own.
-    """
-
-    experts: Tensor
-    weights: Tensor
-
-    @classmethod
-    def alone(cls, experts: Tensor) -> Choice:
-        """Each of `experts` [rows] alone, with the weight 1; NOBODY is the base."""
-        return cls(experts[:, None], torch.ones(len(experts), 1, device=experts.device))
-
-    @classmethod
-    def joined(cls, parts: Iterable[Choice]) -> Choice:
-        """The rows of all `parts`, at least one, in turn; where k differs, NOBODY fills rows up."""
-        choices = list(parts)
-        k = max(each.experts.shape[-1] for each in choices)
-        pairs = [(each, (0, k - each.experts.shape[-1])) for each in choices]
-        experts = [pad(each.experts, room, value=NOBODY) for each, room in pairs]
-        return cls(torch.cat(experts), torch.cat([pad(each.weights, room) for each, room in pairs]))
-
-    def named(self, names: Sequence[str]) -> list[dict[str, float]]:
-        """For each row its experts' weights by name, best first; `names` are the pool's.
-
-        A row of the base alone is empty.
-        """
-        whole = self.over_blocks()
-        rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
-        return [
-            {names[z]: weight for z, weight in zip(experts, weights, strict=True) if z >= 0}
-            for experts, weights in rows
-        ]
-
-    @property
-    def key(self) -> str:
-        """Equal for equal choices."""
-        return str((self.experts.tolist(), self.weights.tolist()))
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def at(self, block: int) -> Choice:
-        """The choice of one block; of a model with fewer, of the last."""
-        if self.experts.dim() == 2:
-            return self
-        block = min(block, self.experts.shape[1] - 1)
-        return Choice(self.experts[:, block], self.weights[:, block])
-
-    def left_to_base(self, mask: Tensor) -> Choice:
-        """The same, but nobody acts where the `mask` is True: [rows], or of the experts' shape."""
-        mask = mask.view(*mask.shape, *[1] * (self.experts.dim() - mask.dim()))
-        return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
-
-    def over_blocks(self) -> Choice:
-        """One choice [rows, most] for all blocks: the experts of any, by their mean weights."""
-        if self.experts.dim() == 2:
-            return self
-        blocks, last = self.experts.shape[1], max(0, int(self.experts.max()))
-        shares = self.weights.new_zeros(len(self), last + 1)
-        where = self.experts.flatten(1).clamp(min=0)  # NOBODY has no weight
-        shares.scatter_add_(1, where, self.weights.flatten(1) / blocks)
-        best = shares.sort(dim=1, descending=True, stable=True)
-        return Choice(best.indices.masked_fill(best.values == 0, NOBODY), best.values)
-
-    def repeated(self, rows: int) -> Choice:
-        """The single row, repeated `rows` times."""
-        return Choice(self.experts.repeat(rows, 1), self.weights.repeat(rows, 1))
-
-    def of(self, rows: Sequence[int]) -> Choice:
-        return Choice(self.experts[list(rows)], self.weights[list(rows)])
-
-
-@dataclass(frozen=True)
-class PromptRouting:
-    """What is known of some prompts: their experts, and their `lengths` [rows] in tokens.
-
-    `choice` is None for routers that choose for every token, `lengths` where all experts act on all
-    tokens.
-    """
-
-    choice: Choice | None = None
-    lengths: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: Iterable[PromptRouting]) -> PromptRouting:
-        every = list(parts)
-        choices = [part.choice for part in every if part.choice is not None]
-        lengths = [part.lengths for part in every if part.lengths is not None]
-        return cls(
-            Choice.joined(choices) if choices else None, torch.cat(lengths) if lengths else None
-        )
-
-    def of(self, rows: Sequence[int]) -> PromptRouting:
-        choice, lengths = self.choice, self.lengths
-        return PromptRouting(
-            choice and choice.of(rows), None if lengths is None else lengths[list(rows)]
-        )
-
-    def each(self, rows: int) -> list[PromptRouting]:
-        """One for each of its `rows`, which it can't count where nothing is known of them."""
-        return [self.of([row]) for row in range(rows)]
 
 
 class Acting(NamedTuple):
@@ -208,13 +96,14 @@ def uncompiled(hook: Callable[..., Result]) -> Callable[..., Result]:
 class RoutingContext:
     """Which experts act on each row of the present batch; every thread has a batch of its own.
 
-    `router` is a `routers.prompt.PromptRouter`, None where experts are chosen for every token.
+    `chooser` is None where experts are chosen for every token.
     `tails` are those of all experts; if some act on a tail, each pass has an `Activity`, by the
     tokens' positions.
     """
 
-    def __init__(self, router: Any, tails: Tails = ()) -> None:
-        self.router, self._some_always_act = router, None in tails
+    def __init__(self, chooser: Chooser | None, tails: Tails = ()) -> None:
+        self.chooser = chooser
+        self._some_always_act = None in tails
         self._longest = max((tail for tail in tails if tail), default=0)
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
@@ -254,10 +143,6 @@ class RoutingContext:
         finally:
             present.routing, present.announced = before
 
-    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> Choice:
-        choice: Choice = self.router.choose(prompts, self._model, **known)
-        return choice
-
     def routing_of(
         self,
         prompts: Sequence[Sequence[int]],
@@ -270,8 +155,9 @@ class RoutingContext:
         A `choice` that is given takes the place of the router's, which reads `asked` if that is
         given in place of `prompts`.
         """
-        if choice is None and self.router is not None:
-            choice = self.choose(prompts if asked is None else asked, **known)
+        if choice is None and self.chooser is not None:
+            read = prompts if asked is None else asked
+            choice = self.chooser.choose(read, self._model, **known)
         counts = self._longest and prompts
         return PromptRouting(choice, torch.tensor([*map(len, prompts)]) if counts else None)
 
@@ -304,7 +190,7 @@ class RoutingContext:
         is_known = self._present.depth or self._present.announced or not self._handles
         choice = self.choice if is_known else None
         if choice is None:
-            unserved = self.router.unserved if self.router else None
+            unserved = self.chooser.unserved if self.chooser else None
             raise RoutingError(
                 unserved
                 or "Nothing has told the router what its inputs are: a layer was called outside of "
@@ -331,7 +217,7 @@ class RoutingContext:
         self._model = model
         # Its own thread would put our errors into empty answers.
         model.init_continuous_batching = self._refuse_shared_rows
-        if self.router is not None and self.router.unserved and not self._longest:
+        if self.chooser is not None and self.chooser.unserved and not self._longest:
             return
         is_encoder_decoder = model.config.is_encoder_decoder
         for part in (model.get_encoder(), model) if is_encoder_decoder else callable_parts(model):
@@ -383,9 +269,9 @@ class RoutingContext:
 
     @property
     def _who(self) -> str:
-        if self.router is None:
+        if self.chooser is None:
             return "This model has experts that act from a prompt's end on"
-        return f"Router {self.router.name} reads whole prompts"
+        return f"Router {self.chooser.name} reads whole prompts"
 
     def _refuse_shared_rows(self, *_: Any, **__: Any) -> NoReturn:
         raise RoutingError(
@@ -411,7 +297,7 @@ class RoutingContext:
         if given.get("cu_seq_lens_q") is not None:
             self._refuse_shared_rows()
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        if ids is None and self.router:
+        if ids is None and self.chooser:
             raise RoutingError(f"{self._who}, which are tokens; pass input_ids.")
         if ids is None and embeds is not None:  # of which lengths are enough
             ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
@@ -497,7 +383,7 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     context: RoutingContext | None = parts.context
-    if context is None or (context.router is None and None in parts.tails):
+    if context is None or (context.chooser is None and None in parts.tails):
         raise RoutingError(
             "Prompts are read by the base alone, and this model's experts act on every token; hand "
             "over the base, or detach the experts."

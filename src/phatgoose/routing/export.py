@@ -100,7 +100,7 @@ def export(
         if found is None:
             raise RoutingError(
                 f"Router {parts.routing.name} chooses again for every "
-                f"{'input' if parts.prompt_router else 'token'}, which an adapter can't hold; "
+                f"{'input' if parts.chooser else 'token'}, which an adapter can't hold; "
                 f"route by merged, single or fixed weights (weights:NAME=SHARE,...)."
             )
         shares[site], updates[site] = found, fixed_update(layer, found, parts)
@@ -177,7 +177,7 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
     if isinstance(layer, FoldedLinear):
         weights = torch.full((len(layer.experts),), layer.weight_of_each)
     elif isinstance(layer, RoutedLinear):
-        weights = layer.router.constant()
+        weights = layer.at_site.constant()
     is_left_out = getattr(parts.router, "falls_back", False)  # where the base answers alone
     if weights is None and len(parts.experts) == 1 and not is_left_out:
         weights = torch.ones(1)

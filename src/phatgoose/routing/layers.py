@@ -39,7 +39,7 @@ from ..sites import Site
 from .context import Acting, RoutingContext, Tails, uncompiled
 from .kernels import choose_kernel, one_call
 from .recording import watches_over
-from .routers.router import RoutingDecision, SiteRouter
+from .routers.router import RouterAtSite, RoutingDecision
 
 Member = tuple[type[Part], Mapping[str, Tensor | None]]  # an expert's part, its tensors by field
 
@@ -275,7 +275,7 @@ class RoutedLinear(RoutedLayer):
     the names that `SiteStack.tensors` gives them.
     """
 
-    router: Any  # a SiteRouter
+    at_site: RouterAtSite
     A: Tensor
     B: Tensor
 
@@ -284,13 +284,14 @@ class RoutedLinear(RoutedLayer):
         base: nn.Module,
         site: Site,
         stack: SiteStack,
-        router: SiteRouter,
+        at_site: RouterAtSite,
         tails: Tails = (),
     ) -> None:
         """`tails` are how many of a prompt's last tokens each expert acts on; none: all tokens."""
         super().__init__(base, site, stack.experts)
-        self.router, self.kernel = router, router.router.kernel
-        self.context: RoutingContext | None = router.context
+        self.at_site = at_site
+        self.kernel = at_site.router.kernel
+        self.context: RoutingContext | None = at_site.context
         self.tails = tails if any(tails) else ()
         self.part_types = {n: (type(part), part.names()) for n, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():
@@ -302,7 +303,7 @@ class RoutedLinear(RoutedLayer):
                 place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
         fused = self.kernel in ("auto", "native", "triton")
-        self.one_call = self.is_plain and fused and bool(router.router.fused)
+        self.one_call = self.is_plain and fused and bool(at_site.router.fused)
 
     @property
     def stack(self) -> SiteStack:
@@ -328,18 +329,19 @@ class RoutedLinear(RoutedLayer):
         """
         acting = acting or (self._acting(u.device) if self.tails else Acting())
         tokens, places = u.reshape(-1, u.shape[-1]), acting.places
-        if places is not None and self.router.router.by_token:
+        if places is not None and self.at_site.router.by_token:
             # Not one token more: gates of many experts cost as much as the rest of the layer.
-            few: RoutingDecision = self.router(tokens[places], acting.mask_there)
+            few: RoutingDecision = self.at_site(tokens[places], acting.mask_there)
             return few
-        decision: RoutingDecision = self.router(tokens, acting.mask)
+        decision: RoutingDecision = self.at_site(tokens, acting.mask)
         if places is not None:
             return RoutingDecision(decision.experts[places], decision.weights[places])
         if watches := watches_over(self, self.site):
-            chosen, router = self.experts[decision.experts], self.router
+            chosen = self.experts[decision.experts]
+            at_site = self.at_site
             for watch in watches:
                 watch.tell(
-                    self.site, u, chosen, decision.weights, lambda: router.distribution(tokens)
+                    self.site, u, chosen, decision.weights, lambda: at_site.distribution(tokens)
                 )
         return decision
 
@@ -370,15 +372,16 @@ class RoutedLinear(RoutedLayer):
         return add(0, places, delta.to(y.dtype)).view(y.shape)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
-        router, k = self.router, self.router.k
-        stacked = router.vectors, self.A, self.B
+        at_site = self.at_site
+        k = at_site.k
+        stacked = at_site.vectors, self.A, self.B
         if not y.is_contiguous():
             return False
         add_routed = one_call(self.kernel, y, u, stacked, k)
         # One call leaves no decision to show, so a watched layer goes the longer way.
         if add_routed is None or watches_over(self, self.site):
             return False
-        add_routed(y, u, stacked, k, router.eps)
+        add_routed(y, u, stacked, k, at_site.eps)
         return True
 
     def _all_parts(self, u: Tensor, acting: Acting) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +19,6 @@ VALIDATION_MOST = 500
 SYSTEM = ("system", "developer")  # roles
 SYSTEM_CHARACTERS = 1000  # more is no task's instruction, and would cost as much as the chat
 MOST_MESSAGES = 8
-BLANK_LINE = re.compile(r"\n\s*\n")
 T = TypeVar("T")
 
 
@@ -47,35 +44,6 @@ class Chat(str):
         return Chat([*before, (role, content + suffix)])
 
 
-# A text and, if it has several paragraphs, two of them: as tokens, or as text to be embedded.
-Views = tuple[Sequence[int] | str, ...]
-
-
-@dataclass(frozen=True)
-class ChatTexts:
-    """What routers by prompt read of a chat: the system prompt, and the user's messages.
-
-    Each is read by itself, since instructions, tools and earlier turns would outweigh the question,
-    and so are its first and its last paragraph, since a pasted passage would. `messages` are the
-    last MOST_MESSAGES, the question last; `system` is empty where there is none.
-    """
-
-    system: Views
-    messages: tuple[Views, ...]
-
-    @classmethod
-    def of(
-        cls, turns: Iterable[tuple[str, str]], read: Callable[[list[str]], Iterable[Sequence[int]]]
-    ) -> ChatTexts:
-        """Of the turns (role, content); `read` makes tokens of texts."""
-        system, messages = said_in(turns)
-        # Spaces at an end are not read anywhere: in a prompt they would belong to the answer.
-        views = [[v.rstrip(" ") for v in (text, *_ends_of(text))] for text in (system, *messages)]
-        tokens = map(tuple, read([text for each in views for text in each]))
-        of_each = [tuple(itertools.islice(tokens, len(each))) for each in views]
-        return cls(of_each[0] if system else (), tuple(of_each[1:]))
-
-
 def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
     """(the first SYSTEM_CHARACTERS of the system prompt, the user's last messages) of a chat.
 
@@ -85,11 +53,6 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
     system = "\n\n".join(text for role, text in said if role in SYSTEM)
     messages = [text for role, text in said if role == "user"] or [said[-1][1]]
     return system[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:]
-
-
-def _ends_of(text: str) -> list[str]:
-    paragraphs = BLANK_LINE.split(text.strip())
-    return [paragraphs[0], paragraphs[-1]] if len(paragraphs) > 1 else []
 
 
 @dataclass(frozen=True)

@@ -19,30 +19,22 @@ from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import (
     compose,
     detach,
     load,
-    open_prompt_router,
+    open_chooser,
     routing_for,
     save,
 )
-from phatgoose.routing.context import Choice
+from phatgoose.routing.conversation import ChatTexts, ScoredText, answer_to, base_texts
 from phatgoose.routing.routers.discriminant import Discriminant, line_of
-from phatgoose.routing.routers.prompt import (
-    ByPrompt,
-    Fallback,
-    PromptRouter,
-    ScoredText,
-    Tables,
-    answer_to,
-    base_texts,
-)
+from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, write_saved
 from phatgoose.tasks.batching import read_prompts
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
-from phatgoose.tasks.task import ChatTexts
 from routed_models import TOPICS, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model, random
 from topic_prompts import (
@@ -104,7 +96,7 @@ def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, monkeypatch
     prompts, wanted = tokens_of(model, PROMPTS), experts_of(model, PROMPTS)
     detach(model)
     monkeypatch.delattr(PreTrainedModel, "from_pretrained")  # no weights are loaded
-    chooser = open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, k=2)
+    chooser = open_chooser(with_embeddings(pool), base.tokenizer, router=router, k=2)
     assert chooser.experts == pool.names
     for asked in (prompts, PROMPTS):
         read = () if router in BY_TEXT else (base.model,)
@@ -114,7 +106,7 @@ def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, monkeypatch
 def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
     pool = with_embeddings(llama_pool)
     chooser, other = (
-        open_prompt_router(pool, each, router="centroid") for each in (None, llama.tokenizer)
+        open_chooser(pool, each, router="centroid") for each in (None, llama.tokenizer)
     )
     assert_same(chooser.choose(PROMPTS), other.choose(PROMPTS))
 
@@ -127,7 +119,7 @@ def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
     ],
 )
 def test_what_can_not_be_read_is_told(llama, llama_pool, router, prompts):
-    chooser = open_prompt_router(with_embeddings(llama_pool), llama.tokenizer, router=router)
+    chooser = open_chooser(with_embeddings(llama_pool), llama.tokenizer, router=router)
     with pytest.raises(RoutingError, match=r"an empty prompt, or for none|there is no prompt"):
         chooser.choose(prompts, llama.model)
 
@@ -142,16 +134,16 @@ def test_readings_of_another_size_than_the_bases_are_refused_at_once(llama, llam
 
 
 def test_auto_is_one_that_reads_prompts(llama, llama_pool):
-    assert open_prompt_router(llama_pool, llama.tokenizer).name == "discriminant"
+    assert open_chooser(llama_pool, llama.tokenizer).name == "discriminant"
     bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
     with pytest.raises(PoolError, match="phatgoose stats"):
-        open_prompt_router(bare, llama.tokenizer)
+        open_chooser(bare, llama.tokenizer)
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "merged", "oracle", "retrieval:form=paper"])
 def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
     with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
-        open_prompt_router(llama_pool, router=router)
+        open_chooser(llama_pool, router=router)
 
 
 # Embeddings
@@ -194,13 +186,13 @@ def test_an_expert_adds_nothing_where_it_has_no_module(llama, uneven, router):
 
 def retriever_of(
     rows: torch.Tensor, owners: torch.Tensor, form: str | None = "prompt"
-) -> PromptRouter:
+) -> PromptChooser:
     info = {"embedder": DEFAULT_EMBEDDER, "embedding_form": form}
     tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners}, info)
-    return PromptRouter(Retrieval(), tables)
+    return PromptChooser(Retrieval(), tables)
 
 
-def best_for(vectors: torch.Tensor, reader: PromptRouter) -> torch.Tensor:
+def best_for(vectors: torch.Tensor, reader: PromptChooser) -> torch.Tensor:
     return reader.router.prompt_scores(vectors, reader.ready).argmax(dim=1)
 
 
@@ -408,8 +400,8 @@ class Written(ByPrompt):
         return features
 
 
-def written_chooser() -> PromptRouter:
-    return PromptRouter(Written(), Tables(("a", "b"), base={"read": torch.zeros(1)}))
+def written_chooser() -> PromptChooser:
+    return PromptChooser(Written(), Tables(("a", "b"), base={"read": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -512,7 +504,7 @@ def test_experts_of_few_prompts_may_be_further_behind_the_base():
 
 
 def test_a_text_is_read_once(llama, llama_pool):
-    chooser, passes = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant"), []
+    chooser, passes = open_chooser(llama_pool, llama.tokenizer, router="discriminant"), []
     hook = llama.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
     texts = [tuple(llama.tokenizer(text)["input_ids"]) for text in PROMPTS[:3]]
     chats = [ChatTexts((), ((texts[0],), (each,))) for each in texts]
@@ -523,7 +515,7 @@ def test_a_text_is_read_once(llama, llama_pool):
     assert_same(chooser.choose(chats, llama.model, client="b"), before)
     assert read < len(passes)  # else the time would tell one client what others have asked
     read = len(passes)
-    again = open_prompt_router(llama_pool, llama.tokenizer, router="discriminant:per_block=1")
+    again = open_chooser(llama_pool, llama.tokenizer, router="discriminant:per_block=1")
     again.read_base(llama.model)  # whose classes have been read
     hook.remove()
     assert len(passes) == read
@@ -532,7 +524,7 @@ def test_a_text_is_read_once(llama, llama_pool):
 
 def test_another_base_reads_for_itself(llama, llama_pool):
     chooser, fresh = (
-        open_prompt_router(llama_pool, router="discriminant:fallback=off", k=2) for _ in range(2)
+        open_chooser(llama_pool, router="discriminant:fallback=off", k=2) for _ in range(2)
     )
     prompts, other = (
         [llama.tokenizer(text)["input_ids"] for text in PROMPTS],
@@ -548,7 +540,7 @@ def test_the_base_s_texts_are_read_again_in_another_template(llama, llama_pool):
     means = []
     for template in ("{{ messages[0].content }}", "{{ messages[0].content }} zigzag jazz;"):
         llama.tokenizer.chat_template = template
-        chooser = open_prompt_router(pool, llama.tokenizer, router="discriminant")
+        chooser = open_chooser(pool, llama.tokenizer, router="discriminant")
         chooser.read_base(llama.model)
         means.append(chooser.tables.base["mean"])
     assert not torch.equal(*means)
@@ -563,6 +555,6 @@ def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama, llama_pool
         replace(e, readings=readings_of(s))
         for e, s in zip(llama_pool.experts, states, strict=False)
     ]
-    chooser = open_prompt_router(Pool(tuple(ones)), llama.tokenizer, router="discriminant")
+    chooser = open_chooser(Pool(tuple(ones)), llama.tokenizer, router="discriminant")
     chosen = chooser.choose(list(TOPICS[: len(ones)]), llama.model).named(chooser.experts)
     assert chosen == [{name: 1.0} for name in chooser.experts]

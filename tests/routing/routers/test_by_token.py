@@ -21,7 +21,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.routers.arrow import arrow_vector
 from phatgoose.routing.routers.phatgoose import standardise
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 from phatgoose.routing.routers.spectr import Spectr, right_singular_vectors
 from routed_models import by_vectors, router_at
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, random
@@ -69,7 +69,7 @@ def test_an_untrained_gate_scores_zero(llama, llama_pool, router, value):
     flat = replace(second, gates=constant, means=constant)
     model = compose(Pool((first, flat, *others)), llama, k=4, router=router)
     for layer in composition_of(model).layers.values():
-        scores = layer.router.router.scores(random(6, layer.in_features), layer.router)
+        scores = layer.at_site.router.scores(random(6, layer.in_features), layer.at_site)
         assert not scores[:, 1].any()
         assert scores[:, 0].all()
     assert logits_of(model, make_ids()).isfinite().all()
@@ -187,8 +187,8 @@ def test_the_best_of_a_shortlist_are_those_of_lag():
     directions = torch.linalg.qr(random(6, 9, 3))[0].transpose(1, 2)  # [6, 3, 9]
     u, table = random(40, 9, seed=1), {"directions": directions}
 
-    def router(k: int, **settings: int) -> SiteRouter:
-        return SiteRouter(Spectr(k=k, **settings), "s", torch.arange(6), 6, table)
+    def router(k: int, **settings: int) -> RouterAtSite:
+        return RouterAtSite(Spectr(k=k, **settings), "s", torch.arange(6), "abcdef", table)
 
     decision = router(1, shortlist=2)(u)
     for t in range(40):

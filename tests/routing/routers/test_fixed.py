@@ -22,14 +22,14 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import FoldedLinear, folded_weight
 from phatgoose.routing.routers.fixed import Random, best_expert, best_expert_by_task, read_scores
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RouterAtSite
 from routed_models import SCORES, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 from topic_prompts import CHOOSING, OPEN, both_streams, by_single, retrieving, scores_of
 
 
-def random_router(seed: int = 0) -> SiteRouter:
-    return SiteRouter(Random(seed=seed), "site", torch.arange(4), 4, {})
+def random_router(seed: int = 0) -> RouterAtSite:
+    return RouterAtSite(Random(seed=seed), "site", torch.arange(4), "abcd", {})
 
 
 def test_every_set_of_experts_is_as_likely():
@@ -55,7 +55,7 @@ def test_what_is_drawn_depends_on_the_seed_and_goes_on_until_it_starts_anew():
 def test_each_site_draws_for_itself_and_no_task_depends_on_those_before_it(llama, llama_pool):
     model = compose(llama_pool, llama, router="random:seed=1")
     layers = composition_of(model).layers.values()
-    drawn = [layer.router(torch.zeros(40, 8)).experts.tolist() for layer in layers]
+    drawn = [layer.at_site(torch.zeros(40, 8)).experts.tolist() for layer in layers]
     assert all(drawn.count(each) == 1 for each in drawn)
     behind, alone = (
         evaluate(model, tasks, max_new_tokens=5).scores[-1] for tasks in ([CHOOSING, OPEN], [OPEN])

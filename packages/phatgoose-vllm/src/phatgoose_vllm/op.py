@@ -29,7 +29,7 @@ class SiteUpdate:
     """What is added to the outputs from `first` on, `width` of them.
 
     Its tensors are those of `names`, the router's own, then A and B. `numbers` are what else a
-    `SiteRouter` has: k, E, eps and pool_size.
+    `RouterAtSite` has: k, E, eps and pool_size.
     """
 
     router: Router
@@ -42,15 +42,15 @@ class SiteUpdate:
         """Add to y [T, width], contiguous, in place, what the experts of u [T, n'] come to."""
         *state, A, B = tensors
         tensors_here = dict(zip(self.names, state, strict=True))
-        table: Any = SimpleNamespace(**self.numbers, **tensors_here)
+        at_site: Any = SimpleNamespace(**self.numbers, **tensors_here)
         u = u.to(A.dtype)
         if over is None and self.router.fused:
-            stacked, k = (table.vectors, A, B), table.k
+            stacked, k = (at_site.vectors, A, B), at_site.k
             add_routed = one_call(self.router.kernel, y, u, stacked, k)
             if add_routed is not None:
-                add_routed(y, u, stacked, k, table.eps)
+                add_routed(y, u, stacked, k, at_site.eps)
                 return
-        decision = self.router.decision(u, table) if over is None else over.decision(u, table)
+        decision = self.router.decision(u, at_site) if over is None else over.decision(u, at_site)
         kernel = choose_kernel(self.router.kernel, u, decision.experts, A, B)
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
@@ -65,18 +65,18 @@ class Split:
     inputs: int
     reduce: Reduce
 
-    def decision(self, u: Tensor, table: Any) -> RoutingDecision:
+    def decision(self, u: Tensor, at_site: Any) -> RoutingDecision:
         """What router phatgoose decides by all inputs, of which u [T, n'] is the share here.
 
         Summed are v̄ᵀu, Σ u and Σ u², in float64, in which a mean may be far above deviations.
         """
         exact = u.double()
         moments = (exact.sum(-1, keepdim=True), exact.square().sum(-1, keepdim=True))
-        sums = self.reduce(torch.cat([products(u, table.vectors).double(), *moments], dim=-1))
+        sums = self.reduce(torch.cat([products(u, at_site.vectors).double(), *moments], dim=-1))
         product, first, second = torch.split(sums, [sums.shape[-1] - 2, 1, 1], dim=-1)
         variance = (second / self.inputs - (first / self.inputs).square()).clamp(min=0)
-        scores = (product / ((variance + table.eps) * self.inputs).sqrt()).float()
-        experts = highest(scores, table.k)
+        scores = (product / ((variance + at_site.eps) * self.inputs).sqrt()).float()
+        experts = highest(scores, at_site.k)
         return RoutingDecision(experts, scores.gather(-1, experts).softmax(dim=-1))
 
 

@@ -24,7 +24,7 @@ from phatgoose.routing.compose import is_routed
 from phatgoose.routing.layers import SiteStack, check_numbers, folded_weight
 from phatgoose.routing.routers.fixed import Random
 from phatgoose.routing.routers.prompt import ByPrompt
-from phatgoose.routing.routers.router import STANDARDISED, Router, SiteRouter
+from phatgoose.routing.routers.router import STANDARDISED, Router, RouterAtSite
 from phatgoose.routing.saved import SavedModel, read_saved
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment: a routed folder
@@ -194,8 +194,8 @@ class Served:
         if sizes != (share.inputs, part.outputs):
             raise RoutingError(f"{part.site}: the experts map {sizes[0]} to {sizes[1]} features.")
         check_numbers(stack, part.site, self.names)
-        table = SiteRouter(self.router, part.site, stack.experts, len(self.names), state)
-        tensors = {**table.to(dtype).state(), "members": table.members}
+        at_site = RouterAtSite(self.router, part.site, stack.experts, self.names, state)
+        tensors = {**at_site.to(dtype).state(), "members": at_site.members}
         if share.splits_inputs:
             if self.router.fused != STANDARDISED:
                 raise ConfigError(
@@ -205,7 +205,7 @@ class Served:
                 )
             tensors["vectors"] = tensors["vectors"][..., share.columns].contiguous()
         A, B = lora.A[..., share.columns], part.of(lora.B)
-        numbers = {name: getattr(table, name) for name in ("k", "E", "eps", "pool_size")}
+        numbers = {name: getattr(at_site, name) for name in ("k", "E", "eps", "pool_size")}
         return Experts(numbers, tensors, A.contiguous(), B.contiguous())
 
     @_as_usual()

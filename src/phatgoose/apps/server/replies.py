@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ...base import UNFINISHED
-from ...routing.context import ALONE
+from ...routing.choice import ALONE
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline
 from .requests import Asked
 

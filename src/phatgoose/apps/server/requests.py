@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
 from ...files import shortened
-from ...tasks.task import ChatTexts, said_in
+from ...routing.conversation import ChatTexts
+from ...tasks.task import said_in
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from . import protocol
 from .protocol import SEEDS, AnyRequest, ApiError, ChatRequest, Deadline, bad_request, for_clients

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .phatgoose import Temperature
-from .router import ABSOLUTE, Router, SiteRouter, products
+from .router import ABSOLUTE, Router, RouterAtSite, products
 
 POWER_STEPS = 15
 SMALLEST = 1e-8
@@ -43,8 +43,8 @@ class Arrow(Router):
         vectors = torch.stack([arrow_vector(lora, self.form) for lora in factors])
         return {"vectors": vectors if self.temperature == 1 else vectors / self.temperature}
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return products(u, table.vectors).abs()
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return products(u, at_site.vectors).abs()
 
 
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ from ...files import is_finite
 from ...sites import blocks_of
 from ...tasks.batching import PromptReading
 from .phatgoose import Temperature
-from .prompt import OF_BASE, Base, Fallback, PromptRouter, ReadsBase, Tables, Text
+from .prompt import OF_BASE, Base, Fallback, PromptChooser, ReadsBase, Tables, Text
 from .router import Scores
 
 COUNTS = "readings.prompts"  # among tables, of how many prompts statistics are
@@ -123,7 +123,7 @@ class Discriminant(ReadsBase):
         return super().allowances(tables) * (1 + few)
 
     def base_tables(
-        self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
+        self, chooser: PromptChooser, classes: Sequence[Sequence[Text]], base: Base
     ) -> Mapping[str, Tensor]:
         rank = chooser.tables.tensors[f"readings.{READ}.factor"].shape[2]
         every = [moments_of(self.features(chooser, texts, base), rank) for texts in classes]

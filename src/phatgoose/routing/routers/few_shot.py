@@ -24,9 +24,9 @@ from ...experts.pool import Pool
 from ...tasks.encoding import Encoder
 from ...tasks.loading import load_task
 from .discriminant import Discriminant
-from .prompt import ByPrompt, PromptRouter
+from .prompt import ByPrompt, PromptChooser
 from .retrieval import Centroid, Retrieval
-from .router import Router, RoutingDecision, SiteRouter, highest
+from .router import Router, RouterAtSite, RoutingDecision, highest
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHARE = "share"  # the name of weights in files
@@ -88,7 +88,7 @@ class FewShot(Router):
         # In the template as prompts are to come: where all experts were trained in it.
         form = replace(form or Formatting(), chat=trained_in_chats(records))
         encoder = Encoder.for_model(model, tokenizer, form)
-        chooser = PromptRouter(by, by.tables(pool), tokenizer, form.chat)
+        chooser = PromptChooser(by, by.tables(pool), tokenizer, form.chat)
         scores = chooser.score([encoder.prompt(each) for each in self.inputs], model)
         chosen = pool.names[int(highest(scores.mean(dim=0, keepdim=True), 1))]
         logger.info("few-shot: %s, by %d examples", chosen, len(self.inputs))
@@ -98,12 +98,12 @@ class FewShot(Router):
         acting = [expert.name for expert in pool.experts if site in expert.modules]
         return {SHARE: torch.tensor([float(name == self.chosen) for name in acting])}
 
-    def constant(self, table: SiteRouter) -> Tensor:
-        return table.get_buffer(SHARE).float().clamp(0, 1)  # a stranger's file may hold anything
+    def constant(self, at_site: RouterAtSite) -> Tensor:
+        return at_site.get_buffer(SHARE).float().clamp(0, 1)  # a stranger's file may hold anything
 
     def decision(
-        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+        self, u: Tensor, at_site: RouterAtSite, active: Tensor | None = None
     ) -> RoutingDecision:
-        weight, expert = self.constant(table).max(dim=0, keepdim=True)
+        weight, expert = self.constant(at_site).max(dim=0, keepdim=True)
         experts, weights = expert.expand(len(u), 1), weight.expand(len(u), 1)
         return RoutingDecision(experts, weights if active is None else weights * active[:, expert])

@@ -16,10 +16,10 @@ from ...config import SEED, closest
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files import one_line, read_json
-from ..context import NOBODY, Choice
-from .prompt import Asked, Base, ByPrompt, Known, PromptRouter, Tables
+from ..choice import NOBODY, Choice
+from .prompt import Asked, Base, ByPrompt, Known, PromptChooser, Tables
 from .registry import WEIGHTS, read_mixture, written_mixture
-from .router import Router, Scores, SiteRouter
+from .router import Router, RouterAtSite, Scores
 
 NO_SCORES = " Wanted the comparison.json of a 'phatgoose compare' that ran every single expert."
 
@@ -36,15 +36,15 @@ class Random(Router):
 
     seed: Annotated[int, "Seed of the draws.", SEED] = 0
 
-    def restart(self, table: SiteRouter) -> None:
-        seed = self.seed + zlib.crc32(table.place.encode())
-        table.generator = torch.Generator().manual_seed(seed)
+    def restart(self, at_site: RouterAtSite) -> None:
+        seed = self.seed + zlib.crc32(at_site.place.encode())
+        at_site.generator = torch.Generator().manual_seed(seed)
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return torch.rand(len(u), table.E, generator=table.generator).to(u.device)
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return torch.rand(len(u), at_site.E, generator=at_site.generator).to(u.device)
 
-    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return torch.full((len(u), table.E), 1 / table.E, device=u.device)
+    def distribution(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return torch.full((len(u), at_site.E), 1 / at_site.E, device=u.device)
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Merged(Router):
 
     name, label, folds = "merged", "Merged Experts", True
 
-    def constant(self, table: SiteRouter) -> Tensor:
-        return torch.full((table.E,), 1 / table.pool_size, device=table.members.device)
+    def constant(self, at_site: RouterAtSite) -> Tensor:
+        return torch.full((at_site.E,), 1 / at_site.pool_size, device=at_site.members.device)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Oracle(ByPrompt):
     def ready(self, tables: Tables) -> dict[str, int]:
         return dict(tables.info.get("experts_by_task", {}))
 
-    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
@@ -197,12 +197,11 @@ class Weights(ByPrompt):
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         return pool.select(self.weights) if self.weights else pool
 
-    def constant(self, table: SiteRouter) -> Tensor | None:
-        names = table.context.router.experts
-        weights = [self.weights.get(names[z], 0.0) for z in table.members.tolist()]
+    def constant(self, at_site: RouterAtSite) -> Tensor | None:
+        weights = [self.weights.get(at_site.names[z], 0.0) for z in at_site.members.tolist()]
         return torch.tensor(weights) if self.weights else None
 
-    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
         if not self.weights:
             raise RoutingError(
                 "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "

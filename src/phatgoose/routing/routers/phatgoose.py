@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from ...config import POSITIVE
 from ...experts.pool import Pool
-from .router import STANDARDISED, Router, SiteRouter, products
+from .router import STANDARDISED, Router, RouterAtSite, products
 
 # A vector that differs from a constant by less than this share of its largest entry (or whose
 # largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
@@ -69,8 +69,8 @@ class Phatgoose(Router):
         vectors = standardise(pool.vectors(self.needs[0], site).float())
         return {"vectors": vectors if self.temperature == 1 else vectors / self.temperature}
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        return affinities(u, table.vectors, self.eps)
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        return affinities(u, at_site.vectors, self.eps)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,20 @@
 """Routers that choose for a whole prompt: features of it, scores of them, experts and weights.
 
-A `PromptRouter` needs no composed model (`compose.open_prompt_router` makes one of a pool). In a
+A `PromptChooser` needs no composed model (`compose.open_chooser` makes one of a pool). In a
 routed model the sites follow it through a `RoutingContext`.
 
 What fits no expert is left to the base. So a router that falls back scores, beside the experts,
-three classes of texts that no expert is for: general requests, neutral passages, and follow-ups
-("shorter, please"), which go on with whatever answered before. They are in base_texts.toml; what a
-router makes of them is read once and saved with a model. Not in the paper.
+the base's classes of texts (`conversation.base_texts`). What a router makes of these is read once
+and saved with a model. Not in the paper.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -32,16 +29,14 @@ from ...experts.pool import Pool
 from ...tasks.batching import PromptReading, read_prompts
 from ...tasks.embeddings import prompt_texts
 from ...tasks.encoding import Encoder
-from ...tasks.task import ChatTexts
-from ..context import Choice, RoutingContext, base_alone
-from .router import Router, RoutingDecision, Scores, SiteRouter, highest
+from ..choice import Choice
+from ..context import base_alone
+from ..conversation import ChatTexts, ScoredText, answer_to, base_texts
+from .router import Router, RouterAtSite, RoutingDecision, Scores, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 OF_BASE = "base."  # before the names of tables of the base's classes
 OFF = "off"
-# Chosen on one of two sets of chats, written by two hands (docs/routers.md).
-KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
-FOLLOWS = 0.6  # by how much others may be ahead of follow-ups
 REMEMBERED = 1 << 24  # numbers at most: scores of texts
 AROUND = 256  # numbers' worth of memory around those of one text
 # Of each base that lives, by its embeddings (else a tokenizer): what routers make of its classes.
@@ -105,13 +100,6 @@ class Tables:
         return Tables(names, tensors, self.info, self.base)
 
 
-@cache
-def base_texts() -> tuple[Sequence[str], ...]:
-    """The texts of each of the base's classes."""
-    content = (files(__package__) / "base_texts.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(content).values())
-
-
 Fallback: TypeAlias = Annotated[
     Literal["off"] | Annotated[float, RATIO],
     "By how much the base may score more than the best expert before it answers alone; off: an "
@@ -160,7 +148,7 @@ class ByPrompt(Router):
         """Raise RoutingError for `tables` that can't be of `base`; by default they always can."""
 
     def base_tables(
-        self, chooser: PromptRouter, classes: Sequence[Sequence[Text]], base: Base
+        self, chooser: PromptChooser, classes: Sequence[Sequence[Text]], base: Base
     ) -> Mapping[str, Tensor]:
         """What there is to know of the base's classes, by these texts of each.
 
@@ -172,7 +160,7 @@ class ByPrompt(Router):
         """By how much the base may score more than each expert before it answers, [E]."""
         return torch.full((len(tables.names),), float(getattr(self, "fallback", 0)))
 
-    def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Any:
+    def features(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Any:
         """What scores go by: a tensor [prompts, ..], or a pair of them."""
         raise NotImplementedError
 
@@ -183,14 +171,14 @@ class ByPrompt(Router):
         """
         raise NotImplementedError
 
-    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
+    def score(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Tensor:
         return self.prompt_scores(self.features(chooser, prompts, base), chooser.ready)
 
     def choice(self, scores: Tensor) -> Choice:
         """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
         return best_of(scores, self.prompt_k, getattr(self, "temperature", 1.0))
 
-    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
         scores = torch.stack(chooser.answers(prompts, base, known))[..., : len(chooser.experts)]
         return self.choice(scores).left_to_base(scores.isneginf().flatten(1).all(dim=1))
@@ -198,80 +186,35 @@ class ByPrompt(Router):
     # At a site: the experts that the context has for each row, as it weighs them.
 
     def decision(
-        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+        self, u: Tensor, at_site: RouterAtSite, active: Tensor | None = None
     ) -> RoutingDecision:
-        choice = choice_at(u, table)
-        experts = table.position[choice.experts]
+        choice = choice_at(u, at_site)
+        experts = at_site.position[choice.experts]
         # Absent here, or NOBODY (the base): row 0 with weight 0.
         weights, experts = choice.weights * (experts >= 0), experts.clamp(min=0)
         if active is not None:
             weights = weights * active.gather(1, experts)
         return RoutingDecision(experts, weights)
 
-    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
-        decision = self.decision(u, table)
-        return dense_weights(decision.experts, decision.weights, table.E)
+    def distribution(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        decision = self.decision(u, at_site)
+        return dense_weights(decision.experts, decision.weights, at_site.E)
 
 
-def choice_at(u: Tensor, table: SiteRouter) -> Choice:
+def choice_at(u: Tensor, at_site: RouterAtSite) -> Choice:
     """The experts that were chosen for the prompt of each token of u [T, n]."""
-    return RoutingContext.of_each(table.context, u, table.sees_all, table.block)
+    context = at_site.context
+    if context is None:
+        raise RoutingError(
+            "This layer is in no routed model, so nothing was chosen for its inputs."
+        )
+    return context.of_each(u, at_site.sees_all, at_site.block)
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
     """The k best of `scores` [.., E], by the softmax of these over the `temperature`."""
     experts = highest(scores, min(k, scores.shape[-1]))
     return Choice(experts, (scores.gather(-1, experts).float() / temperature).softmax(dim=-1))
-
-
-class ScoredText:
-    """What a text is most like, by scores of its views: the whole, its first and last paragraph.
-
-    `scores` are those of the view whose best expert is furthest ahead of the base's general and
-    neutral texts, and `lead` is by how much. Where a router knows no such texts, it is the view
-    with the highest score. `follows` says whether the text as a whole is a follow-up.
-    """
-
-    def __init__(self, views: Tensor, allowances: Tensor) -> None:
-        """Of `views` [V, .., E + 3], or [V, .., E] without the base's classes.
-
-        `allowances` [E] say by how much the base may score more than each expert.
-        """
-        by_view, experts = views if views.dim() == 2 else views.mean(dim=1), len(allowances)
-        best, rest = by_view[:, :experts].max(dim=1), by_view[:, experts:]
-        base = rest[:, :-1].amax(dim=1) if rest.numel() else torch.zeros(len(views))
-        view = int((best.values - base).argmax())
-        self.scores, self._leads = views[view], by_view[view] - base[view]
-        self.expert, self._allowances = int(best.indices[view]), allowances
-        self.lead = float(self._leads[self.expert])
-        self.follows = bool(rest.numel() and rest[0, -1] > by_view[0, :-1].max() - FOLLOWS)
-
-    def fits(self, expert: int, least: float = 0.0) -> bool:
-        """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
-        return bool(self._leads[expert] > -max(least, float(self._allowances[expert])))
-
-    @property
-    def decides(self) -> bool:
-        """Whether what was said before doesn't matter."""
-        return self.fits(self.expert) and not self.follows
-
-
-def answer_to(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
-    """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
-
-    A follow-up is answered as what it follows. The system prompt comes first: it chooses if an
-    expert is ahead of the base there. Of other messages it is enough that one fits, and of the
-    expert that answered before that the base isn't ahead by more than KEPT.
-    """
-    answer = next((text for text in system if text.lead > 0), None)
-    for text in messages:
-        if answer and text.follows:
-            continue
-        if text.fits(text.expert):
-            answer = text
-        elif answer and not text.fits(answer.expert, KEPT):
-            answer = None
-    return answer
 
 
 @dataclass(frozen=True)
@@ -289,7 +232,7 @@ class ReadsBase(ByPrompt):
         raise NotImplementedError
 
     def features(
-        self, chooser: PromptRouter, prompts: Prompts, base: Base, then: Then = None
+        self, chooser: PromptChooser, prompts: Prompts, base: Base, then: Then = None
     ) -> Tensor:
         """What the base makes of `prompts`, and `then` of that, batch by batch."""
         tokens = chooser.tokens(prompts)
@@ -298,13 +241,13 @@ class ReadsBase(ByPrompt):
         with base_alone(base):
             return read_prompts(base, tokens, self.reading(base, chooser.tables), then=then)
 
-    def score(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
+    def score(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Tensor:
         # Batch by batch: the features of a whole dataset can be gigabytes.
         then = partial(self.prompt_scores, ready=chooser.ready)
         return self.features(chooser, prompts, base, then)
 
 
-class PromptRouter:
+class PromptChooser:
     """Chooses experts for prompts by a `router`, among the experts in `tables`.
 
     Some features are of a prompt's text, others what the base makes of it; only these need `base`,

@@ -38,9 +38,9 @@ from ...tasks.embeddings import (
     paper_texts,
     usable_embedder,
 )
-from ..context import Choice
+from ..choice import Choice
 from .phatgoose import Temperature
-from .prompt import OWNERS, Asked, Base, ByPrompt, Known, PromptRouter, Prompts, Tables
+from .prompt import OWNERS, Asked, Base, ByPrompt, Known, PromptChooser, Prompts, Tables
 from .router import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
@@ -82,7 +82,7 @@ class Embeds(ByPrompt):
         owners = tables.tensors.get(OWNERS, torch.arange(len(rows)))
         return Searched(rows, embedder, owners, len(tables.names))
 
-    def features(self, chooser: PromptRouter, prompts: Prompts, base: Base) -> Tensor:
+    def features(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Tensor:
         return Searched.embed(chooser.ready, chooser.texts(prompts))
 
     def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
@@ -122,7 +122,7 @@ class Retrieval(Embeds):
         some = _within_bound(every.owners)
         return every._replace(rows=every.rows[some], owners=every.owners[some])
 
-    def choose(self, chooser: PromptRouter, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
             return super().choose(chooser, prompts, base, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,7 +16,8 @@ from ...config import Kernel, Routing, Settings, closest, from_mapping, settings
 from ...errors import ConfigError, PoolError
 from ...experts.pool import REMEDIES, Pool
 from ...files import add_entry_points, one_line, shortened
-from ..context import NOBODY
+from ..choice import NOBODY
+from ..context import RoutingContext
 from ..kernels import native, triton_gpu
 from .registry import AUTO, ENTRY_POINTS, OURS, Listed
 
@@ -207,82 +208,86 @@ class Router(Settings):
         """The tensors to choose by at `site`, of the experts of `pool` that act there."""
         return {}
 
-    # How it chooses. `table` is the module of a site, with the table's tensors by name.
+    # How it chooses. `at_site` is its module there, with the table's tensors by name.
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
         """The scores of all experts for each token of u [T, n], float32 [T, E]."""
         raise NotImplementedError
 
-    def constant(self, table: SiteRouter) -> Tensor | None:
+    def constant(self, at_site: RouterAtSite) -> Tensor | None:
         """The weights [E], float32, that all tokens have; None where experts are chosen."""
         return None
 
     def decision(
-        self, u: Tensor, table: SiteRouter, active: Tensor | None = None
+        self, u: Tensor, at_site: RouterAtSite, active: Tensor | None = None
     ) -> RoutingDecision:
         """The experts of each token of u [T, n], of those that are `active` [T, E] if given."""
-        constant = self.constant(table)
+        constant = self.constant(at_site)
         if constant is not None:
             weights = constant.expand(len(u), -1)
-            experts = torch.arange(table.E, device=u.device).expand_as(weights)
+            experts = torch.arange(at_site.E, device=u.device).expand_as(weights)
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
-            given = u, table.vectors, table.k, table.eps
-            if native.runs_natively(u, table.vectors):
+            given = u, at_site.vectors, at_site.k, at_site.eps
+            if native.runs_natively(u, at_site.vectors):
                 return RoutingDecision(*native.top_experts(*given))
-            if triton_gpu.runs_on_triton(u, table.vectors):
+            if triton_gpu.runs_on_triton(u, at_site.vectors):
                 return RoutingDecision(*triton_gpu.top_experts(*given))
-        scores = self.scores(u, table)
+        scores = self.scores(u, at_site)
         if active is not None:
             scores = scores.masked_fill(~active, -torch.inf)
-        experts = highest(scores, table.k)  # E_t
+        experts = highest(scores, at_site.k)  # E_t
         chosen = scores.gather(-1, experts)
         if self.equal:  # softmax of equal numbers
             chosen = torch.where(chosen == -torch.inf, chosen, 0.0)
         weights = chosen.softmax(dim=-1)
         return RoutingDecision(experts, weights if active is None else weights.nan_to_num(0.0))
 
-    def distribution(self, u: Tensor, table: SiteRouter) -> Tensor:
+    def distribution(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
         """The probabilities of all experts before the choice of k, [T, E]."""
-        constant = self.constant(table)
+        constant = self.constant(at_site)
         if constant is not None:
             return constant.expand(len(u), -1)
-        return self.scores(u, table).softmax(dim=-1)
+        return self.scores(u, at_site).softmax(dim=-1)
 
-    def restart(self, table: SiteRouter) -> None:
+    def restart(self, at_site: RouterAtSite) -> None:
         """Reset the random state for a new dataset."""
 
 
-class SiteRouter(nn.Module):
+class RouterAtSite(nn.Module):
     """A router at one site, where E experts of the pool act: its table, and where they are.
 
-    `members` [E] are their indices in the pool, `position` [pool_size + 1] the other way round.
-    The `context` has the choice for whole prompts.
+    `names` are the pool's, `members` [E] the indices of its experts here, and `position` [pool + 1]
+    the other way round. The `context` has the choice for whole prompts.
     """
 
     members: Tensor
     position: Tensor
     generator: torch.Generator  # of router random
     vectors: Tensor
-    context: Any = None  # a RoutingContext
+    context: RoutingContext | None = None
 
     def __init__(
         self,
         router: Router,
         place: str,
         members: Tensor,
-        pool_size: int,
+        names: Sequence[str],
         table: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        self.router, self.place, self.pool_size, self.E = router, place, pool_size, len(members)
+        self.router = router
+        self.place = place
+        self.names = tuple(names)
+        self.pool_size = len(names)
+        self.E = len(members)
         self.k = min(router.k, self.E)
         self.eps: float | None = getattr(router, "eps", None)
         parts = place.split(".")
         # Inside one of the base's own experts, which sees some of a batch's tokens only.
         self.sees_all = OWN_EXPERTS not in parts
         self.block = int(next((part for part in parts if part.isdigit()), "0"))
-        position = torch.full((pool_size + 1,), NOBODY)
+        position = torch.full((len(names) + 1,), NOBODY)
         position[members.cpu()] = torch.arange(self.E)
         for name, tensor in {**table, "members": members, "position": position}.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -31,7 +31,7 @@ from ...config import AT_LEAST_1
 from ...experts.lora import LoraFactors
 from ...experts.pool import Pool
 from .arrow import small_svd
-from .router import Router, SiteRouter, highest, products
+from .router import Router, RouterAtSite, highest, products
 
 NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files
@@ -51,12 +51,12 @@ class Spectr(Router):
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         return {DIRECTIONS: padded_rows(pool, site, right_singular_vectors)}
 
-    def scores(self, u: Tensor, table: SiteRouter) -> Tensor:
-        along = along_directions(u, getattr(table, DIRECTIONS))
+    def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
+        along = along_directions(u, getattr(at_site, DIRECTIONS))
         scores: Tensor = along.norm(dim=-1)
-        if self.shortlist is None or max(table.k, self.shortlist) >= table.E:
+        if self.shortlist is None or max(at_site.k, self.shortlist) >= at_site.E:
             return scores
-        listed = highest(along[..., 0].abs(), max(table.k, self.shortlist))
+        listed = highest(along[..., 0].abs(), max(at_site.k, self.shortlist))
         off = torch.full_like(scores, -torch.inf)
         return off.scatter(1, listed, scores.gather(1, listed))
 

@@ -20,8 +20,8 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
+from ....routing.choice import ALONE, PromptRouting
 from ....routing.compose import composition_of
-from ....routing.context import ALONE, PromptRouting
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
 from ..replies import Progress, Reply, Weights, routing_report

@@ -21,7 +21,7 @@ from transformers import (
 from ....analysis.traces import TraceKeeper, TraceStream
 from ....base import Detokeniser, shown_as, text_of, texts_of
 from ....errors import EngineError
-from ....routing.context import PromptRouting
+from ....routing.choice import PromptRouting
 from ....tasks.batching import pad_left
 from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken

@@ -32,8 +32,9 @@ from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
+from ....routing.choice import PromptRouting
 from ....routing.compose import compose, composition_if_any, is_pool, is_routed, load, require_pool
-from ....routing.context import PromptRouting
+from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
 from ....routing.recording import watch
 from ....routing.routers.auto import settled
@@ -44,7 +45,6 @@ from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
-from ....tasks.task import ChatTexts
 from ..requests import Frame
 from ..service import numbered, seen_at
 from ..settings import ServedModel
@@ -192,13 +192,14 @@ class ModelRunner:
         self._context = parts.context if parts else None
         self._tails = parts.tails if parts else ()  # read from records once
         self._number = next(_NUMBERS)
-        if self._context and self._context.router:
-            self._context.router.read_base(model)  # now, so that no request waits for it
+        chooser = self._context.chooser if self._context else None
+        if chooser:
+            chooser.read_base(model)  # now, so that no request waits for it
         self.frame = Frame(
             tokenizer,
             unscaled_positions_of(model),
             added_tokens(tokenizer, is_encoder_decoder=False),
-            looks_prompts_up=self._context is not None and self._context.router is not None,
+            looks_prompts_up=chooser is not None,
             in_chats=parts is not None and parts.in_chats,
         )
 

@@ -17,13 +17,13 @@ from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
-from ....routing.compose import open_prompt_router, require_pool
-from ....routing.context import ALONE
+from ....routing.choice import ALONE
+from ....routing.compose import open_chooser, require_pool
+from ....routing.conversation import ChatTexts
 from ....routing.routers.auto import BY_PROMPT, first_allowed
-from ....routing.routers.prompt import PromptRouter
+from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
-from ....tasks.task import ChatTexts
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
 from ..replies import Progress, Reply, Weights, routing_report
@@ -82,14 +82,16 @@ class ChosenPool:
     def bases(self) -> tuple[str, ...]:
         return self.pool.base.id, *(each.base for each in self._backend.links.engines)
 
-    def composed(self, pool: Pool, routing: Routing, others: Sequence[Any] = ()) -> PromptChooser:
-        router = open_prompt_router(pool, self.tokenizer, routing=routing)
-        if not router.router.reads_base:
-            return PromptChooser(router, None, self)
+    def composed(
+        self, pool: Pool, routing: Routing, others: Sequence[Any] = ()
+    ) -> ChooserBesideEngine:
+        chooser = open_chooser(pool, self.tokenizer, routing=routing)
+        if not chooser.router.reads_base:
+            return ChooserBesideEngine(chooser, None, self)
         base = self._loaded()
         check_base(pool.base, base.reference)
-        router.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
-        return PromptChooser(router, base.model, self)
+        chooser.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
+        return ChooserBesideEngine(chooser, base.model, self)
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""
@@ -97,10 +99,10 @@ class ChosenPool:
 
 
 @dataclass(frozen=True)
-class PromptChooser:
-    """A prompt router, with the base's weights where it reads prompts with them."""
+class ChooserBesideEngine:
+    """A prompt chooser, with the base's weights where it reads prompts with them."""
 
-    router: PromptRouter
+    chooser: PromptChooser
     base: PreTrainedModel | None
     pool: ChosenPool
 
@@ -109,7 +111,7 @@ class PromptChooser:
         return self.pool.frame
 
     def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> list[Weights]:
-        return self.router.choose(prompts, self.base, **known).named(self.router.experts)
+        return self.chooser.choose(prompts, self.base, **known).named(self.chooser.experts)
 
 
 class EngineBackend(Backend):
@@ -187,12 +189,12 @@ class EngineBackend(Backend):
         for name, message in wrong.items():
             raise bad_request(message, name)
 
-    async def begin(self, asked: Asked, runner: PromptChooser) -> tuple[Reply, list[Weights]]:
+    async def begin(self, asked: Asked, runner: ChooserBesideEngine) -> tuple[Reply, list[Weights]]:
         async with asked.deadline.kept():
             await self.links.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
         if asked.mixture is None:
-            router, questions = runner.router.name, [prompt.asked for prompt in asked.prompts]
+            router, questions = runner.chooser.name, [prompt.asked for prompt in asked.prompts]
             choose = partial(runner.choose, questions, allowed=asked.experts, client=asked.client)
             chosen = await self._choosing.run(asked.client, asked.deadline, lambda _: choose())
             async with asked.deadline.kept():

@@ -1,0 +1,147 @@
+"""What is chosen for prompts, and who chooses: experts with weights, for each row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from .conversation import ChatTexts
+
+NOBODY = -1  # stands among experts for none: the base's own output
+ALONE = {"base": 1.0}  # is reported where no expert acts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts of some prompts: `experts` [rows, k], the pool's indices, best first.
+
+    `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
+    Both are [rows, blocks, k] if each block of the model has a choice of its own.
+    """
+
+    experts: Tensor
+    weights: Tensor
+
+    @classmethod
+    def alone(cls, experts: Tensor) -> Choice:
+        """Each of `experts` [rows] alone, with the weight 1; NOBODY is the base."""
+        return cls(experts[:, None], torch.ones(len(experts), 1, device=experts.device))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Choice]) -> Choice:
+        """The rows of all `parts`, at least one, in turn; where k differs, NOBODY fills rows up."""
+        choices = list(parts)
+        k = max(each.experts.shape[-1] for each in choices)
+        pairs = [(each, (0, k - each.experts.shape[-1])) for each in choices]
+        experts = [pad(each.experts, room, value=NOBODY) for each, room in pairs]
+        return cls(torch.cat(experts), torch.cat([pad(each.weights, room) for each, room in pairs]))
+
+    def named(self, names: Sequence[str]) -> list[dict[str, float]]:
+        """For each row its experts' weights by name, best first; `names` are the pool's.
+
+        A row of the base alone is empty.
+        """
+        whole = self.over_blocks()
+        rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
+        return [
+            {names[z]: weight for z, weight in zip(experts, weights, strict=True) if z >= 0}
+            for experts, weights in rows
+        ]
+
+    @property
+    def key(self) -> str:
+        """Equal for equal choices."""
+        return str((self.experts.tolist(), self.weights.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def at(self, block: int) -> Choice:
+        """The choice of one block; of a model with fewer, of the last."""
+        if self.experts.dim() == 2:
+            return self
+        block = min(block, self.experts.shape[1] - 1)
+        return Choice(self.experts[:, block], self.weights[:, block])
+
+    def left_to_base(self, mask: Tensor) -> Choice:
+        """The same, but nobody acts where the `mask` is True: [rows], or of the experts' shape."""
+        mask = mask.view(*mask.shape, *[1] * (self.experts.dim() - mask.dim()))
+        return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
+
+    def over_blocks(self) -> Choice:
+        """One choice [rows, most] for all blocks: the experts of any, by their mean weights."""
+        if self.experts.dim() == 2:
+            return self
+        blocks, last = self.experts.shape[1], max(0, int(self.experts.max()))
+        shares = self.weights.new_zeros(len(self), last + 1)
+        where = self.experts.flatten(1).clamp(min=0)  # NOBODY has no weight
+        shares.scatter_add_(1, where, self.weights.flatten(1) / blocks)
+        best = shares.sort(dim=1, descending=True, stable=True)
+        return Choice(best.indices.masked_fill(best.values == 0, NOBODY), best.values)
+
+    def repeated(self, rows: int) -> Choice:
+        """The single row, repeated `rows` times."""
+        return Choice(self.experts.repeat(rows, 1), self.weights.repeat(rows, 1))
+
+    def of(self, rows: Sequence[int]) -> Choice:
+        return Choice(self.experts[list(rows)], self.weights[list(rows)])
+
+
+@dataclass(frozen=True)
+class PromptRouting:
+    """What is known of some prompts: their experts, and their `lengths` [rows] in tokens.
+
+    `choice` is None for routers that choose for every token, `lengths` where all experts act on all
+    tokens.
+    """
+
+    choice: Choice | None = None
+    lengths: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Iterable[PromptRouting]) -> PromptRouting:
+        every = list(parts)
+        choices = [part.choice for part in every if part.choice is not None]
+        lengths = [part.lengths for part in every if part.lengths is not None]
+        return cls(
+            Choice.joined(choices) if choices else None, torch.cat(lengths) if lengths else None
+        )
+
+    def of(self, rows: Sequence[int]) -> PromptRouting:
+        choice, lengths = self.choice, self.lengths
+        return PromptRouting(
+            choice and choice.of(rows), None if lengths is None else lengths[list(rows)]
+        )
+
+    def each(self, rows: int) -> list[PromptRouting]:
+        """One for each of its `rows`, which it can't count where nothing is known of them."""
+        return [self.of([row]) for row in range(rows)]
+
+
+class Chooser(Protocol):
+    """Who chooses the experts of whole prompts; `routers.prompt.PromptChooser` is one."""
+
+    name: str
+    unserved: str | None  # why a prompt alone isn't enough, as a sentence
+
+    @property
+    def experts(self) -> Sequence[str]:
+        """The names of the experts whose indices a choice has."""
+
+    def choose(
+        self,
+        prompts: Sequence[str | Sequence[int] | ChatTexts],
+        base: PreTrainedModel | None = None,
+        allowed: Collection[str] | None = None,
+        **known: Any,
+    ) -> Choice:
+        """The experts of each prompt and their weights."""
+
+    def read_base(self, base: PreTrainedModel | None = None) -> None:
+        """Read what must be known of the `base` before it chooses."""

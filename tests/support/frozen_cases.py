@@ -46,7 +46,7 @@ BASES = ("llama", "t5")
 ROUTERS = (
     *("phatgoose", "phatgoose:temperature=0.5", "average-activation"),
     *("arrow", "arrow:form=peft", "spectr", "spectr:shortlist=3"),
-    *("retrieval", "centroid", "discriminant", "discriminant:per_block=0.5", "few-shot"),
+    *("retrieval", "centroid", "discriminant", "few-shot"),
     *("merged", "random", "single", "weights", "best-individual", "oracle"),
 )
 OTHER_POOLS = ("ia3", "bottleneck", "dora", "mixed")

@@ -77,6 +77,4 @@ class JointDiscriminant(Discriminant, Embeds):
         ready, by_base = chooser.ready, super().score(chooser, prompts, base)
         vectors = ready.embedder.embed(chooser.texts(prompts))
         embedded = vectors @ ready.embedded.slopes + ready.embedded.offsets
-        # With per_block the base's scores are [prompts, blocks, E].
-        by_embedder = embedded if by_base.dim() == 2 else embedded[:, None]
-        return torch.lerp(by_base, by_embedder, self.embedding_share)
+        return torch.lerp(by_base, embedded, self.embedding_share)

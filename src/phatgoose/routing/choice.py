@@ -22,7 +22,6 @@ class Choice:
     """The experts of some prompts: `experts` [rows, k], the pool's indices, best first.
 
     `weights` [rows, k], float32, say how much each adds. Most rows have one expert of weight 1.
-    Both are [rows, blocks, k] if each block of the model has a choice of its own.
     """
 
     experts: Tensor
@@ -47,8 +46,7 @@ class Choice:
 
         A row of the base alone is empty.
         """
-        whole = self.over_blocks()
-        rows = zip(whole.experts.tolist(), whole.weights.tolist(), strict=True)
+        rows = zip(self.experts.tolist(), self.weights.tolist(), strict=True)
         return [
             {names[z]: weight for z, weight in zip(experts, weights, strict=True) if z >= 0}
             for experts, weights in rows
@@ -62,28 +60,10 @@ class Choice:
     def __len__(self) -> int:
         return len(self.experts)
 
-    def at(self, block: int) -> Choice:
-        """The choice of one block; of a model with fewer, of the last."""
-        if self.experts.dim() == 2:
-            return self
-        block = min(block, self.experts.shape[1] - 1)
-        return Choice(self.experts[:, block], self.weights[:, block])
-
     def left_to_base(self, mask: Tensor) -> Choice:
         """The same, but nobody acts where the `mask` is True: [rows], or of the experts' shape."""
-        mask = mask.view(*mask.shape, *[1] * (self.experts.dim() - mask.dim()))
+        mask = mask if mask.dim() > 1 else mask[:, None]
         return Choice(self.experts.masked_fill(mask, NOBODY), self.weights.masked_fill(mask, 0.0))
-
-    def over_blocks(self) -> Choice:
-        """One choice [rows, most] for all blocks: the experts of any, by their mean weights."""
-        if self.experts.dim() == 2:
-            return self
-        blocks, last = self.experts.shape[1], max(0, int(self.experts.max()))
-        shares = self.weights.new_zeros(len(self), last + 1)
-        where = self.experts.flatten(1).clamp(min=0)  # NOBODY has no weight
-        shares.scatter_add_(1, where, self.weights.flatten(1) / blocks)
-        best = shares.sort(dim=1, descending=True, stable=True)
-        return Choice(best.indices.masked_fill(best.values == 0, NOBODY), best.values)
 
     def repeated(self, rows: int) -> Choice:
         """The single row, repeated `rows` times."""

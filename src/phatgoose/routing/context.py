@@ -179,8 +179,8 @@ class RoutingContext:
             )
         return self._present.activity.at(tails)
 
-    def of_each(self, u: Tensor, sees_all: bool = True, block: int = 0) -> Choice:
-        """The experts of each token of u [T, n] in a block, [T, k]: T / rows tokens in turn.
+    def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
+        """The experts of each token of u [T, n], as [T, k]: T / rows tokens in turn.
 
         `sees_all` False: u holds some rows' tokens only, or tokens in another order, so all rows
         must have the same experts.
@@ -196,7 +196,6 @@ class RoutingContext:
                 or "Nothing has told the router what its inputs are: a layer was called outside of "
                 "a pass of its model, as gradient checkpointing does."
             )
-        choice = choice.at(block)
         if not sees_all and all((p == p[0]).all() for p in (choice.experts, choice.weights)):
             choice, sees_all = choice.of([0]), True
         count, rest = divmod(len(u), len(choice))

@@ -77,18 +77,21 @@ class ScoredText:
     """
 
     def __init__(self, views: Tensor, allowances: Tensor) -> None:
-        """Of `views` [V, .., E + 3], or [V, .., E] without the base's classes.
+        """Of `views` [V, E + 3], or [V, E] without the base's classes.
 
         `allowances` [E] say by how much the base may score more than each expert.
         """
-        by_view, experts = views if views.dim() == 2 else views.mean(dim=1), len(allowances)
-        best, rest = by_view[:, :experts].max(dim=1), by_view[:, experts:]
+        experts = len(allowances)
+        best = views[:, :experts].max(dim=1)
+        rest = views[:, experts:]
         base = rest[:, :-1].amax(dim=1) if rest.numel() else torch.zeros(len(views))
         view = int((best.values - base).argmax())
-        self.scores, self._leads = views[view], by_view[view] - base[view]
-        self.expert, self._allowances = int(best.indices[view]), allowances
+        self.scores = views[view]
+        self._leads = self.scores - base[view]
+        self._allowances = allowances
+        self.expert = int(best.indices[view])
         self.lead = float(self._leads[self.expert])
-        self.follows = bool(rest.numel() and rest[0, -1] > by_view[0, :-1].max() - FOLLOWS)
+        self.follows = bool(rest.numel() and rest[0, -1] > views[0, :-1].max() - FOLLOWS)
 
     def fits(self, expert: int, least: float = 0.0) -> bool:
         """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""

@@ -96,7 +96,6 @@ def by_generate(runner, prompt, tokens=12, **more):
 ROUTED = [(kind, "phatgoose") for kind in ("llama", "gpt2", "qwen2")]
 ROUTED += [("llama", router) for router in ("average-activation", "arrow", "spectr", "merged")]
 ROUTED += [("llama", router) for router in ("single", "retrieval", "centroid", "discriminant")]
-ROUTED += [("llama", "discriminant:per_block=1")]
 
 
 def may_join_and_leave(runner, prompts):

@@ -52,9 +52,7 @@ from toy_embedders import toy_embed
 pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
 
 BY_TEXT = ("retrieval", "centroid")
-each_router = pytest.mark.parametrize(
-    "router", [*BY_TEXT, "discriminant:fallback=off", "discriminant:per_block=1,fallback=off"]
-)
+each_router = pytest.mark.parametrize("router", [*BY_TEXT, "discriminant:fallback=off"])
 
 
 def assert_same(got, wanted) -> None:
@@ -271,29 +269,23 @@ OF_TOPICS = [text[:-2] for text in TOPICS]  # a prompt of each expert's own
 
 @both_streams
 @pytest.mark.parametrize(
-    ("settings", "shrinkage", "task_variance", "share"),
+    ("settings", "shrinkage", "task_variance"),
     [
-        ("", 0.3, 1.0, 0.0),
-        (",task_variance=0", 0.3, 0.0, 0.0),
-        (",task_variance=0.5", 0.3, 0.5, 0.0),
-        (",shrinkage=0.9", 0.9, 1.0, 0.0),
-        (",shrinkage=1", 1.0, 1.0, 0.0),
-        (",per_block=0.25", 0.3, 1.0, 0.25),
-        (",per_block=1", 0.3, 1.0, 1.0),
+        ("", 0.3, 1.0),
+        (",task_variance=0", 0.3, 0.0),
+        (",task_variance=0.5", 0.3, 0.5),
+        (",shrinkage=0.9", 0.9, 1.0),
+        (",shrinkage=1", 1.0, 1.0),
     ],
 )
-def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, task_variance, share):
+def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, task_variance):
     rows = [scores_by_hand(base, pool, text, shrinkage, task_variance) for text in PROMPTS]
-    by_block = torch.stack(rows)  # [prompts, blocks, E]
-    wanted = by_block.mean(dim=1)
-    if share:  # each block chooses by its own
-        wanted = torch.lerp(wanted[:, None], by_block, share)
+    wanted = torch.stack(rows).mean(dim=1)  # over blocks
     model = compose(pool, base, router=f"discriminant:fallback=off{settings}")
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
-    chosen = experts_of(model, PROMPTS).experts[..., 0]
+    chosen = experts_of(model, PROMPTS).experts[:, 0]
     assert torch.equal(chosen, wanted.argmax(dim=-1))
-    assert share < 1 or (chosen[:, 0] != chosen[:, 1]).any()  # blocks differ somewhere
 
 
 @both_streams
@@ -515,7 +507,7 @@ def test_a_text_is_read_once(llama, llama_pool):
     assert_same(chooser.choose(chats, llama.model, client="b"), before)
     assert read < len(passes)  # else the time would tell one client what others have asked
     read = len(passes)
-    again = open_chooser(llama_pool, llama.tokenizer, router="discriminant:per_block=1")
+    again = open_chooser(llama_pool, llama.tokenizer, router="discriminant:shrinkage=0.5")
     again.read_base(llama.model)  # whose classes have been read
     hook.remove()
     assert len(passes) == read

@@ -59,9 +59,6 @@ class Discriminant(ReadsBase):
     expert adds to m, S, B and D is bounded by the pool's median (`bounded_variances`), and no
     d_zᵀ Σ⁻¹ d_z in a numerator is below LEAST_PAID times the median.
 
-    With `per_block` c > 0 each block has scores of its own, c s_zb + (1 - c) s_z for its
-    discriminant s_zb.
-
     Unless `fallback` is off, the base's classes are among the z, with statistics of their texts.
     """
 
@@ -87,12 +84,6 @@ class Discriminant(ReadsBase):
         "distance between the experts' tasks.",
         NOT_NEGATIVE,
     ] = 1.0
-    per_block: Annotated[
-        float,
-        "How much a block's own statistics decide which experts act in it: 0 is one choice for the "
-        "whole model, by the mean over blocks; 1 lets each block choose alone.",
-        RATIO,
-    ] = 0.0
     temperature: Temperature = 0.1
     fallback: Fallback = 0.15
 
@@ -148,7 +139,7 @@ class Discriminant(ReadsBase):
     def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:
         by_block = torch.einsum("pbd,bde->pbe", features, ready.slopes) + ready.offsets
         scores: Tensor = by_block.mean(dim=1)
-        return torch.lerp(scores[:, None], by_block, self.per_block) if self.per_block else scores
+        return scores
 
 
 def line_of(

@@ -165,7 +165,7 @@ class ByPrompt(Router):
         raise NotImplementedError
 
     def prompt_scores(self, features: Any, ready: Any) -> Tensor:
-        """The score of each prompt and expert, float32 [prompts, E], or [prompts, blocks, E].
+        """The score of each prompt and expert, float32 [prompts, E].
 
         After the experts those of the base's classes, if the tables have any.
         """
@@ -175,13 +175,13 @@ class ByPrompt(Router):
         return self.prompt_scores(self.features(chooser, prompts, base), chooser.ready)
 
     def choice(self, scores: Tensor) -> Choice:
-        """The k best of each of `scores` [.., E]; k is lowered to E. One has weight 1 exactly."""
+        """The k best of each of `scores` [prompts, E], at most E. One has weight 1 exactly."""
         return best_of(scores, self.prompt_k, getattr(self, "temperature", 1.0))
 
     def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
         scores = torch.stack(chooser.answers(prompts, base, known))[..., : len(chooser.experts)]
-        return self.choice(scores).left_to_base(scores.isneginf().flatten(1).all(dim=1))
+        return self.choice(scores).left_to_base(scores.isneginf().all(dim=1))
 
     # At a site: the experts that the context has for each row, as it weighs them.
 
@@ -208,7 +208,7 @@ def choice_at(u: Tensor, at_site: RouterAtSite) -> Choice:
         raise RoutingError(
             "This layer is in no routed model, so nothing was chosen for its inputs."
         )
-    return context.of_each(u, at_site.sees_all, at_site.block)
+    return context.of_each(u, at_site.sees_all)
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
@@ -324,7 +324,7 @@ class PromptChooser:
         return texts_are_read and not self.tables.base
 
     def answers(self, prompts: Asked, base: Base, known: Known) -> list[Tensor]:
-        """The scores [.., E + 3] by which each prompt gets experts; all are -inf for the base.
+        """The scores [E + 3] by which each prompt gets experts; all are -inf for the base.
 
         A chat's texts are read from the last one backwards, until one is decided by itself.
         """
@@ -351,7 +351,7 @@ class PromptChooser:
         return answers
 
     def _read(self, texts: Sequence[Sequence[Text]], base: Base, known: Known) -> list[Tensor]:
-        """The scores [V, .., E + 3] of each text's views; a client's distinct ones are read once.
+        """The scores [V, E + 3] of each text's views; a client's distinct ones are read once.
 
         Those of others are read again: the time would tell what they asked.
         """

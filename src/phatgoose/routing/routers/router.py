@@ -283,10 +283,8 @@ class RouterAtSite(nn.Module):
         self.E = len(members)
         self.k = min(router.k, self.E)
         self.eps: float | None = getattr(router, "eps", None)
-        parts = place.split(".")
         # Inside one of the base's own experts, which sees some of a batch's tokens only.
-        self.sees_all = OWN_EXPERTS not in parts
-        self.block = int(next((part for part in parts if part.isdigit()), "0"))
+        self.sees_all = OWN_EXPERTS not in place.split(".")
         position = torch.full((len(names) + 1,), NOBODY)
         position[members.cpu()] = torch.arange(self.E)
         for name, tensor in {**table, "members": members, "position": position}.items():

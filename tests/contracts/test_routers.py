@@ -61,9 +61,9 @@ def told(model):
     return model
 
 
-def restarted(router: RouterAtSite) -> RouterAtSite:
-    router.restart()
-    return router
+def restarted(at_site: RouterAtSite) -> RouterAtSite:
+    at_site.restart()
+    return at_site
 
 
 # What is declared
@@ -168,11 +168,11 @@ def test_the_best_by_score_act_the_first_of_equals_first(name, llama, llama_pool
         assert_weights(layer.at_site, scores, decision)
 
 
-def assert_weights(router: RouterAtSite, scores: Tensor, decision) -> None:
+def assert_weights(at_site: RouterAtSite, scores: Tensor, decision) -> None:
     chosen = scores.gather(1, decision.experts)
     wanted = chosen.softmax(dim=-1)
-    if router.router.equal:
-        wanted = torch.full_like(chosen, 1 / router.k)
+    if at_site.router.equal:
+        wanted = torch.full_like(chosen, 1 / at_site.k)
     torch.testing.assert_close(decision.weights, wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -71,14 +71,14 @@ def test_layers_that_take_tokens_in_another_order_have_one_choice(llama, llama_p
 
 def test_prompts_are_read_without_dropout(llama, llama_pool):
     model = compose(llama_pool, llama, router="discriminant:fallback=off")
-    prompts, router = tokens_of(model, PROMPTS), composition_of(model).chooser
-    wanted = router.router.score(router, prompts, model)
+    prompts, chooser = tokens_of(model, PROMPTS), composition_of(model).chooser
+    wanted = chooser.router.score(chooser, prompts, model)
     for module in model.modules():
         module.training = True
     model.config.attention_dropout = 0.5
     for block in model.model.layers:
         block.self_attn.attention_dropout = 0.5
-    torch.testing.assert_close(router.router.score(router, prompts, model), wanted)
+    torch.testing.assert_close(chooser.router.score(chooser, prompts, model), wanted)
     assert all(module.training for module in model.modules())
 
 

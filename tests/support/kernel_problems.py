@@ -98,12 +98,12 @@ def scored(router: str, T: int, E: int, n: int, k: int, dtype, offset: float, se
 
 
 def assert_are_the_top(
-    chosen: tuple[Tensor, Tensor], u: Tensor, router: RouterAtSite, slack: float
+    chosen: tuple[Tensor, Tensor], u: Tensor, at_site: RouterAtSite, slack: float
 ):
-    """`chosen` experts and weights are those of the formula of `router`."""
+    """`chosen` experts and weights are those of the formula of `at_site`."""
     experts, weights = (each.cpu() for each in chosen)
-    scores = router.router.scores(u, router)
+    scores = at_site.router.scores(u, at_site)
     got = scores.gather(1, experts)
-    torch.testing.assert_close(got, scores.topk(router.k).values, rtol=slack, atol=slack)
+    torch.testing.assert_close(got, scores.topk(at_site.k).values, rtol=slack, atol=slack)
     torch.testing.assert_close(weights, got.softmax(dim=-1), rtol=2 * slack, atol=2 * slack)
-    assert all(len(set(row)) == router.k for row in experts.tolist())
+    assert all(len(set(row)) == at_site.k for row in experts.tolist())

@@ -88,7 +88,7 @@ def by_vectors(text: str, vectors: torch.Tensor, k: int = 2) -> RouterAtSite:
 
 def router_at(site: str, base: Base, pool: Pool, text: str, k: int | None = None) -> RouterAtSite:
     """The router that `text` names at one site, where all experts of `pool` act."""
-    router = router_of(Routing(text, k)).settled(pool, base.model, base.tokenizer)
+    router = router_of(Routing(text, k)).fitted(pool, base.model, base.tokenizer)
     return RouterAtSite(router, site, torch.arange(len(pool)), pool.names, router.table(pool, site))
 
 

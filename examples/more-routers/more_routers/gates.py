@@ -37,7 +37,7 @@ class Calibrated(Phatgoose):
 
     calibration: Moments = field(default_factory=dict, compare=False, repr=False)
 
-    def settled(
+    def fitted(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
         plain = super().table

@@ -35,7 +35,7 @@ class Seqr(Router):
 
     calibration: Moments = field(default_factory=dict, compare=False, repr=False)
 
-    def settled(
+    def fitted(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
         rows = {site: padded_rows(pool, site, stretching_rows) for site in pool.sites}

@@ -35,8 +35,8 @@ def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, pool_o
     gates, u = three.vectors("gates", SITE).float(), random(7, 32)
     usual = plain_scores(read_neutrally(llama)[SITE], gates)
     expected = (plain_scores(u, gates) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
-    router = router_at(SITE, llama, three, "calibrated")
-    found = router.router.scores(u, router)
+    at_site = router_at(SITE, llama, three, "calibrated")
+    found = at_site.router.scores(u, at_site)
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 

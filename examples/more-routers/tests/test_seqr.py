@@ -25,11 +25,11 @@ def lengths(pool: Pool, u: Tensor) -> Tensor:
 def test_scores_are_lengths_of_updates_in_units_of_neutral_text(llama, llama_pool, read_neutrally):
     usual, u = lengths(llama_pool, read_neutrally(llama)[SITE]), random(30, 32)
     wanted = (lengths(llama_pool, u) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
-    router = composition_of(compose(llama_pool, llama, router="seqr")).layers[SITE].router
+    at_site = composition_of(compose(llama_pool, llama, router="seqr")).layers[SITE].at_site
     torch.testing.assert_close(
-        router.router.scores(u, router).double(), wanted, atol=2e-3, rtol=2e-3
+        at_site.router.scores(u, at_site).double(), wanted, atol=2e-3, rtol=2e-3
     )
-    decision = router(u)
+    decision = at_site(u)
     assert torch.equal(decision.experts[:, 0], wanted.argmax(dim=1))
     assert len(decision.experts.unique()) > 1
     assert torch.equal(decision.weights, torch.ones(30, 1))

@@ -107,11 +107,11 @@ def is_tied(model, ids):
     gaps = []
 
     def look(layer, arguments):
-        router, u = layer.at_site, arguments[0]
-        if router.router.fused and router.k < router.E:
-            scores = router.router.scores(u.reshape(-1, u.shape[-1]), router)
+        at_site, u = layer.at_site, arguments[0]
+        if at_site.router.fused and at_site.k < at_site.E:
+            scores = at_site.router.scores(u.reshape(-1, u.shape[-1]), at_site)
             ranked = scores.sort(-1, descending=True).values
-            gaps.append(float((ranked[:, router.k - 1] - ranked[:, router.k]).min()))
+            gaps.append(float((ranked[:, at_site.k - 1] - ranked[:, at_site.k]).min()))
 
     layers = composition_of(model).layers.values()
     hooks = [layer.register_forward_pre_hook(look) for layer in layers if hasattr(layer, "router")]

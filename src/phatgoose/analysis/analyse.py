@@ -27,7 +27,7 @@ from ..routing.compose import (
     resolve_base,
     routing_for,
 )
-from ..routing.routers.auto import settled
+from ..routing.routers.auto import resolved
 from ..routing.routers.fixed import read_scores
 from ..routing.routers.router import Scores, class_of
 from ..tasks.encoding import Encoder
@@ -320,7 +320,7 @@ def _opened(
     pool = pool.measured(loaded)
     routers = [how.routers] if isinstance(how.routers, str) else how.routers
     routings = [
-        settled(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)
+        resolved(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)
         for name in dict.fromkeys(routers or (how.routing.router,))
     ]
     for each in routings[1:]:  # the first is composed before anything is read

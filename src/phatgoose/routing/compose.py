@@ -54,7 +54,7 @@ from .layers import (
     is_cheaper_folded,
     stack_of,
 )
-from .routers.auto import BY_PROMPT, first_allowed, settled
+from .routers.auto import BY_PROMPT, first_allowed, resolved
 from .routers.fixed import read_scores
 from .routers.prompt import ByPrompt, PromptChooser, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
@@ -257,7 +257,7 @@ def compose(
     model, tokenizer = loaded.model, loaded.tokenizer
     pool = pool.measured(loaded)
     if routing.router == AUTO:
-        routing = settled(routing, pool, model, tokenizer)
+        routing = resolved(routing, pool, model, tokenizer)
     router = router_of(routing)
     check_routing(router, pool)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
@@ -267,7 +267,7 @@ def compose(
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, each.gates, each.means)
     # Before any layer is replaced: it is the base alone that is read.
-    router = router.settled(pool, model, tokenizer)
+    router = router.fitted(pool, model, tokenizer)
     parts = Composition(loaded, router, pool.names, pool.records(), tables)
     _add_layers(parts, pool, model, sites)
     parts.install(model)

@@ -23,7 +23,7 @@ from phatgoose.apps.server.protocol import ApiError, ChatRequest, without_paths
 from phatgoose.apps.server.requests import RequestReader, check_body
 from phatgoose.base import load_base
 from phatgoose.config import Routing, Serving
-from phatgoose.routing.routers.auto import settled
+from phatgoose.routing.routers.auto import resolved
 from phatgoose.untrusted_text import UntrustedText
 from serving import (
     CHAT,
@@ -281,7 +281,7 @@ def test_bodies_that_other_programs_send_are_answered(any_order, each):
 def test_router_auto_is_the_first_that_base_and_experts_allow(client, pool):
     """Whatever the model is served with."""
     base = load_base(pool.base.id, dtype="float32")
-    wanted = settled(Routing("auto"), pool, base.model, base.tokenizer).router
+    wanted = resolved(Routing("auto"), pool, base.model, base.tokenizer).router
     assert wanted != "phatgoose"
     for kept in (pool.names, pool.names[:2]):
         asked = {**GREEDY, "routing": True, "keep": kept}

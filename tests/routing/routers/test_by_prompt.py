@@ -417,11 +417,11 @@ def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
         assert torch.equal(answer, wanted.scores if wanted else torch.full((5,), -torch.inf))
 
 
-def test_all_blocks_are_left_to_the_base_whatever_is_in_a_batch():
-    chats = [ChatTexts((), ((blocks,),)) for blocks in ([A, B], [GENERAL, NEUTRAL])]
+def test_prompts_are_left_to_the_base_whatever_is_in_a_batch():
+    chats = [ChatTexts((), ((scores,),)) for scores in (A, GENERAL)]
     alone = [written_chooser().choose([chat]) for chat in chats]
     for choice in (written_chooser().choose(chats), Choice.joined(alone)):
-        assert choice.named(["a", "b"]) == [{"a": 0.5, "b": 0.5}, {}]
+        assert choice.named(["a", "b"]) == [{"a": 1.0}, {}]
         assert choice.of([1]).named(["a", "b"]) == alone[1].named(["a", "b"]) == [{}]
 
 

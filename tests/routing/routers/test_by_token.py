@@ -33,10 +33,10 @@ SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_affinities_and_weights_are_those_of_the_paper(k, spread):
     gates, u = random(5, 33) + 3, spread * (random(9, 33, seed=1) + 0.5)
-    router, wanted = by_vectors("phatgoose", standardise(gates), k), plain_scores(u, gates)
+    at_site, wanted = by_vectors("phatgoose", standardise(gates), k), plain_scores(u, gates)
     precise = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(router.router.scores(u, router).double(), wanted, **precise)
-    decision, best = router(u), wanted.topk(k)
+    torch.testing.assert_close(at_site.router.scores(u, at_site).double(), wanted, **precise)
+    decision, best = at_site(u), wanted.topk(k)
     assert torch.equal(decision.experts, best.indices)
     weights = decision.weights.double()
     torch.testing.assert_close(weights, best.values.softmax(-1), **precise)

@@ -15,7 +15,7 @@ from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers import auto, registry
-from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, settled
+from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, resolved
 from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.registry import split_routers
 from phatgoose.routing.routers.router import Router, all_routers, canonical, class_of
@@ -174,7 +174,7 @@ def test_a_decoder_gets_the_first_that_every_expert_allows(
     monkeypatch.setattr(auto, "can_embed", lambda: embeds)  # as if it were installed, or not
     routing = Routing(router="auto", kernel="reference")
     pool = stripped(with_embeddings(llama_pool), *lacks)
-    found = settled(routing, pool, llama.model, llama.tokenizer)
+    found = resolved(routing, pool, llama.model, llama.tokenizer)
     assert found == Routing(router=chosen, kernel="reference")
 
 
@@ -182,14 +182,14 @@ def test_an_embedder_of_a_stranger_is_passed(llama, llama_pool, monkeypatch):
     monkeypatch.setattr(auto, "can_embed", lambda: True)
     first, *rest = stripped(with_embeddings(llama_pool), "readings").experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
-    found = settled(Routing(), Pool((other, *rest)), llama.model, llama.tokenizer)
+    found = resolved(Routing(), Pool((other, *rest)), llama.model, llama.tokenizer)
     assert found.router == "phatgoose"
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_encoder_decoders_and_prompts_in_pieces_are_routed_by_tokens(base, pool):
     for allowed, chosen in ((pool, "phatgoose"), (stripped(pool, "gates", "means"), "arrow")):
-        assert settled(Routing(), allowed, base.model, base.tokenizer).router == chosen
+        assert resolved(Routing(), allowed, base.model, base.tokenizer).router == chosen
         assert first_allowed(Routing(), allowed, BY_TOKEN).router == chosen
 
 

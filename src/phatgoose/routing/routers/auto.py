@@ -33,7 +33,7 @@ FEW_DO = (
 logger = logging.getLogger(__name__)
 
 
-def settled(
+def resolved(
     routing: Routing, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Routing:
     """`routing` with the first router that base and experts allow, if it is auto."""

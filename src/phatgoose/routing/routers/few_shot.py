@@ -80,7 +80,7 @@ class FewShot(Router):
         by.check(pool)
         return by
 
-    def settled(
+    def fitted(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
         records, by = pool.records(), self.scoring(pool)

@@ -153,24 +153,27 @@ class Router(Settings):
         return replace(self.routing, router=self._text(self.private))
 
     def _text(self, without: tuple[str, ...]) -> str:
-        changed = [
-            f"{each.name}={written(value)}"
-            for each in settings_of(type(self))
-            if (value := getattr(self, each.name)) != each.default and each.name not in without
-        ]
-        return ":".join([self.name, *([",".join(changed)] if changed else [])])
+        changed = []
+        for setting in settings_of(type(self)):
+            value = getattr(self, setting.name)
+            if value != setting.default and setting.name not in without:
+                changed.append(f"{setting.name}={written(value)}")
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     # What it is made of.
 
     def check(self, pool: Pool) -> None:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
         for need in self.needs:
-            if without := pool.lacking(need):
-                who = f"Expert{'s'[: len(without) - 1]} {', '.join(map(repr, without))}"
-                has = f"{'has' if len(without) == 1 else 'have'} no {PLURAL.get(need, need)}"
-                add = f"run 'phatgoose {REMEDIES.get(need)}' with the data of the training, "
+            lacking = pool.lacking(need)
+            if lacking:
+                names = ", ".join(map(repr, lacking))
+                who = f"Expert {names} has" if len(lacking) == 1 else f"Experts {names} have"
+                remedy = ""
+                if need in REMEDIES:
+                    remedy = f"run 'phatgoose {REMEDIES[need]}' with the data of the training, "
                 raise PoolError(
-                    f"{who} {has}: {add if need in REMEDIES else ''}leave such experts out, or "
+                    f"{who} no {PLURAL.get(need, need)}: {remedy}leave such experts out, or "
                     f"compose the pool by a router that needs none, such as merged."
                 )
 
@@ -181,7 +184,7 @@ class Router(Settings):
         """
         return pool
 
-    def settled(
+    def fitted(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
         """The router after a look at the base that `pool` is composed with; itself by default."""
@@ -199,8 +202,8 @@ class Router(Settings):
     @property
     def why_fixed(self) -> str | None:
         """None where experts can join and leave, else why not and what to do, as a sentence."""
-        each = all(letters.startswith("E") for letters in self.sizes.values())
-        if self.grows and each:
+        is_by_expert = all(letters.startswith("E") for letters in self.sizes.values())
+        if self.grows and is_by_expert:
             return None
         return f"Router {self.name} is made for the experts that it has; compose the pool again."
 

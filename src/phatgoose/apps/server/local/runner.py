@@ -37,7 +37,7 @@ from ....routing.compose import compose, composition_if_any, is_pool, is_routed,
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
 from ....routing.recording import watch
-from ....routing.routers.auto import settled
+from ....routing.routers.auto import resolved
 from ....routing.routers.fixed import mixture_of
 from ....routing.routers.registry import AUTO
 from ....routing.routers.router import check_served, router_of
@@ -322,7 +322,7 @@ class LoadedModel:
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""
-        return settled(Routing(AUTO), pool, self.base.model, self.base.tokenizer).router
+        return resolved(Routing(AUTO), pool, self.base.model, self.base.tokenizer).router
 
 
 def _keeps_keys_and_values(model: PreTrainedModel) -> bool:

@@ -40,7 +40,7 @@ from tiny import logits_of, make_ids, make_model, make_tokenizer
 from toy_embedders import use_toy_embedder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
-OTHERS = ("base", "best-individual", "oracle", "few-shot")  # few-shot needs a task's examples
+OTHERS = ("base", "best-individual", "oracle")
 ROUTERS = [name for name in METHODS if name not in OTHERS]
 EXPERTS = ("e0", "e1", "e2")
 REFERENCES = ("an expert", "a pool", "a routed model", "a base")
@@ -370,7 +370,7 @@ def test_it_is_refused_before_anything_is_computed_or_written(setting, pool_of, 
 
 
 ROUTING = Routing(router="phatgoose")
-TOP_K = {"random", "average-activation", "arrow", "spectr", "phatgoose"}
+TOP_K = {"random", "average-activation", "arrow", "phatgoose"}
 EMBEDDED = {"retrieval", "centroid"}
 COMPOSED = {*TOP_K, *EMBEDDED, "merged"}
 

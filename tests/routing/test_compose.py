@@ -104,7 +104,7 @@ def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
     torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "spectr", "merged", "discriminant:fallback=off"])
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged", "discriminant:fallback=off"])
 def test_a_base_in_float64_is_routed_too(llama, llama_pool, router):
     wanted = logits_of(compose(llama_pool, llama, router=router), make_ids())
     detach(llama.model).double()

@@ -45,8 +45,8 @@ NOISE = 1e-7  # relative, of weights: the last bit of float32
 BASES = ("llama", "t5")
 ROUTERS = (
     *("phatgoose", "phatgoose:temperature=0.5", "average-activation"),
-    *("arrow", "arrow:form=peft", "spectr", "spectr:shortlist=3"),
-    *("retrieval", "centroid", "discriminant", "few-shot"),
+    *("arrow", "arrow:form=peft"),
+    *("retrieval", "centroid", "discriminant"),
     *("merged", "random", "single", "weights", "best-individual", "oracle"),
 )
 OTHER_POOLS = ("ia3", "bottleneck", "dora", "mixed")

@@ -23,8 +23,8 @@ from serving import CHAT_TEMPLATE, client_of
 PROMPT = "WHO? 5 + 6 = 11, or plums"
 CHOICES = ("pears", "5 + 6", "zigzag jazz; zigzag")  # which no served prompt has
 CLOSE = 1.5 / 255  # traces and the server give weights in 255ths
-# random draws lots, oracle is told the task's name, few-shot reads a file of examples
-SERVED = [name for name in OURS if name not in ("random", "oracle", "few-shot")]
+# random draws lots, oracle is told the task's name
+SERVED = [name for name in OURS if name not in ("random", "oracle")]
 
 
 @pytest.fixture(scope="module")

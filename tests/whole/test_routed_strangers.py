@@ -34,7 +34,7 @@ from tiny import VOCABULARY, logits_of, make_ids, write_expert
 from toy_embedders import use_toy_embedder
 
 INFO, FILE = "routed.json", "routed.safetensors"
-KINDS = ["plain", "mixed", "retrieval", "spectr", "centroid", "discriminant", "oracle", "merged"]
+KINDS = ["plain", "mixed", "retrieval", "arrow", "centroid", "discriminant", "oracle", "merged"]
 IDS = make_ids(rows=2)
 
 
@@ -52,7 +52,7 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
     uneven = with_embeddings(uneven_pool(base, place / "uneven"))
     mixed = mixed_pool_for(base, place / "mixed-experts")
     high = Pool((write_expert(base, place, "high", rank=40), write_expert(base, place, "low")))
-    routers = {"plain": "phatgoose", "mixed": "phatgoose", "spectr": "spectr:shortlist=2"}
+    routers = {"plain": "phatgoose", "mixed": "phatgoose"}
     for kind in KINDS:
         pool, router = {"mixed": mixed, "merged": high}.get(kind, uneven), routers.get(kind, kind)
         with warnings.catch_warnings():

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.router import Router, RouterAtSite
-from phatgoose.routing.routers.spectr import DIRECTIONS, along_directions, padded_rows
 
 from .neutral import Moments, over_neutral_text
+from .spectr import DIRECTIONS, along_directions, padded_rows
 
 
 @dataclass(frozen=True)

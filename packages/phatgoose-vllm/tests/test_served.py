@@ -99,7 +99,7 @@ ALONE = Share(32, 32, (Section(32, 32),))
 (PART,) = parts_of("q_proj", ALONE, {0: SITE}, 1)
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow", "spectr"])
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow"])
 def test_a_saved_model_gives_the_layers_what_ours_has(serve, llama_pool, llama, router):
     opened = serve(llama_pool, router, k=2)
     layer = compose(llama_pool, llama, router=router, k=2).get_submodule(SITE)
@@ -145,8 +145,8 @@ def test_what_vllm_cant_run_is_refused_with_what_to_do(serve, llama_pool, llama_
     with pytest.raises(RoutingError, match=r"q_proj: the experts map"):
         serve(llama_pool).experts(PART, Share(48, 48, ALONE.sections), torch.float32)
     half = Share(32, 16, (Section(32, 32),), 0, 2)
-    with pytest.raises(ConfigError, match="Router spectr reads all inputs"):
-        serve(llama_pool, "spectr").experts(PART, half, torch.float32)
+    with pytest.raises(ConfigError, match="Router arrow reads all inputs"):
+        serve(llama_pool, "arrow").experts(PART, half, torch.float32)
     opened = serve(llama_mixed)
     (part,) = parts_of("layer", ALONE, {0: opened.sites[0]}, 1)
     with pytest.raises(RoutingError, match=r"of another kind or have biases.*leave-out"):

@@ -194,7 +194,6 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
         **({"k": router.k} if router.k else {}),
         "kernel": router.kernel,
         "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
-        **({} if router.file_digest is None else {"given": router.file_digest}),
     }
     return Row(name, label, identity, pool, routing)
 

@@ -457,11 +457,11 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
     if parts.chooser:
         parts.chooser.read_base(model)
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = parts.router.recorded
+    routing = parts.routing
     info = {
         "format_version": FORMAT_VERSION,
         "base": asdict(parts.base),
-        "routing": {"router": recorded.router, "k": recorded.k, "kernel": recorded.kernel},
+        "routing": {"router": routing.router, "k": routing.k, "kernel": routing.kernel},
         "experts": shareable(parts.records),
         "weights_sha256": "",
         "lookup": dict(parts.chooser.tables.info) if parts.chooser else {},

@@ -161,7 +161,7 @@ def _record(result: Export, parts: Composition) -> dict[str, Any]:
     return {
         "form": "merged model" if result.merged else "PEFT adapter",
         "base": asdict(parts.base),
-        "router": parts.router.recorded.router,
+        "router": parts.router.text,
         "experts": result.mixture,
         "lost": result.lost,
         "sites": {site: asdict(loss) for site, loss in result.losses.items()},

@@ -10,7 +10,7 @@ from command_line import BASE
 from phatgoose.evaluation.compare import DERIVED, METHODS
 
 SUITES = ["--suites", "a.toml,b", "--max-new-tokens", 2, "--limit", 3, "--out", "x", *BASE]
-NOT_RUN = ("retrieval", "centroid", "few-shot")  # without embeddings and a file of examples
+NOT_RUN = ("retrieval", "centroid")  # without embeddings
 
 
 @pytest.fixture(autouse=True)

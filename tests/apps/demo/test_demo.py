@@ -42,7 +42,7 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     words = ("demo", "--base", base_folders["llama"], "--out", out)
     assert phat(*words, "--all-methods").code == 0
     comparison = json.loads((out / "comparison.json").read_text())
-    no_examples = {"retrieval", "centroid", "few-shot"}  # neither embedded nor in a file
+    no_examples = {"retrieval", "centroid"}  # not embedded
     assert set(METHODS) - set(comparison["rows"]) == no_examples
     monkeypatch.setattr("phatgoose.evaluation.compare.score", None)  # all is there already
     outcome = phat(*words)

@@ -94,7 +94,7 @@ def by_generate(runner, prompt, tokens=12, **more):
 
 
 ROUTED = [(kind, "phatgoose") for kind in ("llama", "gpt2", "qwen2")]
-ROUTED += [("llama", router) for router in ("average-activation", "arrow", "spectr", "merged")]
+ROUTED += [("llama", router) for router in ("average-activation", "arrow", "merged")]
 ROUTED += [("llama", router) for router in ("single", "retrieval", "centroid", "discriminant")]
 
 

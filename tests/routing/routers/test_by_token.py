@@ -1,4 +1,4 @@
-"""Routers of tokens: phatgoose by the paper's formula; Arrow beside PEFT's; SpectR and LAG."""
+"""Routers of tokens: phatgoose by the paper's formula; Arrow beside PEFT's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import ArrowConfig, create_arrow_model
 from safetensors.torch import load_file, save_file
 
@@ -16,13 +15,11 @@ from oracle import plain_scores
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
-from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.routers.arrow import arrow_vector
 from phatgoose.routing.routers.phatgoose import standardise
-from phatgoose.routing.routers.router import RouterAtSite
-from phatgoose.routing.routers.spectr import Spectr, right_singular_vectors
+from random_loras import loras
 from routed_models import by_vectors, router_at
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, random
 
@@ -91,18 +88,6 @@ def test_a_temperature_divides_every_affinity_and_the_top_k_act(llama, llama_poo
 # Singular vectors of B A, beside those of the whole product
 
 
-def factors(r: int, n: int, d: int, seed: int, dtype: torch.dtype, rank: int) -> LoraFactors:
-    """Random factors of rank r, or of `rank` where that is less."""
-    B = random(d, r, seed=seed + 1)[:, :rank] @ random(min(rank, r), r, seed=seed + 2)
-    return LoraFactors(random(r, n, seed=seed).to(dtype), B.to(dtype), 2.0)
-
-
-def loras(*dtypes: torch.dtype):
-    sizes, ranks = st.integers(1, 12), st.integers(0, 3) | st.just(8)
-    floats = st.sampled_from(dtypes)
-    return st.builds(factors, st.integers(1, 8), sizes, sizes, st.integers(0, 999), floats, ranks)
-
-
 @settings(max_examples=150, derandomize=True)
 @given(lora=loras(torch.float32, torch.bfloat16))
 def test_arrows_vector_is_the_first_right_singular_one_of_the_product(lora):
@@ -118,16 +103,6 @@ def test_arrows_vector_is_the_first_right_singular_one_of_the_product(lora):
     if len(values) == 1 or values[1] < 0.9 * values[0]:
         aligned = got.double() * (got.double() @ V[0]).sign()
         torch.testing.assert_close(aligned, V[0], rtol=0, atol=1e-5)
-
-
-@settings(max_examples=100, derandomize=True)
-@given(lora=loras(torch.float32))
-def test_spectrs_vectors_measure_a_token_in_the_row_space_of_the_product(lora):
-    u, rows = random(lora.A.shape[1]).double(), right_singular_vectors(lora)
-    assert (rows.dtype, rows.shape[1]) == (torch.float32, len(u))
-    product = lora.B.double() @ lora.A.double()
-    projected = torch.linalg.pinv(product, rtol=1e-6) @ (product @ u)
-    torch.testing.assert_close((rows.double() @ u).norm(), projected.norm())
 
 
 # Beside the libraries' own
@@ -167,36 +142,3 @@ def test_a_model_routed_by_arrow_is_that_of_peft(base, k, tmp_path):
         got = logits_of(compose(pool, base, router=f"arrow:form={variant}", k=k), ids)
         assert_same_logits(got, wanted)
         detach(base.model)
-
-
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_spectr_chooses_and_weighs_as_the_released_code(llama, llama_pool, k):
-    u, lengths = random(30, 32), []
-    for expert in llama_pool.experts:
-        lora = expert.lora[SITE]
-        Vh = torch.linalg.svd(lora.B.double() @ lora.A.double(), full_matrices=False).Vh
-        lengths.append((lora.scale * u.double() @ Vh[: len(lora.A)].T).norm(dim=-1))
-    best = torch.stack(lengths, dim=1).topk(k, dim=1).indices
-    decision = router_at(SITE, llama, llama_pool, "spectr", k=k)(u)
-    assert torch.equal(decision.experts.sort().values, best.sort().values)
-    torch.testing.assert_close(decision.weights, torch.full((30, k), 1 / k))
-    assert k == 4 or len(best.unique(dim=0)) > 1
-
-
-def test_the_best_of_a_shortlist_are_those_of_lag():
-    directions = torch.linalg.qr(random(6, 9, 3))[0].transpose(1, 2)  # [6, 3, 9]
-    u, table = random(40, 9, seed=1), {"directions": directions}
-
-    def router(k: int, **settings: int) -> RouterAtSite:
-        return RouterAtSite(Spectr(k=k, **settings), "s", torch.arange(6), "abcdef", table)
-
-    decision = router(1, shortlist=2)(u)
-    for t in range(40):
-        first = sorted(range(6), key=lambda z: -abs(float(directions[z, 0] @ u[t])))[:2]
-        best = max(first, key=lambda z: float((directions[z] @ u[t]).norm()))
-        assert decision.experts[t].tolist() == [best]
-    assert not torch.equal(decision.experts, router(1)(u).experts)
-    spread = router(1, shortlist=2).distribution(u)
-    assert (spread > 0).sum(dim=1).tolist() == [2] * 40
-    assert torch.equal(router(2, shortlist=6)(u).experts, router(2)(u).experts)
-    assert router(3, shortlist=1)(u).experts.shape == (40, 3)  # never below k

@@ -1,4 +1,4 @@
-"""Routers that look at no input: random, single, weights, those by scores, merged, few-shot."""
+"""Routers that look at no input: random, single, weights, those by scores, merged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from odd_files import nested, one_line_of
 from phatgoose.base import load_base
-from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError
+from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.lora import LoraStack
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, composition_of, detach, load, save
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.layers import FoldedLinear, folded_weight
 from phatgoose.routing.routers.fixed import Random, best_expert, best_expert_by_task, read_scores
 from phatgoose.routing.routers.router import RouterAtSite
-from routed_models import SCORES, with_embeddings
+from routed_models import SCORES
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
-from topic_prompts import CHOOSING, OPEN, both_streams, by_single, retrieving, scores_of
+from topic_prompts import CHOOSING, OPEN, both_streams, by_single
 
 
 def random_router(seed: int = 0) -> RouterAtSite:
@@ -217,76 +216,3 @@ def test_a_weight_in_bfloat16_is_rounded_once(conv):
     assert (got.dtype, got.shape) == (torch.bfloat16, (48, 16))
     half_a_step = torch.finfo(torch.bfloat16).eps / 2
     assert ((got.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
-
-
-# Few-shot: the expert of a few examples
-
-INPUTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO?", "zigzag jazz;")
-
-
-def written(folder: Path, *inputs: str) -> Path:
-    path = folder / "few.jsonl"
-    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in inputs))
-    return path
-
-
-@retrieving
-@pytest.mark.parametrize(
-    ("inputs", "expert"),
-    [(["plums or apples", "apples"], "e0"), (["WHO? WHAT?", "WHAT? WHERE?", "apples"], "e2")],
-)
-def test_the_best_mean_score_chooses_once_for_all(llama, llama_pool, tmp_path, inputs, expert):
-    path, ids = written(tmp_path, *inputs), make_ids(rows=2)
-    model = compose(llama_pool, llama, router=f"single:expert={expert}")
-    wanted = logits_of(model, ids)
-    detach(model)
-    pool = with_embeddings(llama_pool)
-    model = compose(pool, llama, router=f"few-shot:examples={path},by=centroid")
-    got = logits_of(model, ids)
-    torch.testing.assert_close(got, wanted)
-    save(model, tmp_path / "routed")
-    detach(model)
-    path.unlink()  # saved, the choice needs no examples again
-    assert torch.equal(logits_of(load(tmp_path / "routed", llama), ids), got)
-    said = (tmp_path / "routed" / "routed.json").read_text()
-    assert "few-shot:by=centroid" in said
-    assert path.name not in said  # whose place is no one else's business
-
-
-@pytest.mark.parametrize("chats", [0, 1, 4])  # the experts that were trained in chats
-def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, chats):
-    around = "zigzag " * 9
-    llama.tokenizer.chat_template = around + "{{ messages[0].content }}"
-    forms = [{"hyperparameters": {"chat": z < chats}} for z in range(4)]
-    pairs = zip(llama_pool.experts, forms, strict=True)
-    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e, form in pairs))
-    for text in INPUTS:
-        router = f"few-shot:examples={written(tmp_path, text)}"
-        model = compose(pool, llama, router=router)
-        chosen = composition_of(model).router.chosen
-        detach(model)
-        model = compose(pool, llama, router="discriminant")
-        read = around + text if chats == 4 else text
-        assert pool.names[scores_of(model, [read]).argmax()] == chosen
-        detach(model)
-
-
-@pytest.mark.parametrize(
-    ("content", "settings", "bare", "error", "message"),
-    [
-        (None, "", False, ConfigError, "needs few-shot:examples=FILE of"),
-        ('{"input": "apples"}', "", True, PoolError, "have no readings: run 'phatgoose stats'"),
-        ('{"input": "apples"}', ",by=retrieval", False, PoolError, "have no embeddings"),
-        ('{"input": "x", "split": "test"}', "", False, ConfigError, "with rows to train on"),
-        ("apples", "", False, TaskError, r"few.jsonl, line 1 is not valid"),
-    ],
-)
-def test_what_can_t_be_chosen_by_is_refused(
-    llama, llama_pool, tmp_path, content, settings, bare, error, message
-):
-    pool = Pool(tuple(replace(e, readings={}) for e in llama_pool.experts)) if bare else llama_pool
-    path = written(tmp_path)
-    path.write_text(content or "")
-    router = f"few-shot:examples={path}{settings}" if content else "few-shot"
-    with pytest.raises(error, match=message):
-        compose(pool, llama, router=router)

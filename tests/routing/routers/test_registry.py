@@ -46,12 +46,11 @@ LONG = "x" * 100_000
     [
         ("best", "router is 'best', but must be one of auto, random"),
         ("arrow:frm=peft", "router arrow: unknown setting 'frm'; known are form, temperature"),
-        ("few-shot:chosen=e0", "unknown setting 'chosen'"),
         ("arrow:form=qr", "router arrow: form is 'qr', but must be 'svd' or 'peft'"),
         ("arrow:peft", "arrow:SETTING=VALUE"),
         ("arrow:form=peft,form=svd", "each once"),
         ("random:seed=one", "seed is 'one', but must be a valid integer"),
-        ("spectr:shortlist=0", "shortlist is '0', but must be greater than or equal to 1"),
+        ("phatgoose:eps=0", "eps is '0', but must be greater than 0"),
         ("weights:e0", "weights are 'e0', but must be experts, each once"),
         (LONG, "router is 'xxx"),
         (f"random:seed={LONG}", "seed is 'xxx"),

@@ -73,7 +73,7 @@ def compose(
     model = compose(opened, base, routing=opening.routing, scores=opening.scores)
     save(model, out)
     parts = composition_of(model)
-    count, name = len(parts.experts), parts.router.recorded.router
+    count, name = len(parts.experts), parts.router.text
     k = min(parts.router.k, count)
     experts = f"{count} expert{'' if count == 1 else 's'} at {len(parts.layers)} sites"
     say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")

@@ -187,7 +187,8 @@ class Weights(ByPrompt):
     def read(cls, text: str) -> Self:
         return cls(mixture=written_mixture(read_mixture(text)) or None)
 
-    def _text(self, without: tuple[str, ...]) -> str:
+    @property
+    def text(self) -> str:
         return ":".join([self.name, *filter(None, [self.mixture])])
 
     @cached_property

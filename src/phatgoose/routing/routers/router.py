@@ -91,7 +91,6 @@ class Router(Settings):
     per_input: ClassVar[bool] = False
     grows: ClassVar[bool] = True  # experts can join and leave without composing again
     folds: ClassVar[bool] = False  # the same weights for all tokens, to be folded into the base's
-    private: ClassVar[tuple[str, ...]] = ()  # settings that are no business of files and clients
     unserved: ClassVar[str | None] = None  # why a prompt alone isn't enough, as a sentence
 
     # A letter for each size of the table's tensors, by name: E experts, n inputs.
@@ -140,25 +139,17 @@ class Router(Settings):
     @property
     def text(self) -> str:
         """As the user writes it: settings that aren't the usual ones, in the order of the class."""
-        return self._text(())
+        changed = []
+        for setting in settings_of(type(self)):
+            value = getattr(self, setting.name)
+            if value != setting.default:
+                changed.append(f"{setting.name}={written(value)}")
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     @cached_property
     def routing(self) -> Routing:
         """How experts are chosen, as `compose` takes it."""
         return Routing(self.text, self.k or None, self.kernel, self.embedder)
-
-    @cached_property
-    def recorded(self) -> Routing:
-        """The same as files and clients see it: nothing of the user's own machine."""
-        return replace(self.routing, router=self._text(self.private))
-
-    def _text(self, without: tuple[str, ...]) -> str:
-        changed = []
-        for setting in settings_of(type(self)):
-            value = getattr(self, setting.name)
-            if value != setting.default and setting.name not in without:
-                changed.append(f"{setting.name}={written(value)}")
-        return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     # What it is made of.
 
@@ -193,11 +184,6 @@ class Router(Settings):
     def used(self, pool: Pool) -> tuple[str, ...]:
         """The parts of the experts of `pool` that its choices depend on."""
         return self.needs
-
-    @property
-    def file_digest(self) -> str | None:
-        """A hash of what is in the file that a setting names; None by default."""
-        return None
 
     @property
     def why_fixed(self) -> str | None:

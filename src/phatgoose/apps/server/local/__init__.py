@@ -132,7 +132,7 @@ class Reporter:
                 self._tokens[choice] += bool(best)
         count, row = self._tokens[choice], self._asked.answers[choice].row
         alone = ALONE if self.chosen and not self.chosen[row] else {}
-        router, known = parts.router.recorded.router, [name for name in names if name in mine]
+        router, known = parts.router.text, [name for name in names if name in mine]
         summary = {name: round(total / count, 4) for name, total in sums.most_common()} or alone
         report = routing_report(router, parts.router.k or None, known, tokens, summary)
         if self._asked.request.routing == "trace":

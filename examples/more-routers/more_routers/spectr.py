@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...config import AT_LEAST_1
-from ...experts.lora import LoraFactors
-from ...experts.pool import Pool
-from .arrow import small_svd
-from .router import Router, RouterAtSite, highest, products
+from phatgoose.config import AT_LEAST_1
+from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.routers.arrow import small_svd
+from phatgoose.routing.routers.router import Router, RouterAtSite, highest, products
 
 NOTHING = 1e-6  # singular values below this share of the largest are rounding
 DIRECTIONS = "directions"  # the name of A* in files

@@ -1,13 +1,12 @@
 """Few-shot: one expert for a whole task, chosen by a few of the task's inputs at composing.
 
 Not in the paper, and no published rule: the expert of the highest mean score over the inputs, by a
-router that scores prompts. The choice is kept in the routed model.
+router that scores prompts. The choice is kept in the routed model, the examples aren't.
+A comparison goes by the file's name: call a changed file otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...config import Formatting
-from ...errors import ConfigError
-from ...experts.expert import recorded_formatting, trained_in_chats
-from ...experts.pool import Pool
-from ...tasks.encoding import Encoder
-from ...tasks.loading import load_task
-from .discriminant import Discriminant
-from .prompt import ByPrompt, PromptChooser
-from .retrieval import Centroid, Retrieval
-from .router import Router, RouterAtSite, RoutingDecision, highest
+from phatgoose.config import Formatting
+from phatgoose.errors import ConfigError
+from phatgoose.experts.expert import recorded_formatting, trained_in_chats
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.routers.discriminant import Discriminant
+from phatgoose.routing.routers.prompt import ByPrompt, PromptChooser
+from phatgoose.routing.routers.retrieval import Centroid, Retrieval
+from phatgoose.routing.routers.router import Router, RouterAtSite, RoutingDecision, highest
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.loading import load_task
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHARE = "share"  # the name of weights in files
@@ -39,7 +38,7 @@ class FewShot(Router):
     """Router few-shot: `chosen` is the expert's name."""
 
     name, label, given = "few-shot", "Few-shot", ("examples",)
-    sizes, grows, private = {SHARE: "E"}, False, ("examples",)
+    sizes, grows = {SHARE: "E"}, False
 
     examples: Annotated[
         str | None, "A task file (.jsonl, .json, .csv, .parquet) of five or more inputs."
@@ -60,10 +59,6 @@ class FewShot(Router):
                 "Router few-shot needs few-shot:examples=FILE of the task, with rows to train on."
             )
         return tuple(example.input for example in rows)
-
-    @property
-    def file_digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.inputs).encode()).hexdigest()[:16]
 
     def check(self, pool: Pool) -> None:
         super().check(pool)
@@ -92,7 +87,8 @@ class FewShot(Router):
         scores = chooser.score([encoder.prompt(each) for each in self.inputs], model)
         chosen = pool.names[int(highest(scores.mean(dim=0, keepdim=True), 1))]
         logger.info("few-shot: %s, by %d examples", chosen, len(self.inputs))
-        return replace(self, chosen=chosen)
+        # The file's place is no one else's business, and a loaded model has no need of it.
+        return replace(self, examples=None, chosen=chosen)
 
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         acting = [expert.name for expert in pool.experts if site in expert.modules]

@@ -1,9 +1,11 @@
 """What each router keeps of what experts know, on one base beside another: table and figure.
 
     cd research && python kept.py ../docs/figures/kept.png \
-        SmolLM2-135M=decoders/rows.jsonl#held_in Gemma-3-270M=decoders/rows.jsonl#gemma-held-in
+        SmolLM2-135M=decoders/rows.jsonl#held_in Gemma-3-270M=decoders/rows.jsonl#gemma-held-in \
+        Qwen2.5-Coder-0.5B=decoders/rows.jsonl#qwen-held_in
 
 NAME=FILE is what `study/held_in.py` writes, NAME=FILE#RUN the rows of a run in decoders/rows.jsonl.
+Routers that all bases have and the package has: some left it for examples/more-routers.
 Printed are, for every base, each router's mean, its share of the own experts' mean and its points
 above PHATGOOSE, over the tasks that all bases have, with 95 % intervals over tasks drawn anew.
 """
@@ -20,8 +22,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from phatgoose.evaluation.compare import METHODS
+from phatgoose.evaluation.compare import BASE, label_of
 from phatgoose.evaluation.metrics import Estimate
+from phatgoose.routing.routers.registry import OURS
 
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
 OTHERS = ("run", "task", "metric", "n", "gain", "own")
@@ -34,6 +37,7 @@ def main(out: str, *named: str) -> None:
     tasks = sorted(set.intersection(*(set(rows) for rows in bases.values())))
     routers = [each for each in next(iter(bases.values()))[tasks[0]] if each not in OTHERS]
     routers = [each for each in routers if all(each in rows[tasks[0]] for rows in bases.values())]
+    routers = [each for each in routers if re.split("[:?]", each)[0] in (BASE, *OURS)]
     first = next(iter(bases.values()))
     routers.sort(key=lambda router: scores(first, tasks, router).mean())
     print(f"{len(tasks)} tasks: {', '.join(tasks)}")
@@ -61,13 +65,6 @@ def main(out: str, *named: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(loc="upper left", frameon=False, fontsize=9)
     figure.savefig(out, dpi=150)
-
-
-def label_of(router: str) -> str:
-    """A router with its settings, such as "Discriminant, per block = 1"; some left the core."""
-    name, *settings = re.split("[:?,]", router)
-    label = METHODS.get(name, name.replace("-", " ").title())
-    return ", ".join([label, *(each.replace("_", " ").replace("=", " = ") for each in settings)])
 
 
 def read(place: str) -> Rows:

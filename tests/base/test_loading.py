@@ -176,6 +176,15 @@ def test_an_adapter_beside_the_weights_is_no_part_of_the_base(
     assert [*base.model.state_dict()] == [*alone.model.state_dict()]
 
 
+def test_an_adapter_in_a_folder_of_the_base_is_no_part_of_it_either(
+    base_folders, llama_pool, tmp_path
+):
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "base")
+    shutil.copytree(llama_pool.experts[0].directory, folder / "-")
+    base, alone = (load_base(place, dtype="float32") for place in (folder, base_folders["llama"]))
+    assert base.fingerprint == alone.fingerprint
+
+
 @pytest.mark.parametrize(
     ("stored", "said"), [("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
 )

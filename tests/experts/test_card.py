@@ -38,6 +38,12 @@ def test_a_base_of_any_name_keeps_the_front_matter_of_a_card_whole():
         assert page.count("`") % 2 == 0
 
 
+def test_the_card_names_the_bundled_base_as_the_hub_knows_it():
+    card = model_card(replace(INFO, base=BaseReference("smollm2")), "lora")
+    assert "\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card
+    assert "expert for `smollm2`" in card
+
+
 def test_the_card_says_what_peft_can_load():
     ours, pefts = model_card(INFO, "bottleneck"), model_card(INFO, "ia3")
     assert "library_name: phatgoose" in ours

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from fake_hub import contents
 from mixed_experts import make_kind, ordered
+from phatgoose import files
+from phatgoose.base import load_base
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -20,7 +25,7 @@ from phatgoose.routing.compose import compose, composition_of, detach, load, sav
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, shareable
 from routed_models import assert_is_that_of, compose_by, composed
-from tiny import logits_of, make_ids, make_model
+from tiny import logits_of, make_adapter, make_ids, make_model
 
 READ = {"routed.json", "routed.safetensors"}
 FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -233,6 +238,37 @@ def test_of_two_changes_at_once_one_is_refused(uneven, pair):
     with pytest.raises(RoutingError, match="another process has changed it meanwhile"):
         remove_from_saved(pair, names())
     assert read_saved(pair).names == ("e0", "e1", "e2")
+
+
+def test_of_two_additions_that_would_replace_the_folder_at_once_none_is_lost(
+    uneven, pair, monkeypatch
+):
+    both, replaced = Barrier(2, timeout=3), files._replace
+
+    def at_once(*places: Path) -> None:
+        with suppress(BrokenBarrierError):  # the other isn't let in
+            both.wait()
+        replaced(*places)
+
+    monkeypatch.setattr(files, "_replace", at_once)
+    with ThreadPoolExecutor(2) as threads:
+        pools = {name: uneven.select([name]) for name in ("e2", "e3")}
+        tries = {name: threads.submit(add_to_saved, pair, pools[name]) for name in pools}
+    errors = {name: str(each.exception()) for name, each in tries.items() if each.exception()}
+    (refused,) = errors
+    assert "another process has changed it meanwhile; try again" in errors[refused]
+    assert read_saved(pair).names == ("e0", "e1", "e3" if refused == "e2" else "e2")
+
+
+def test_prompts_that_joining_experts_bring_are_read_by_the_base(llama, tmp_path):
+    texts = {"a": ["Once more", "and again", "then"], "b": ["1 + 2 =", "12 + 7 =", "3 + 3 ="]}
+    for seed, (name, lines) in enumerate(texts.items()):
+        folder = make_adapter(llama, tmp_path / name, seed=seed)
+        (folder / "prompts.txt").write_text("\n".join(lines))
+    base, pool = load_base(llama.id), Pool.open(tmp_path)
+    save(composed("discriminant", pool.select(["a"]), base), tmp_path / "routed")
+    add_to_saved(tmp_path / "routed", tmp_path / "b")
+    assert_is_that_of(tmp_path / "routed", "discriminant", pool, base)
 
 
 def changed(expert: Expert, name: str, by) -> Pool:

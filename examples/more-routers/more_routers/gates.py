@@ -2,7 +2,7 @@
 
 Neither is in the paper. `calibrated` scores (α/√n − a_z) / s_z, with mean a and deviation s of α/√n
 over neutral text, so that no expert is favoured by text as such (SEQR, arXiv 2509.18093, does so
-with norms).
+with norms). Its `temperature` divides these scores.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Calibrated(Phatgoose):
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         usual, spread = self.calibration[site]
         spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
-        return {**super().table(pool, site), "usual": usual, "spread": spread}
+        # Gates, and so usual and spread, are divided by the temperature, which then cancels out.
+        warm = spread * self.temperature
+        return {**super().table(pool, site), "usual": usual, "spread": warm}
 
     def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
         return (super().scores(u, at_site) - at_site.usual) / at_site.spread

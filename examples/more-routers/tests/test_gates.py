@@ -40,6 +40,15 @@ def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, pool_o
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)
 
 
+def test_calibrated_divides_its_scores_by_the_temperature(llama, pool_of):
+    three, u = pool_of("llama", (4, 4, 4)), random(7, 32)
+    usual, warm = (
+        router_at(SITE, llama, three, text) for text in ("calibrated", "calibrated:temperature=2.5")
+    )
+    wanted = usual.router.scores(u, usual) / 2.5
+    torch.testing.assert_close(warm.router.scores(u, warm), wanted)
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_moments_are_those_of_all_real_tokens(base, read_neutrally):
     read, sites = read_neutrally(base), find_sites(base.model)

@@ -24,7 +24,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base import Base, BaseReference, Text, closest_beside, is_hub_id, number_format
+from ..base import (
+    SMOLLM2,
+    SMOLLM2_ON_HUB,
+    Base,
+    BaseReference,
+    Text,
+    closest_beside,
+    is_hub_id,
+    number_format,
+)
 from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
@@ -523,8 +532,9 @@ def model_card(info: ExpertInfo, kind: str) -> str:
     """The card of an expert of this `kind`, in Markdown."""
     in_peft, base = kinds()[kind].peft_type is not None, info.base.id
     warning = WARNING if info.acts_on else ""
+    on_hub = SMOLLM2_ON_HUB if base == SMOLLM2 else base
     # In YAML an id without an owner might be a number.
-    quoted = base if "/" in base else json.dumps(base)
+    quoted = on_hub if "/" in on_hub else json.dumps(on_hub)
     # Indented, so that nothing in it is Markdown or HTML.
     record = "".join(f"    {one_line(each, 500)}\n" for each in info_json(info).splitlines())
     return CARD.format(

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import BaseReference, Text, check_base
+from ..base import BaseReference, Text, check_base, load_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
 from ..experts.expert import ActsOn, Name, trained_in_chats
@@ -37,6 +38,7 @@ from ..files import (
     sha256_of,
     shortened,
     write_text,
+    writing,
 )
 from ..sites import FLOATS
 from .layers import (
@@ -269,26 +271,32 @@ def base_of(directory: str | Path) -> BaseReference:
     return read_description(Path(directory) / ROUTED_INFO)[1].base
 
 
-# Changing: experts join and leave, without the base.
+# Changing: experts join and leave. The base is loaded only to read prompts that no one has read.
 
 
 def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     """The saved model in `directory` with the experts of `pool` too, after its own.
 
-    It is then, byte for byte, what composing the larger pool would have saved. Raises RoutingError
-    when its router can't take more, the folder is damaged, can't be written, or changed meanwhile;
+    It is then, byte for byte, what composing the larger pool would have saved. A router per prompt
+    has the base loaded where experts bring prompts that no base has read. Raises RoutingError when
+    its router can't take more, the folder is damaged, can't be written, or changed meanwhile;
     PoolError when a name is taken or vectors are missing, WrongBaseError and ExpertError when an
-    expert doesn't fit.
+    expert doesn't fit, BaseModelError when a base that is needed can't be loaded.
     """
     pool, folder = Pool.open(pool), Path(directory).resolve()  # a link stays
     saved = read_saved(folder)
     _check_changeable(saved)
-    router, tables, records = saved.router, saved.tables, [*saved.records, *pool.records()]
+    router, tables = saved.router, saved.tables
     if taken := sorted({*saved.names} & {*pool.names}):
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
+    check_base(pool.base, saved.base)
+    if pool.unread and isinstance(router, ByPrompt):
+        base = load_base(saved.base.id, revision=saved.base.revision)
+        check_base(saved.base, base.reference)
+        pool = pool.measured(base)
+    records = [*saved.records, *pool.records()]
     router.check(pool)
     check_measured(router, pool, records)
-    check_base(pool.base, saved.base)
     sizes = {s: {x: each[x] for x in "nd" if x in each} for s, each in saved.sizes.items()}
     check_alike(pool.experts, sizes)
     if isinstance(router, ByPrompt):
@@ -345,7 +353,12 @@ def _rewritten(
 ) -> SavedModel:
     if trained_in_chats(records) != trained_in_chats(saved.records):
         tables = replace(tables, base={})  # read in another form, and again when it is needed
-    with new_directory(folder, RoutingError, overwrite=True) as work:
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # the folder itself is replaced
+    with (
+        writing(folder, RoutingError),
+        lock,
+        new_directory(folder, RoutingError, overwrite=True) as work,
+    ):
         shutil.copytree(
             folder,
             work,

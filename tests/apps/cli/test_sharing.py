@@ -39,6 +39,7 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, phat):
         "statistics of 3 prompts",
         "statistics of 4 prompts",
     ]
+    assert told.splitlines()[2] == f"next: 'phatgoose serve {tmp_path / 'p'}'"
 
 
 def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path):

@@ -50,6 +50,7 @@ def import_(
     others are imported.
     """
     from ...experts import importing
+    from ...experts.expert import FEW
 
     how: dict[str, Any] = {"base": base, "base_id": base_id}
     how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None}
@@ -67,7 +68,10 @@ def import_(
     bases = [expert.info.base for expert in imports.experts]
     if unmarked := next((base.id for base in bases if not base.fingerprint), None):
         say(f"no fingerprint, no statistics: {unmarked} is not here; --fingerprint fetches it")
-    say(f"next: 'phatgoose stats EXPERT --prompts …' (three at least), or 'phatgoose serve {out}'")
+    prompts = [max(each.info.prompts_read or 0, len(each.prompts)) for each in imports.experts]
+    is_enough = min(prompts, default=0) >= FEW
+    more = "" if is_enough else "'phatgoose stats EXPERT --prompts …' (three at least), or "
+    say(f"next: {more}'phatgoose serve {out}'")
     return int(bool(imports.refused))
 
 

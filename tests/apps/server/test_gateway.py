@@ -147,9 +147,18 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 CHOICE = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
 TOOLS = {"tools": [TOOL, {"type": "web_search", "size": 1}], "tool_choice": CHOICE}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-UNKNOWN = {**TOOLS, "parallel_tool_calls": False, "chat_template_kwargs": {"thinking": False}}
-UNKNOWN |= {"min_tokens": 2, "priority": 1, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
+UNKNOWN = {**TOOLS, "parallel_tool_calls": False, "continue_final_message": True}
+UNKNOWN |= {"add_generation_prompt": False, "modalities": ["text"], "timings_per_token": True}
+UNKNOWN |= {"min_tokens": 2, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
 KNOWN = {"reasoning_effort": "low", "presence_penalty": 1.5, "top_k": 5, "user": "me"}
+KNOWN |= {"chat_template_kwargs": {"enable_thinking": False}, "service_tier": "flex"}
+# Of vLLM's and llama.cpp's fields those that reach adapters, prompts, limits, or what is others'.
+OWN = {"lora", "lora_request", "prompt_embeds", "chat_template", "documents", "add_special_tokens"}
+OWN |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs", "media_io_kwargs"}
+OWN |= {"input_prefix", "input_suffix", "input_extra", "priority", "request_id", "session_id"}
+OWN |= {"id_slot", "cache_salt", "n_cache_reuse", "vllm_xargs", "kv_transfer_params", "n_probs"}
+OWN |= {"chat_format", "chat_parser", "n_predict", "n_cmpl", "prompt_logprobs", "echo"}
+OWN |= {"ec_transfer_params", "sse_ping_interval"}
 TALK = [
     {"role": "user", "content": "Tell me of birds"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -172,16 +181,18 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             far = '{"model": "e1", "prompt": "a", "far": [1e999]}'  # which is strict JSON
             assert client.post(PATH, content=far, headers=JSON).status_code == 200
             assert engine.requests[-1]["far"] == [None]
-            own_fields = ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl", "echo")
-            for own in (*own_fields, "vllm_xargs", "prompt_logprobs", "n_probs"):
+            for own in OWN:
                 error = error_of(client, path=CHATS, **body, **{own: [1]})
                 assert error["message"].startswith(f"{own} isn't forwarded")
+            for own in ("messages", "tools", "documents", "chat_template", "truncation", "seconds"):
+                error = error_of(client, path=CHATS, **body | {"chat_template_kwargs": {own: [1]}})
+                assert error["message"].startswith(f"chat_template_kwargs: {own} is not a variable")
             for path, own in ((CHATS, "prompt"), (PATH, "max_completion_tokens")):
                 asked = {"messages": TALK} if path == CHATS else {"prompt": "a"}
                 error = error_of(client, path=path, model="e1", **asked, **{own: 3})
                 assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
-            assert error_of(client, path=CHATS, **body)["param"] == "chat_template_kwargs"
+            assert error_of(client, path=CHATS, **body)["param"] == "continue_final_message"
             ask(client, path=CHATS, model="e1", messages=TALK, tools=[TOOL], **KNOWN)
 
 

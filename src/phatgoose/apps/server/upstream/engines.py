@@ -4,8 +4,9 @@ A form says which adapters an engine holds, and how a request names experts to i
 of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run).
 
 Each answer is one request to the engine, so that prompts of one request may have different experts.
-It is never sent again: with sampling, a second answer would go on otherwise. What an engine that
-breaks off has said so far is not taken back: the stream ends with the error.
+Once some of it has come it is never sent again: with sampling, a second answer would go on
+otherwise. What an engine that breaks off has said so far is not taken back: the stream ends with
+the error.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
 MOST_TOKEN = 512  # bytes that a token may take in a whole answer
 BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
 IS_AWAY = "The engine behind this server is away; try again."
+BROKE_OFF = "The engine broke off its answer."
 JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
 
@@ -53,11 +55,15 @@ class TooMuchError(httpx2.HTTPError):
         super().__init__(f"The engine answers more than {most} bytes.")
 
 
-class AwayError(ApiError):
-    """An engine hasn't begun its answer, so that another may give it."""
+class BrokenOffError(httpx2.HTTPError):
+    """An answer that ends before its end."""
 
-    def __init__(self, message: str = IS_AWAY, status: int = 503) -> None:
-        super().__init__(status, message, code=AWAY, headers={"Retry-After": "1"})
+
+class AwayError(ApiError):
+    """An engine has given nothing of its answer, so that another may give it."""
+
+    def __init__(self, message: str = IS_AWAY, status: int = 503, code: str = AWAY) -> None:
+        super().__init__(status, message, code=code, headers={"Retry-After": "1"})
 
 
 def client_of(upstream: Upstream) -> httpx2.AsyncClient:
@@ -386,15 +392,18 @@ class Link:
     async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
         """Put into `events` what the engine answers with these experts.
 
-        Raises ApiError when the engine refuses the request or fails, AwayError if it is away.
+        Raises ApiError when the engine refuses the request or fails, AwayError if it is away or
+        fails before there is anything in `events`.
         """
-        if self.engine is None:
+        engine = self.engine
+        if engine is None:
             raise AwayError
         is_chat = isinstance(asked.request, ChatRequest)
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
+        has_begun = False
         self.busy += 1
         try:
-            content = written(_body(number, asked, weights, self.engine))
+            content = written(_body(number, asked, weights, engine))
             request = self.client.build_request("POST", path, content=content)
             try:
                 response = await self.client.send(request, stream=True)
@@ -402,15 +411,19 @@ class Link:
                 raise AwayError from error
             if response.is_error:
                 raise await self._refusal(response)
-            await self._pass_on(response, number, asked, events)
+            async with aclosing(self._answered(response, number, asked)) as answered:
+                async for progress in answered:
+                    has_begun = True
+                    await events.put(progress)
         except (httpx2.HTTPError, ValueError) as error:
-            raise self._failure(error) from error
+            raise self._failure(error, has_begun) from error
         finally:
             self.busy -= 1
 
-    async def _pass_on(
-        self, response: httpx2.Response, number: int, asked: Asked, events: Any
-    ) -> None:
+    async def _answered(
+        self, response: httpx2.Response, number: int, asked: Asked
+    ) -> AsyncGenerator[Progress, None]:
+        """What comes of an answer."""
         pieces, usage, rest, finish = 0, _Usage(), dict[str, Any](), None
         kind = response.headers.get("content-type", "")
         is_stream = asked.request.stream and kind.startswith("text/event-stream")
@@ -424,6 +437,8 @@ class Link:
                 usage, rest = answer.usage or usage, rest | (answer.model_extra or {})
                 for choice in (answer.choices or [])[:1]:
                     finish, said = choice.finish_reason or finish, choice.said
+                    if finish in CUT:
+                        raise BrokenOffError(BROKE_OFF)
                     message = said.model_dump(exclude={"role", "content"}, exclude_unset=True)
                     beside = {n: v for n, v in (choice.model_extra or {}).items() if n != "index"}
                     if choice.logprobs:
@@ -433,26 +448,27 @@ class Link:
                     text, pieces = said.content or "", pieces + bool(said.content)
                     if text or any([*message.values(), *beside.values()]):
                         message |= {"content": said.content}
-                        new = Progress(number, text, (), (), None, pieces, message, beside, rest)
-                        await events.put(new)
+                        yield Progress(number, text, (), (), None, pieces, message, beside, rest)
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
-        # It was ended, but not its answer; or it holds none.
-        if finish in CUT or (finish is None and (is_stream or not pieces)):
-            raise ApiError(502, "The engine broke off its answer.", code=BROKEN)
+        if finish is None and (is_stream or not pieces):  # it was ended, but not its answer
+            raise BrokenOffError(BROKE_OFF)
         rest["usage"] = usage.model_dump(exclude_unset=True, exclude_none=True)
         generated, end = usage.completion_tokens or pieces, finish or "stop"
-        await events.put(Progress(number, "", finish=end, generated=generated, reply=rest))
+        yield Progress(number, "", finish=end, generated=generated, reply=rest)
 
-    def _failure(self, error: Exception) -> ApiError:
+    def _failure(self, error: Exception, has_begun: bool) -> ApiError:
         if isinstance(error, TooMuchError):
             return ApiError(502, str(error), code=FAILED)
         if isinstance(error, ValueError):
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             return ApiError(502, message, code=BROKEN)
-        self.engine = None
+        if not isinstance(error, BrokenOffError):
+            self.engine = None
         if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):  # nothing was sent
             return AwayError()
-        return ApiError(502, "The engine broke off its answer.", code=BROKEN)
+        if has_begun:
+            return ApiError(502, BROKE_OFF, code=BROKEN)
+        return AwayError(BROKE_OFF, 502, BROKEN)
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
         content = b""

@@ -5,12 +5,13 @@ And an engine that is away, slow, restarted or killed: errors say so, and nobody
 
 import json
 import logging
+import re
 import shutil
 import time
 
 import pytest
 
-from fake_engine import ASK, BASE, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
+from fake_engine import ASK, BASE, CACHED, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
 from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
@@ -216,6 +217,39 @@ def test_an_answer_comes_as_the_engine_gave_it(engine, client):
     assert "prompt_token_ids" not in str(others)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert second["choices"][0]["delta"] == {"content": None, **delta}
+
+
+@pytest.mark.parametrize("keys", [["one"], ["one", "two=e1"]])
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_no_client_learns_which_prompts_of_others_the_engine_knows(place, kind, keys):
+    counts = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+    known = {"timings": {"cache_n": 8}, "__verbose": {"tokens_cached": 8}}
+    usage = {**counts, "prompt_tokens_details": CACHED}
+    choice = {"index": 0, "finish_reason": "stop", "stop_reason": 7}
+    whole = {"choices": [{**choice, "text": "a"}], "usage": usage, **known}
+    chunk = {"choices": [{**choice, "message": {"content": "a"}}], "usage": usage, **known}
+    with engine_of(kind) as engine, gateway(place, engine, api_keys=keys) as client:
+        engine.mode = "odd"
+        for key in keys * 2:
+            client.headers["Authorization"] = f"Bearer {key.partition('=')[0]}"
+            engine.content = json.dumps(whole).encode()
+            reply = ask(client, **EXPERT)
+            engine.content = json.dumps(chunk).encode()
+            chunks = chunks_of(client, **EXPERT, stream_options={"include_usage": True})
+            is_told = kind == "vllm" or len(keys) == 1
+            assert reply["usage"] == (usage if is_told else counts)
+            assert ("timings" in reply, "__verbose" in reply) == (is_told, is_told)
+            assert reply["choices"][0]["stop_reason"] == 7
+            assert ("cache" in str(chunks)) == is_told
+            assert chunks[-1]["usage"].get("prompt_tokens_details") == (CACHED if is_told else None)
+        salts = [each.get("cache_salt") for each in engine.requests]
+    if kind == "llama.cpp":  # which has no such field
+        assert {*salts} == {None}
+        return
+    of_keys = [{*salts[n :: 2 * len(keys)]} for n in range(0, 2 * len(keys), 2)]
+    assert [len(each) for each in of_keys] == [1] * len(keys)  # a client's is always the same
+    assert len(set.union(*of_keys)) == len(keys)
+    assert all(re.fullmatch("[0-9a-f]{64}", salt) for salt in salts)  # as vLLM takes it
 
 
 @pytest.mark.parametrize(

@@ -238,12 +238,17 @@ class EngineBackend(Backend):
 
 
 class Links:
-    """The engines behind a gateway, which have the experts in `folders` together."""
+    """The engines behind a gateway, which have the experts in `folders` together.
+
+    Where they are shared, clients don't trust each other.
+    """
 
     folders: Mapping[str, str]
 
-    def __init__(self, upstreams: Sequence[Upstream], metrics: Metrics) -> None:
-        self.links = [Link(each) for each in upstreams]
+    def __init__(
+        self, upstreams: Sequence[Upstream], metrics: Metrics, *, are_shared: bool = False
+    ) -> None:
+        self.links = [Link(each, is_shared=are_shared) for each in upstreams]
         up = metrics.gauge("upstream_up", "Whether an engine is there.", ["upstream"])
         for link in self.links:
             up.labels(link.upstream.root).set_function(lambda link=link: link.engine is not None)

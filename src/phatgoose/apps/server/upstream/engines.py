@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
+from hashlib import blake2b
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar
 
@@ -42,6 +44,7 @@ IS_AWAY = "The engine behind this server is away; try again."
 BROKE_OFF = "The engine broke off its answer."
 JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
+SECRET = secrets.token_bytes(32)  # for salts that nobody can guess
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
@@ -192,8 +195,9 @@ class Engine(ABC):
 
     `owner` is whose its models are, as it says itself. `mixes` says whether a request may name
     several adapters with weights. `plain` are the fields that turn off what the engine would
-    otherwise do to the probabilities; `names` has its own for other fields. After a look there are
-    the name of its `base`, its `context`, and the `ids` of its adapters by name.
+    otherwise do to the probabilities; `names` has its own for other fields. `salt` is the field
+    that keeps clients' cached prompts apart, "" where it has none. After a look there are the name
+    of its `base`, its `context`, and the `ids` of its adapters by name.
     """
 
     label: ClassVar[str]
@@ -201,6 +205,7 @@ class Engine(ABC):
     mixes: ClassVar[bool] = False
     plain: ClassVar[Mapping[str, Any]]
     names: ClassVar[Mapping[str, str]] = {}
+    salt: ClassVar[str] = ""
     base: str
     context: int | None
     ids: Mapping[str, Any]
@@ -243,6 +248,7 @@ class Vllm(Engine):
 
     label = "vLLM"
     owner = "vllm"
+    salt = "cache_salt"
     plain: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
     async def look(self, client: httpx2.AsyncClient) -> None:
@@ -342,16 +348,21 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
     else:
         body["prompt"] = prompt.text
     named = {engine.names.get(name, name): value for name, value in body.items()}
-    return {**engine.plain, **named, **engine.fields(sent)}
+    salt = blake2b(asked.client.encode(), key=SECRET, digest_size=32).hexdigest()
+    salted = {engine.salt: salt} if engine.salt else {}
+    return {**engine.plain, **named, **engine.fields(sent), **salted}
 
 
 class Link:
-    """The way to one engine, which may come later than the gateway, and be restarted."""
+    """The way to one engine, which may come later than the gateway, and be restarted.
+
+    Where `is_shared`, clients don't trust each other.
+    """
 
     client: httpx2.AsyncClient
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: Upstream, *, is_shared: bool = False) -> None:
+        self.upstream, self._is_shared = upstream, is_shared
         self.engine: Engine | None = None  # not while it is away: it may hold others then
         self.busy = 0  # answers that it was asked for
         self.folders: Mapping[str, str] = {}  # of the experts that it was last prepared for
@@ -411,7 +422,9 @@ class Link:
                 raise AwayError from error
             if response.is_error:
                 raise await self._refusal(response)
-            async with aclosing(self._answered(response, number, asked)) as answered:
+            # Without a salt, counts tell which beginnings of prompts other clients have sent.
+            tells = bool(engine.salt) or not self._is_shared
+            async with aclosing(self._answered(response, number, asked, tells)) as answered:
                 async for progress in answered:
                     has_begun = True
                     await events.put(progress)
@@ -421,9 +434,9 @@ class Link:
             self.busy -= 1
 
     async def _answered(
-        self, response: httpx2.Response, number: int, asked: Asked
+        self, response: httpx2.Response, number: int, asked: Asked, tells: bool
     ) -> AsyncGenerator[Progress, None]:
-        """What comes of an answer."""
+        """What comes of an answer, with what the engine alone knows of it if it `tells`."""
         pieces, usage, rest, finish = 0, _Usage(), dict[str, Any](), None
         kind = response.headers.get("content-type", "")
         is_stream = asked.request.stream and kind.startswith("text/event-stream")
@@ -434,7 +447,9 @@ class Link:
         async with aclosing(contents):
             async for content in contents:
                 answer = self._read(content)
-                usage, rest = answer.usage or usage, rest | (answer.model_extra or {})
+                usage = answer.usage or usage
+                if tells:
+                    rest |= answer.model_extra or {}
                 for choice in (answer.choices or [])[:1]:
                     finish, said = choice.finish_reason or finish, choice.said
                     if finish in CUT:
@@ -452,7 +467,8 @@ class Link:
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
         if finish is None and (is_stream or not pieces):  # it was ended, but not its answer
             raise BrokenOffError(BROKE_OFF)
-        rest["usage"] = usage.model_dump(exclude_unset=True, exclude_none=True)
+        counted = None if tells else {*_Usage.model_fields}
+        rest["usage"] = usage.model_dump(include=counted, exclude_unset=True, exclude_none=True)
         generated, end = usage.completion_tokens or pieces, finish or "stop"
         yield Progress(number, "", finish=end, generated=generated, reply=rest)
 

@@ -147,3 +147,18 @@ def test_the_image_is_pinned_and_has_no_rights():
     assert {stage.split()[0] for stage in stages} == {"python"}
     (user,) = re.findall(r"^USER (.+)$", dockerfile, re.M)
     assert user not in {"root", "0"}
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_unit_is_one_that_systemd_takes_and_its_command_exists(tmp_path):
+    (unit,) = re.findall(r"^```ini\n(.*?)^```", TEXT[ROOT / "docs" / "serving.md"], re.M | re.S)
+    (line,) = re.findall(r"^ExecStart=(.+)$", unit, re.M)
+    program, name, *words = shlex.split(line)
+    assert program.endswith("/phatgoose")
+    COMMANDS[name].make_context(name, words)
+    path = tmp_path / "phatgoose.service"
+    path.write_text(unit.replace(program, sys.executable))
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True
+    )
+    assert (verified.returncode, verified.stderr) == (0, "")

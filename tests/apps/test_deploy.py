@@ -56,7 +56,6 @@ def test_vllm_gets_experts_as_they_are_and_a_rank_that_it_allows(llama, tmp_path
     assert (out / "base" / "config.json").is_file()
     gateway = command_in(out / "gateway.sh")
     assert gateway[:3] == ["phatgoose", "serve", "experts"]
-    assert value_of(gateway, "--upstream") == "http://127.0.0.1:8001"
     assert value_of(gateway, "--base") == "base"
 
 
@@ -178,6 +177,23 @@ def test_what_an_engine_would_not_apply_is_refused_by_name(
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
         deploy(pool, "llama.cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gateway_is_given_another_engine_by_the_environment(pool, tmp_path):
+    deploy(pool, "vllm", tmp_path / "out")
+    (tmp_path / "phatgoose").write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
+    (tmp_path / "phatgoose").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for given, wanted in (
+        ({}, "http://127.0.0.1:8001"),
+        ({"PHATGOOSE_UPSTREAM": ""}, "http://127.0.0.1:8001"),
+        ({"PHATGOOSE_UPSTREAM": "http://gpu:9 x"}, "http://gpu:9 x"),  # one word whatever it is
+    ):
+        command = [tmp_path / "out" / "gateway.sh", "--upstream", "http://third:8001"]
+        ran = subprocess.run(command, env={"PATH": path, **given}, text=True, capture_output=True)
+        words = ran.stdout.splitlines()
+        assert words[:4] == ["serve", "experts", "--port", "8000"]
+        assert words[-4:] == ["--upstream", wanted, "--upstream", "http://third:8001"]
 
 
 def test_the_gateway_reads_the_base_that_the_operator_names(pool, tmp_path):

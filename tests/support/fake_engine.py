@@ -23,6 +23,7 @@ OWNERS = {"vllm": "vllm", "llama.cpp": "llamacpp", "other": "someone"}
 BASE = "the-base"
 PIECES = 6  # of every answer
 BREAKS = 3  # pieces of one that breaks off
+CACHED = {"cached_tokens": 8}  # what usage tells beside its counts
 
 
 def numbered(names=NAMES):
@@ -33,10 +34,11 @@ class FakeEngine:
     """An engine with `adapters`, which have their numbers, or the folders that they are from.
 
     `mode` is what happens to answers: well, slow (none comes until `go_on` is set), stalled (it
-    waits so amid a stream), broken (the connection is cut there), unfinished (it ends in good order
-    there), cut (before they begin), one of `refusals`, aborting, endless, or odd (it answers
-    `content`); "loading slowly" is of adapters alone. `requests` are the bodies of all that were
-    asked, `loaded` of those for adapters; `listed` is what llama.cpp lists, if not `adapters`.
+    waits so amid a stream, after `breaks` pieces), broken (the connection is cut there), unfinished
+    (it ends in good order there), cut (before they begin), one of `refusals`, aborting, endless, or
+    odd (it answers `content`); "loading slowly" is of adapters alone. `requests` are the bodies of
+    all that were asked, `loaded` of those for adapters; `listed` is what llama.cpp lists, if not
+    `adapters`.
     """
 
     def __init__(self, kind, adapters, loads):
@@ -44,7 +46,7 @@ class FakeEngine:
         self.mode, self.key, self.content, self.listed = "well", None, b"<html>", None
         self.requests, self.loaded, self.go_on = [], [], threading.Event()
         self.open = self.sent = self.port = 0  # answers being given; events of an endless one
-        self.context = 512
+        self.context, self.breaks = 512, BREAKS
 
     def start(self):
         self.connections = set()
@@ -171,10 +173,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
             choice = choice_of(body, "".join(pieces), finish, pieces, "message")
-            self.reply(200, {"choices": [choice], "usage": {"completion_tokens": len(pieces)}})
+            self.reply(200, {"choices": [choice], "usage": usage_of(pieces)})
 
     def stream(self, body, pieces):
-        mode, broken = self.engine.mode, self.engine.mode in ("broken", "unfinished", "stalled")
+        mode = self.engine.mode
+        broken = mode in ("broken", "unfinished", "stalled", "aborting")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -185,18 +188,19 @@ class Handler(BaseHTTPRequestHandler):
         while mode == "endless":
             self.event(f"data: {json.dumps({'choices': [choice_of(body, 'x' * 65536)]})}")
             self.engine.sent += 1
-        for piece in pieces[: BREAKS if broken else None]:
+        for piece in pieces[: self.engine.breaks if broken else None]:
             choices = [choice_of(body, piece, None, [piece])]
             self.event(f"data: {json.dumps({'choices': choices}, ensure_ascii=False)}")
         if mode == "broken":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif mode == "stalled":
             self.engine.go_on.wait(30)
+        elif mode == "aborting":
+            self.event(f"data: {json.dumps({'choices': [choice_of(body, '', 'abort')]})}")
         elif mode != "unfinished":
             # Some engines write no space after the colon.
             self.event(f"data:{json.dumps({'choices': [choice_of(body, '', 'length')]})}")
-            usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}
-            self.event(f"data: {json.dumps(usage)}")
+            self.event(f"data: {json.dumps({'choices': [], 'usage': usage_of(pieces)})}")
             self.event("data: [DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -206,6 +210,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
             self.wfile.flush()
         time.sleep(0.001)
+
+
+def usage_of(pieces):
+    return {"completion_tokens": len(pieces), "prompt_tokens_details": CACHED}
 
 
 def choice_of(body, text, finish=None, tokens=(), field="delta"):

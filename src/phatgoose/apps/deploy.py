@@ -22,6 +22,7 @@ from ..routing.routers.auto import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows
 ENGINE_PORT, GATEWAY_PORT = 8001, 8000
+UPSTREAM = "PHATGOOSE_UPSTREAM"  # the environment's address of another engine
 MOST_AT_ONCE = 8  # adapters in one batch
 SLOTS, SLOT = 8, 2048  # of llama-server, and the tokens that each holds
 BASE_FILE = "base.gguf"  # apart from gguf/, since an expert may be called base
@@ -163,9 +164,9 @@ def _command(deployment: Deployment) -> list[str]:
 def _write_scripts(deployment: Deployment, work: Path, base: Sequence[str]) -> None:
     """Scripts that start engine and gateway, and a page about them."""
     gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT), *base]
-    gateway += ["--upstream", f"http://127.0.0.1:{ENGINE_PORT}"]
+    upstream = f'--upstream "${{{UPSTREAM}:-http://127.0.0.1:{ENGINE_PORT}}}"'
     _script(work / "engine.sh", [f'exec {shlex.join(_command(deployment))} "$@"'])
-    _script(work / "gateway.sh", [f'exec {shlex.join(gateway)} "$@"'])
+    _script(work / "gateway.sh", [f'exec {shlex.join(gateway)} {upstream} "$@"'])
     if deployment.engine == LLAMA_CPP:
         _script(work / "convert.sh", _conversions(deployment))
     page = f"""# {len(deployment.experts)} experts for {deployment.engine}
@@ -177,7 +178,8 @@ Experts: {", ".join(deployment.experts)}.
 ./gateway.sh    # chooses experts and forwards, at port {GATEWAY_PORT}
 ```
 
-Clients ask `http://localhost:{GATEWAY_PORT}/v1` for the model "auto".
+Clients ask `http://localhost:{GATEWAY_PORT}/v1` for the model "auto". If the engine runs elsewhere,
+start the gateway with `{UPSTREAM}=http://gpu:{ENGINE_PORT} ./gateway.sh`.
 
 {NOTES[deployment.engine]}
 """

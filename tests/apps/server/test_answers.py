@@ -60,7 +60,8 @@ ONLY = ": only null is accepted; supported are "
         ({"changed": 1}, f"changed{ONLY}model"),  # a property of the request
         ({"echo": True}, "echo: only false is accepted; supported are model, max_tokens"),
         ({"temprature": 1}, "Did you mean 'temperature'?"),
-        ({"service_tier": "flex"}, 'service_tier: only "auto" or "default" is accepted'),
+        ({"modalities": ["text", "audio"]}, 'modalities: only ["text"] is accepted'),
+        ({"continue_final_message": True}, "continue_final_message: only false is accepted"),
         ({"stream_options": {"pace": 1}}, f"stream_options.pace{ONLY}include_usage"),
         ({"tools": [{}]}, f"tools{ONLY}model, max_tokens"),
         ({"tool_choice": "required"}, 'tool_choice: only "none" is accepted'),
@@ -76,14 +77,22 @@ def test_what_is_not_done_here_is_refused_with_what_is(client, change, said):
     assert len(error["message"]) < 600
 
 
-def test_effort_is_the_template_s_to_use(client_with):
+def test_effort_and_variables_are_the_template_s_to_use(client_with):
     template = "{% if reasoning_effort %}[{{ reasoning_effort }}]{% endif %}" + CHAT_TEMPLATE
-    chat = client_with(template=template)
-    plain, low = (
-        ask(chat, path=CHATS, **serving.CHAT, **wish)["usage"]["prompt_tokens"]
-        for wish in ({}, {"reasoning_effort": "low"})
+    chat = client_with(template=template + "{% if enable_thinking is false %}<>{% endif %}")
+    wishes = [{}, {"reasoning_effort": "low"}]
+    for variables in ({}, {"enable_thinking": True, "unknown": [1]}, {"enable_thinking": False}):
+        wishes.append({"chat_template_kwargs": variables})
+    wishes.append({"chat_template_kwargs": {"reasoning_effort": "high", "enable_thinking": False}})
+    plain, *others = (
+        ask(chat, path=CHATS, **serving.CHAT, **wish)["usage"]["prompt_tokens"] for wish in wishes
     )
-    assert low - plain == len("[low]")
+    longer = [count - plain for count in others]
+    assert longer == [len("[low]"), 0, 0, len("<>"), len("[high]<>")]
+    for name in ("messages", "tools", "add_generation_prompt", "texts", "self"):
+        error = error_of(chat, path=CHATS, **serving.CHAT, chat_template_kwargs={name: 1})
+        assert error["message"].startswith(f"chat_template_kwargs: {name} is not a variable")
+        assert error["param"] == "chat_template_kwargs"
 
 
 def test_stop_ends_an_answer(client):

@@ -215,16 +215,19 @@ def test_what_is_wrong_is_named(client, place, pool, change, param, said):
 
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
-IDLE = {"store": False, "service_tier": "auto", "metadata": {"a": "b"}, "user": "me", "top_k": -1}
+IDLE = {"store": False, "service_tier": "flex", "metadata": {"a": "b"}, "user": "me", "top_k": -1}
 IDLE |= {"min_p": 0, "repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": 0}
 IDLE |= {"logit_bias": {}, "parallel_tool_calls": True, "stop": None, "mirostat": None, "n": None}
+IDLE |= {"modalities": ["text"], "verbosity": "low", "prediction": {"type": "content"}}
+IDLE |= {"prompt_cache_retention": "24h", "continue_final_message": False}
 
 
 def test_what_asks_for_nothing_is_accepted(client):
     idle = {**IDLE, "best_of": 1, "echo": False, "suffix": "", "logprobs": None}
     assert text_of(client, **GREEDY, **idle) == text_of(client, **GREEDY)
     cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
-    said = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None}
+    said = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": "Hm."}
+    said["refusal"] = None
     messages = [*TALK, said, {"role": "user", "content": [cached]}]
     plain = [*TALK, {"role": "assistant", "content": ""}, TALK[1]]
     answers = [
@@ -232,10 +235,11 @@ def test_what_asks_for_nothing_is_accepted(client):
         for talk, wish in (
             (messages, {**IDLE, "tools": [TOOL], "tool_choice": "none"}),
             (messages, {"tools": [], "tool_choice": "auto", "reasoning_effort": "low"}),
+            (messages, {"chat_template_kwargs": {"enable_thinking": False}}),
             (plain, {}),
         )
     ]
-    assert answers == answers[:1] * 3
+    assert answers == answers[:1] * 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

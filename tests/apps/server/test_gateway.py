@@ -5,12 +5,13 @@ And an engine that is away, slow, restarted or killed: errors say so, and nobody
 
 import json
 import logging
+import re
 import shutil
 import time
 
 import pytest
 
-from fake_engine import ASK, BASE, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
+from fake_engine import ASK, BASE, CACHED, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
 from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, WrongBaseError
@@ -147,9 +148,18 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 CHOICE = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
 TOOLS = {"tools": [TOOL, {"type": "web_search", "size": 1}], "tool_choice": CHOICE}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-UNKNOWN = {**TOOLS, "parallel_tool_calls": False, "chat_template_kwargs": {"thinking": False}}
-UNKNOWN |= {"min_tokens": 2, "priority": 1, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
+UNKNOWN = {**TOOLS, "parallel_tool_calls": False, "continue_final_message": True}
+UNKNOWN |= {"add_generation_prompt": False, "modalities": ["text"], "timings_per_token": True}
+UNKNOWN |= {"min_tokens": 2, "structured_outputs": {"regex": "a*"}, "mirostat": 2}
 KNOWN = {"reasoning_effort": "low", "presence_penalty": 1.5, "top_k": 5, "user": "me"}
+KNOWN |= {"chat_template_kwargs": {"enable_thinking": False}, "service_tier": "flex"}
+# Of vLLM's and llama.cpp's fields those that reach adapters, prompts, limits, or what is others'.
+OWN = {"lora", "lora_request", "prompt_embeds", "chat_template", "documents", "add_special_tokens"}
+OWN |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs", "media_io_kwargs"}
+OWN |= {"input_prefix", "input_suffix", "input_extra", "priority", "request_id", "session_id"}
+OWN |= {"id_slot", "cache_salt", "n_cache_reuse", "vllm_xargs", "kv_transfer_params", "n_probs"}
+OWN |= {"chat_format", "chat_parser", "n_predict", "n_cmpl", "prompt_logprobs", "echo"}
+OWN |= {"ec_transfer_params", "sse_ping_interval"}
 TALK = [
     {"role": "user", "content": "Tell me of birds"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -172,16 +182,18 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
             far = '{"model": "e1", "prompt": "a", "far": [1e999]}'  # which is strict JSON
             assert client.post(PATH, content=far, headers=JSON).status_code == 200
             assert engine.requests[-1]["far"] == [None]
-            own_fields = ("lora", "lora_request", "prompt_embeds", "n_predict", "n_cmpl", "echo")
-            for own in (*own_fields, "vllm_xargs", "prompt_logprobs", "n_probs"):
+            for own in OWN:
                 error = error_of(client, path=CHATS, **body, **{own: [1]})
                 assert error["message"].startswith(f"{own} isn't forwarded")
+            for own in ("messages", "tools", "documents", "chat_template", "truncation", "seconds"):
+                error = error_of(client, path=CHATS, **body | {"chat_template_kwargs": {own: [1]}})
+                assert error["message"].startswith(f"chat_template_kwargs: {own} is not a variable")
             for path, own in ((CHATS, "prompt"), (PATH, "max_completion_tokens")):
                 asked = {"messages": TALK} if path == CHATS else {"prompt": "a"}
                 error = error_of(client, path=path, model="e1", **asked, **{own: 3})
                 assert error["message"].startswith(f"{own} isn't forwarded")
         with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
-            assert error_of(client, path=CHATS, **body)["param"] == "chat_template_kwargs"
+            assert error_of(client, path=CHATS, **body)["param"] == "continue_final_message"
             ask(client, path=CHATS, model="e1", messages=TALK, tools=[TOOL], **KNOWN)
 
 
@@ -205,6 +217,39 @@ def test_an_answer_comes_as_the_engine_gave_it(engine, client):
     assert "prompt_token_ids" not in str(others)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert second["choices"][0]["delta"] == {"content": None, **delta}
+
+
+@pytest.mark.parametrize("keys", [["one"], ["one", "two=e1"]])
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_no_client_learns_which_prompts_of_others_the_engine_knows(place, kind, keys):
+    counts = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+    known = {"timings": {"cache_n": 8}, "__verbose": {"tokens_cached": 8}}
+    usage = {**counts, "prompt_tokens_details": CACHED}
+    choice = {"index": 0, "finish_reason": "stop", "stop_reason": 7}
+    whole = {"choices": [{**choice, "text": "a"}], "usage": usage, **known}
+    chunk = {"choices": [{**choice, "message": {"content": "a"}}], "usage": usage, **known}
+    with engine_of(kind) as engine, gateway(place, engine, api_keys=keys) as client:
+        engine.mode = "odd"
+        for key in keys * 2:
+            client.headers["Authorization"] = f"Bearer {key.partition('=')[0]}"
+            engine.content = json.dumps(whole).encode()
+            reply = ask(client, **EXPERT)
+            engine.content = json.dumps(chunk).encode()
+            chunks = chunks_of(client, **EXPERT, stream_options={"include_usage": True})
+            is_told = kind == "vllm" or len(keys) == 1
+            assert reply["usage"] == (usage if is_told else counts)
+            assert ("timings" in reply, "__verbose" in reply) == (is_told, is_told)
+            assert reply["choices"][0]["stop_reason"] == 7
+            assert ("cache" in str(chunks)) == is_told
+            assert chunks[-1]["usage"].get("prompt_tokens_details") == (CACHED if is_told else None)
+        salts = [each.get("cache_salt") for each in engine.requests]
+    if kind == "llama.cpp":  # which has no such field
+        assert {*salts} == {None}
+        return
+    of_keys = [{*salts[n :: 2 * len(keys)]} for n in range(0, 2 * len(keys), 2)]
+    assert [len(each) for each in of_keys] == [1] * len(keys)  # a client's is always the same
+    assert len(set.union(*of_keys)) == len(keys)
+    assert all(re.fullmatch("[0-9a-f]{64}", salt) for salt in salts)  # as vLLM takes it
 
 
 @pytest.mark.parametrize(

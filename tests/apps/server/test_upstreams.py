@@ -1,5 +1,6 @@
 """Several engines behind one gateway: which one is asked, and what is left when one is away."""
 
+import itertools
 import shutil
 from contextlib import ExitStack, contextmanager
 
@@ -124,6 +125,35 @@ def test_what_was_not_begun_goes_to_another_engine_and_nothing_else(place):
         before = len(one.requests)
         ask(client, **E1)
         assert len(one.requests) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "stream"),
+    [("unfinished", True), *itertools.product(("cut", "broken", "aborting", "slow"), (0, 1))],
+)
+def test_what_an_engine_breaks_off_before_its_client_has_anything_goes_to_another(
+    place, mode, stream
+):
+    with several(place, *(engine_of() for _ in range(3))) as (client, *engines):
+        ask(client, **E1)
+        (one,) = (each for each in engines if each.requests)
+        others = [each for each in engines if each is not one]
+        one.mode, one.breaks = mode, 0
+        one.requests.clear()
+        running = beside(client.post, PATH, json={**E1, "stream": bool(stream)})
+        if mode == "slow":  # and then it is killed
+            until(lambda: one.open == 1)
+            one.stop()
+        reply = running.result(30)
+        assert (reply.status_code, "error" in reply.text) == (200, False)
+        assert reply.text.count('"text":"e1') == 1  # one answer
+        assert sorted(len(each.requests) for each in others) == [0, 1]
+        for each in others:  # each is asked once at most, and the last one's error is told
+            each.mode, each.breaks = "cut", 0
+            each.requests.clear()
+        error = client.post(PATH, json={**E1, "stream": bool(stream)}).json()["error"]
+        assert error["code"] == "upstream_broken"
+        assert all(len(each.requests) == 1 for each in others)
 
 
 def test_a_new_expert_is_served_by_the_engines_that_can_load_it(place, tmp_path, caplog):

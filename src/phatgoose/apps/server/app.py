@@ -117,7 +117,7 @@ def create_app(
     """
     limits, metrics = serving or Serving(), Metrics()
     backend: Backend = (
-        EngineBackend(models, Links(upstreams, metrics), limits)
+        EngineBackend(models, Links(upstreams, metrics, are_shared=len(api_keys) > 1), limits)
         if upstreams
         else LocalBackend(load_models(models), limits, metrics)
     )

@@ -7,6 +7,7 @@ they ask for nothing, or forwards them. Docstrings of bodies are part of /openap
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -18,12 +19,14 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+from transformers import PreTrainedTokenizerBase
 
 from ...config import closest
 from ...errors import ConfigError
 from ...files import one_line, shortened
 from ...routing.routers.registry import AUTO, MOST_WEIGHT
 from ...routing.routers.router import all_routers, canonical
+from ...untrusted_text import UntrustedText
 
 MOST_SHOWN = 500  # characters of an error
 SHOWN = 60  # characters of a field's name that an error repeats
@@ -150,6 +153,19 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Biases = Annotated[dict[TokenId, Bias], Field(max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+# What gives a template its chat: a client's would be read in place of the one that was routed.
+RENDERS = PreTrainedTokenizerBase.apply_chat_template, UntrustedText.read
+NOT_VARIABLES = {"messages"}.union(*(inspect.signature(each).parameters for each in RENDERS))
+
+
+def _without_chats(variables: dict[str, Any]) -> dict[str, Any]:
+    for name in NOT_VARIABLES & variables.keys():
+        why = f"{name} is not a variable of the template's that a request may set."
+        raise PydanticCustomError("variables", "{why}", {"why": why})
+    return variables
+
+
+Variables = Annotated[dict[Name, Any], AfterValidator(_without_chats)]
 Finish = Literal["stop", "length"]
 
 
@@ -172,7 +188,10 @@ ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
 # Nor do nulls, empty lists and empty objects ask for anything.
 IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
 IDLE |= {"user", "truncation", "include_obfuscation", "client_metadata", *ANSWERED}
-IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
+IDLE |= {"service_tier", "verbosity", "prediction", "reasoning_content"}
+IDLE |= {"prompt_cache_retention", "prompt_cache_options"}
+IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "modalities": (["text"],)}
+IDLE_VALUES |= {"continue_final_message": (False,), "add_generation_prompt": (True,)}
 IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
 IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
 IDLE_VALUES |= dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,))
@@ -367,6 +386,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = Field(False, description="Report each token's log-probability.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives to each token.")
     reasoning_effort: Effort | None = Field(None, description="Handed to the template.")
+    chat_template_kwargs: Variables | None = Field(None, description="Handed to the template.")
     tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = Field("auto", description="Or none, required, one.")
     parallel_tool_calls: bool | None = Field(True, description="Several calls in an answer.")

@@ -196,9 +196,11 @@ class RequestReader:
         turns = [(each["role"], each["content"]) for each in messages]
         _read_calls(messages, "tool_calls" in str(self._frame.tokenizer.chat_template))
         functions = [each.model_dump(exclude_unset=True) for each in request.functions]
-        effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
-        tools = [{"type": "function", "function": each} for each in functions] or None
-        ((text, tokens),) = self._read([messages], request.asks, seconds, tools=tools, **effort)
+        variables = {**(request.chat_template_kwargs or {})}
+        variables["tools"] = [{"type": "function", "function": each} for each in functions] or None
+        if request.reasoning_effort:
+            variables["reasoning_effort"] = request.reasoning_effort
+        ((text, tokens),) = self._read([messages], request.asks, seconds, **variables)
         tokens = tokens or self._plain(())  # some templates write nothing of an empty message
         return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
 
@@ -232,7 +234,7 @@ class RequestReader:
         return (*before, *tokens, *after)
 
     def _read(
-        self, texts: Sequence[Any], field: str, seconds: float, **variables: Any
+        self, texts: Sequence[Any], field: str, seconds: float, /, **variables: Any
     ) -> list[tuple[str, tuple[int, ...]]]:
         most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
         rows = self._texts.read(

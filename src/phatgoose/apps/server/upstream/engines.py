@@ -4,17 +4,20 @@ A form says which adapters an engine holds, and how a request names experts to i
 of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run).
 
 Each answer is one request to the engine, so that prompts of one request may have different experts.
-It is never sent again: with sampling, a second answer would go on otherwise. What an engine that
-breaks off has said so far is not taken back: the stream ends with the error.
+Once some of it has come it is never sent again: with sampling, a second answer would go on
+otherwise. What an engine that breaks off has said so far is not taken back: the stream ends with
+the error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
+from hashlib import blake2b
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar
 
@@ -38,8 +41,10 @@ MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
 MOST_TOKEN = 512  # bytes that a token may take in a whole answer
 BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
 IS_AWAY = "The engine behind this server is away; try again."
+BROKE_OFF = "The engine broke off its answer."
 JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
+SECRET = secrets.token_bytes(32)  # for salts that nobody can guess
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
@@ -53,11 +58,15 @@ class TooMuchError(httpx2.HTTPError):
         super().__init__(f"The engine answers more than {most} bytes.")
 
 
-class AwayError(ApiError):
-    """An engine hasn't begun its answer, so that another may give it."""
+class BrokenOffError(httpx2.HTTPError):
+    """An answer that ends before its end."""
 
-    def __init__(self, message: str = IS_AWAY, status: int = 503) -> None:
-        super().__init__(status, message, code=AWAY, headers={"Retry-After": "1"})
+
+class AwayError(ApiError):
+    """An engine has given nothing of its answer, so that another may give it."""
+
+    def __init__(self, message: str = IS_AWAY, status: int = 503, code: str = AWAY) -> None:
+        super().__init__(status, message, code=code, headers={"Retry-After": "1"})
 
 
 def client_of(upstream: Upstream) -> httpx2.AsyncClient:
@@ -186,8 +195,9 @@ class Engine(ABC):
 
     `owner` is whose its models are, as it says itself. `mixes` says whether a request may name
     several adapters with weights. `plain` are the fields that turn off what the engine would
-    otherwise do to the probabilities; `names` has its own for other fields. After a look there are
-    the name of its `base`, its `context`, and the `ids` of its adapters by name.
+    otherwise do to the probabilities; `names` has its own for other fields. `salt` is the field
+    that keeps clients' cached prompts apart, "" where it has none. After a look there are the name
+    of its `base`, its `context`, and the `ids` of its adapters by name.
     """
 
     label: ClassVar[str]
@@ -195,6 +205,7 @@ class Engine(ABC):
     mixes: ClassVar[bool] = False
     plain: ClassVar[Mapping[str, Any]]
     names: ClassVar[Mapping[str, str]] = {}
+    salt: ClassVar[str] = ""
     base: str
     context: int | None
     ids: Mapping[str, Any]
@@ -237,6 +248,7 @@ class Vllm(Engine):
 
     label = "vLLM"
     owner = "vllm"
+    salt = "cache_salt"
     plain: ClassVar[Mapping[str, Any]] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
     async def look(self, client: httpx2.AsyncClient) -> None:
@@ -336,16 +348,21 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
     else:
         body["prompt"] = prompt.text
     named = {engine.names.get(name, name): value for name, value in body.items()}
-    return {**engine.plain, **named, **engine.fields(sent)}
+    salt = blake2b(asked.client.encode(), key=SECRET, digest_size=32).hexdigest()
+    salted = {engine.salt: salt} if engine.salt else {}
+    return {**engine.plain, **named, **engine.fields(sent), **salted}
 
 
 class Link:
-    """The way to one engine, which may come later than the gateway, and be restarted."""
+    """The way to one engine, which may come later than the gateway, and be restarted.
+
+    Where `is_shared`, clients don't trust each other.
+    """
 
     client: httpx2.AsyncClient
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    def __init__(self, upstream: Upstream, *, is_shared: bool = False) -> None:
+        self.upstream, self._is_shared = upstream, is_shared
         self.engine: Engine | None = None  # not while it is away: it may hold others then
         self.busy = 0  # answers that it was asked for
         self.folders: Mapping[str, str] = {}  # of the experts that it was last prepared for
@@ -386,15 +403,18 @@ class Link:
     async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
         """Put into `events` what the engine answers with these experts.
 
-        Raises ApiError when the engine refuses the request or fails, AwayError if it is away.
+        Raises ApiError when the engine refuses the request or fails, AwayError if it is away or
+        fails before there is anything in `events`.
         """
-        if self.engine is None:
+        engine = self.engine
+        if engine is None:
             raise AwayError
         is_chat = isinstance(asked.request, ChatRequest)
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
+        has_begun = False
         self.busy += 1
         try:
-            content = written(_body(number, asked, weights, self.engine))
+            content = written(_body(number, asked, weights, engine))
             request = self.client.build_request("POST", path, content=content)
             try:
                 response = await self.client.send(request, stream=True)
@@ -402,15 +422,21 @@ class Link:
                 raise AwayError from error
             if response.is_error:
                 raise await self._refusal(response)
-            await self._pass_on(response, number, asked, events)
+            # Without a salt, counts tell which beginnings of prompts other clients have sent.
+            tells = bool(engine.salt) or not self._is_shared
+            async with aclosing(self._answered(response, number, asked, tells)) as answered:
+                async for progress in answered:
+                    has_begun = True
+                    await events.put(progress)
         except (httpx2.HTTPError, ValueError) as error:
-            raise self._failure(error) from error
+            raise self._failure(error, has_begun) from error
         finally:
             self.busy -= 1
 
-    async def _pass_on(
-        self, response: httpx2.Response, number: int, asked: Asked, events: Any
-    ) -> None:
+    async def _answered(
+        self, response: httpx2.Response, number: int, asked: Asked, tells: bool
+    ) -> AsyncGenerator[Progress, None]:
+        """What comes of an answer, with what the engine alone knows of it if it `tells`."""
         pieces, usage, rest, finish = 0, _Usage(), dict[str, Any](), None
         kind = response.headers.get("content-type", "")
         is_stream = asked.request.stream and kind.startswith("text/event-stream")
@@ -421,9 +447,13 @@ class Link:
         async with aclosing(contents):
             async for content in contents:
                 answer = self._read(content)
-                usage, rest = answer.usage or usage, rest | (answer.model_extra or {})
+                usage = answer.usage or usage
+                if tells:
+                    rest |= answer.model_extra or {}
                 for choice in (answer.choices or [])[:1]:
                     finish, said = choice.finish_reason or finish, choice.said
+                    if finish in CUT:
+                        raise BrokenOffError(BROKE_OFF)
                     message = said.model_dump(exclude={"role", "content"}, exclude_unset=True)
                     beside = {n: v for n, v in (choice.model_extra or {}).items() if n != "index"}
                     if choice.logprobs:
@@ -433,26 +463,28 @@ class Link:
                     text, pieces = said.content or "", pieces + bool(said.content)
                     if text or any([*message.values(), *beside.values()]):
                         message |= {"content": said.content}
-                        new = Progress(number, text, (), (), None, pieces, message, beside, rest)
-                        await events.put(new)
+                        yield Progress(number, text, (), (), None, pieces, message, beside, rest)
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
-        # It was ended, but not its answer; or it holds none.
-        if finish in CUT or (finish is None and (is_stream or not pieces)):
-            raise ApiError(502, "The engine broke off its answer.", code=BROKEN)
-        rest["usage"] = usage.model_dump(exclude_unset=True, exclude_none=True)
+        if finish is None and (is_stream or not pieces):  # it was ended, but not its answer
+            raise BrokenOffError(BROKE_OFF)
+        counted = None if tells else {*_Usage.model_fields}
+        rest["usage"] = usage.model_dump(include=counted, exclude_unset=True, exclude_none=True)
         generated, end = usage.completion_tokens or pieces, finish or "stop"
-        await events.put(Progress(number, "", finish=end, generated=generated, reply=rest))
+        yield Progress(number, "", finish=end, generated=generated, reply=rest)
 
-    def _failure(self, error: Exception) -> ApiError:
+    def _failure(self, error: Exception, has_begun: bool) -> ApiError:
         if isinstance(error, TooMuchError):
             return ApiError(502, str(error), code=FAILED)
         if isinstance(error, ValueError):
             message = "The engine's answer is no JSON, or has not the form of OpenAI's."
             return ApiError(502, message, code=BROKEN)
-        self.engine = None
+        if not isinstance(error, BrokenOffError):
+            self.engine = None
         if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):  # nothing was sent
             return AwayError()
-        return ApiError(502, "The engine broke off its answer.", code=BROKEN)
+        if has_begun:
+            return ApiError(502, BROKE_OFF, code=BROKEN)
+        return AwayError(BROKE_OFF, 502, BROKEN)
 
     async def _refusal(self, response: httpx2.Response) -> ApiError:
         content = b""

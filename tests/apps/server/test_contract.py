@@ -197,7 +197,6 @@ def test_a_mixture_of_ones_own_and_who_answered(client, stream):
         ({"router": "oracle"}, "router", "router: Input should be one of auto"),
         ({"router": "arow"}, "router", "Did you mean 'arrow'?"),
         ({"router": "auto:k=2"}, "router", "router is 'auto:k=2'"),
-        ({"router": "best-individual"}, "router", "Input should be one of"),
         ({"weights": {"e0": 1}, "k": 2}, None, "exclude each other"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "messages", "content.0.type: Input"),
         ({"messages": TALK[::-1]}, "messages", "The system speaks first."),

@@ -29,14 +29,15 @@ from ...config import Serving
 from ...errors import PhatgooseError
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
-from .local.runner import load_models
+from .local.runner import ModelRunner, load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, for_clients
 from .requests import invalid
-from .service import Backend, Service
+from .service import Service
 from .settings import ServedModel, Upstream
-from .upstream import EngineBackend, Links
+from .upstream import ChooserBesideEngine, EngineBackend, Links
 
 FOLDER = Path(__file__).parent
+AnyService = Service[ModelRunner] | Service[ChooserBesideEngine]
 
 # The page at / is one self-contained file that asks the API for everything it shows of the models.
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
@@ -84,7 +85,7 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-def routes_of(service: Service) -> list[tuple[str, Any, str, dict[str, Any]]]:
+def routes_of(service: AnyService) -> list[tuple[str, Any, str, dict[str, Any]]]:
     """(path, endpoint, summary, options) of each route."""
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     answering = {"methods": ["POST"], "responses": {200: ANSWERED}}
@@ -116,13 +117,13 @@ def create_app(
     does, and ConfigError for a key of experts that no model has.
     """
     limits, metrics = serving or Serving(), Metrics()
-    backend: Backend = (
-        EngineBackend(models, Links(upstreams, metrics, are_shared=len(api_keys) > 1), limits)
-        if upstreams
-        else LocalBackend(load_models(models), limits, metrics)
-    )
+    service: AnyService
+    if upstreams:
+        links = Links(upstreams, metrics, are_shared=len(api_keys) > 1)
+        service = Service(EngineBackend(models, links, limits), metrics)
+    else:
+        service = Service(LocalBackend(load_models(models), limits, metrics), metrics)
     access = AccessControl(hosts, api_keys)
-    service = Service(backend, metrics)
     service.check_allowed(access.experts.values())
 
     @asynccontextmanager

@@ -1,6 +1,6 @@
 """What the routes call: it finds the model and its routing, has the request read, and starts it.
 
-A `Backend` computes the answers: models here (`local`), or an engine behind a gateway (`upstream`).
+A `Backend` computes the answers (`backend`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
-from ...config import Routing, Serving, closest
+from ...config import Routing, closest
 from ...errors import ConfigError, PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
@@ -34,9 +34,10 @@ from ...routing.routers.router import check_served, router_of
 from ...tasks.embeddings import without_downloads
 from ...untrusted_text import UntrustedText
 from . import protocol
+from .backend import Backend, R, Seen, Served
 from .guards import ALLOWED, CLIENT, Metrics
 from .protocol import AnyRequest, ApiError, Deadline, RoutingOverride, bad_request, busy
-from .replies import Builder, EventStream, Reply, Weights, headers_of, unless_gone
+from .replies import Builder, EventStream, Reply, headers_of, unless_gone
 from .requests import Asked, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS
@@ -52,50 +53,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class State(NamedTuple):
-    """Whether a backend works, how many answers wait for it and are computed, how engines are."""
-
-    is_well: bool
-    waiting: int
-    running: int
-    upstreams: Sequence[str] = ()
-
-
-class Backend(Protocol):
-    """Who computes the answers of `models`; its methods are called in the event loop.
-
-    A model has `settings`, a `pool`, a `routing` and its `runner`, which has a `frame`; the names
-    of its `experts` and of its base, `bases`; example `prompts` by expert; a `usual` router, and it
-    is `composed` again for requests.
-    """
-
-    models: dict[str, Any]
-    limits: Serving
-    upstream: bool = False  # another program computes
-
-    @property
-    def state(self) -> State: ...
-
-    def start(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-    def check(self, request: AnyRequest, model: Any) -> None:
-        """Raise ApiError for what can't be answered."""
-
-    async def begin(self, asked: Asked, runner: Any) -> tuple[Reply, list[Weights] | None]:
-        """The answers, begun, and each prompt's experts, None by token. Raises ApiError."""
-
-    async def take(self, models: dict[str, Any]) -> None:
-        """Serve these models from now on. Raises PhatgooseError where that can't be."""
-        self.models = models
-
-
-class Service:
+class Service(Generic[R]):
     """Public methods that take a request are the routes'."""
 
-    def __init__(self, backend: Backend, metrics: Metrics) -> None:
-        self.backend, self.metrics = backend, metrics
+    def __init__(self, backend: Backend[R], metrics: Metrics) -> None:
+        self.backend = backend
+        self.metrics = metrics
         metrics.waiting.set_function(lambda: backend.state.waiting)
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
@@ -106,7 +69,7 @@ class Service:
             self._texts_of(model)
 
     @property
-    def models(self) -> dict[str, Any]:
+    def models(self) -> Mapping[str, Served[R]]:
         return self.backend.models
 
     def check_allowed(self, by_key: Collection[frozenset[str]]) -> None:
@@ -182,7 +145,7 @@ class Service:
             "chat": bool(frame.tokenizer.chat_template),
         }
 
-    def _models_for(self, http: Request) -> dict[str, Any]:
+    def _models_for(self, http: Request) -> dict[str, Served[R]]:
         """The models without those of whose experts the client may use none."""
         pairs = self.models.items()
         return {n: each for n, each in pairs if not each.experts or usable(each.experts, http)}
@@ -194,7 +157,7 @@ class Service:
         experts = (name for each in models.values() for name in usable(each.experts, http))
         return [protocol.ANY_MODEL, *models, *dict.fromkeys(experts)]
 
-    def _find(self, name: str, http: Request) -> tuple[Any, Mapping[str, float] | None]:
+    def _find(self, name: str, http: Request) -> tuple[Served[R], Mapping[str, float] | None]:
         """The model that a request names, and where it names one expert, its mixture.
 
         An expert is EXPERT or MODEL:EXPERT. In front of an engine there are also its base alone,
@@ -217,7 +180,9 @@ class Service:
         hint = closest(name[:MOST_NAME], names_here)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
-    async def _answer(self, request: AnyRequest, http: Request, builder: Any = Builder) -> Response:
+    async def _answer(
+        self, request: AnyRequest, http: Request, builder: Callable[..., Builder] = Builder
+    ) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
@@ -230,7 +195,8 @@ class Service:
         mixture = mixtures[0] if mixtures else None
         with ExitStack() as at_end:
             cached = await self._routing(request, model, mixture, http, deadline)
-            runner, (process, turns) = at_end.enter_context(cached), self._texts_of(model)
+            runner = at_end.enter_context(cached).runner
+            process, turns = self._texts_of(model)
             routed = runner.frame.looks_prompts_up and mixture is None
             frame = replace(runner.frame, looks_prompts_up=routed)
             reader = RequestReader(frame, self.backend.limits, process)
@@ -250,8 +216,13 @@ class Service:
         return Response(content, media_type="application/json", headers=headers)
 
     async def _routing(
-        self, request: AnyRequest, model: Any, mixture: Any, http: Request, deadline: Deadline
-    ) -> CachedRouting:
+        self,
+        request: AnyRequest,
+        model: Served[R],
+        mixture: Mapping[str, float] | None,
+        http: Request,
+        deadline: Deadline,
+    ) -> CachedRouting[R]:
         """How `model` routes for a request, by experts that its client may use. Raises ApiError."""
         override, experts = request.override, usable(model.experts, http)
         chooses = override == RoutingOverride() and model.runner.frame.looks_prompts_up
@@ -265,7 +236,7 @@ class Service:
         except PhatgooseError as error:
             raise bad_request(protocol.for_clients(error), request.changed) from error
 
-    def _texts_of(self, model: Any) -> tuple[UntrustedText, Turns]:
+    def _texts_of(self, model: Served[R]) -> tuple[UntrustedText, Turns]:
         """What runs the chat template and tokenizer of a model's base, and turns to use it."""
         tokenizer = model.runner.frame.tokenizer
         if tokenizer not in self._texts:
@@ -311,7 +282,7 @@ def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:
     return tuple(experts if allowed is None else (each for each in experts if each in allowed))
 
 
-def seen_at(place: str) -> list[tuple[str, int, int]]:
+def seen_at(place: str) -> Seen:
     """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
     inside, files = glob.escape(place), []
     for path in sorted(glob.glob(f"{inside}/*") + glob.glob(f"{inside}/*/*")):  # links may loop
@@ -322,7 +293,7 @@ def seen_at(place: str) -> list[tuple[str, int, int]]:
     return files
 
 
-def overridden(model: Any, override: RoutingOverride) -> tuple[Routing, Pool]:
+def overridden(model: Served[R], override: RoutingOverride) -> tuple[Routing, Pool]:
     """A model's routing and experts with `override` applied. Raises PhatgooseError."""
     pool = model.pool.select(override.allowed).select(override.keep, override.leave_out)
     routing = model.routing
@@ -344,38 +315,46 @@ def numbered(routing: Routing, experts: int) -> Routing:
 MOST_ROUTINGS = 8  # that requests asked for are kept
 MOST_TURNS = 256  # that may wait whatever --max-queue says, a half of them one client's
 
-Key = tuple[Any, Routing, tuple[str, ...]]  # model, routing, experts
 
+class CachedRouting(Generic[R]):
+    """A `runner`, once it is composed; as a context it is needed by one of its `requests`."""
 
-class CachedRouting:
-    """A runner, None until it is composed; as a context it is needed by one of its `requests`."""
+    runner: R
 
-    def __init__(self, runner: Any = None) -> None:
-        self.runner, self.requests = runner, 0
+    def __init__(self, runner: R | None = None) -> None:
+        self.requests = 0
+        if runner is not None:
+            self.runner = runner
 
-    def __enter__(self) -> Any:
+    @property
+    def is_composed(self) -> bool:
+        return hasattr(self, "runner")
+
+    def __enter__(self) -> Self:
         self.requests += 1
-        return self.runner
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.requests -= 1
 
 
-class RoutingCache:
+class RoutingCache(Generic[R]):
     """At most `most` routings of a backend's models, composed in turns, off the engine's thread.
 
     A request waits for its own routing while others are served. The least recently used one that no
     request needs makes room.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend, self.most = backend, MOST_ROUTINGS
-        self.cached: dict[Key, CachedRouting] = {}
+    def __init__(self, backend: Backend[R]) -> None:
+        self._backend = backend
+        self.most = MOST_ROUTINGS
+        # By model, routing and experts.
+        self.cached: dict[tuple[Served[R], Routing, tuple[str, ...]], CachedRouting[R]] = {}
         self.turns = Turns(1)  # composing takes all cores anyway
 
     async def acquire(
-        self, model: Any, override: RoutingOverride, client: str, deadline: Deadline
-    ) -> CachedRouting:
+        self, model: Served[R], override: RoutingOverride, client: str, deadline: Deadline
+    ) -> CachedRouting[R]:
         """The runner of `model` with `override` applied.
 
         Raises PhatgooseError for an impossible override, ApiError when too many are needed, or it
@@ -387,7 +366,7 @@ class RoutingCache:
         if (routing, pool.names) == (model.routing, model.experts):
             return CachedRouting(model.runner)
         key = (model, routing, pool.names)
-        cached = self.cached.pop(key, None) or CachedRouting()
+        cached = self.cached.pop(key, None) or CachedRouting[R]()
         if len(self.cached) >= self.most:
             unused = (each for each, other in self.cached.items() if not other.requests)
             if (oldest := next(unused, None)) is None:
@@ -395,17 +374,19 @@ class RoutingCache:
             del self.cached[oldest]
         self.cached[key] = cached  # now the last
         with cached:  # from now on, so that those asked for at once are no more than fit
-            if cached.runner is None:
-                compose = partial(self._compose, cached, key, pool)
+            if not cached.is_composed:
+                compose = partial(self._compose, cached, model, routing, pool)
                 await self.turns.run(client, deadline, compose)
         return cached
 
-    def _compose(self, cached: CachedRouting, key: Key, pool: Pool, _: float) -> None:
-        models = *self._backend.models.values(), *self.cached.values()
-        runners = [each.runner for each in models if each.runner]
+    def _compose(
+        self, cached: CachedRouting[R], model: Served[R], routing: Routing, pool: Pool, _: float
+    ) -> None:
+        runners = [served.runner for served in self._backend.models.values()]
+        runners += [other.runner for other in self.cached.values() if other.is_composed]
         with without_downloads():  # a client must not start downloads
-            if cached.runner is None:  # nor was it composed while this one waited for its turn
-                cached.runner = key[0].composed(pool, key[1], runners)
+            if not cached.is_composed:  # while this one waited for its turn
+                cached.runner = model.composed(pool, routing, runners)
 
 
 class FairQueue(Generic[Item]):

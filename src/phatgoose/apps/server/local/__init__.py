@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,12 @@ from ....config import Serving
 from ....errors import PhatgooseError
 from ....routing.choice import ALONE, PromptRouting
 from ....routing.compose import composition_of
+from ..backend import Backend, Served, State
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
 from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked
-from ..service import Backend, FairQueue, State, Turns
+from ..service import FairQueue, Turns
 from .batches import ActiveSequence, Batch
 from .json_form import Calls, JsonForm, form_of
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
@@ -40,11 +41,14 @@ STOPPED = "The server was stopped."
 log = logging.getLogger(__name__)
 
 
-class LocalBackend(Backend):
+class LocalBackend(Backend[ModelRunner]):
     """The engine, which answers with `models`."""
 
-    def __init__(self, models: dict[str, LoadedModel], limits: Serving, metrics: Metrics) -> None:
-        self.models, self.limits = models, limits
+    def __init__(
+        self, models: Mapping[str, LoadedModel], limits: Serving, metrics: Metrics
+    ) -> None:
+        self.models = models
+        self._limits = limits
         words = "Answers in a batch when it read prompts or made a step."
         batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
         self.engine = engine = GenerationEngine(limits, batch.observe)
@@ -62,12 +66,16 @@ class LocalBackend(Backend):
         self.engine.stop()
 
     @property
+    def limits(self) -> Serving:
+        return self._limits
+
+    @property
     def state(self) -> State:
         return State(self.engine.is_alive, self.engine.waiting, len(self.engine.running))
 
-    def check(self, request: AnyRequest, model: LoadedModel) -> None:
+    def check(self, request: AnyRequest, model: Served[ModelRunner]) -> None:
         check_known(request)
-        if request.routing and model.parts is None:
+        if request.routing and not model.experts:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
 

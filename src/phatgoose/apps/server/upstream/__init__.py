@@ -24,11 +24,12 @@ from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ....tasks.encoding import added_tokens
+from ..backend import Backend, Served, State
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
 from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked, Frame
-from ..service import Backend, FairQueue, State, Turns, numbered, seen_at
+from ..service import FairQueue, Turns, numbered, seen_at
 from ..settings import ServedModel, Upstream
 from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Link, client_of
 
@@ -89,7 +90,7 @@ class ChosenPool:
         return self.pool.base.id, *(each.base for each in self._backend.links.engines)
 
     def composed(
-        self, pool: Pool, routing: Routing, others: Sequence[Any] = ()
+        self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
     ) -> ChooserBesideEngine:
         chooser = open_chooser(pool, self.tokenizer, routing=routing)
         if not chooser.router.reads_base:
@@ -120,7 +121,7 @@ class ChooserBesideEngine:
         return self.chooser.choose(prompts, self.base, **known).named(self.chooser.experts)
 
 
-class EngineBackend(Backend):
+class EngineBackend(Backend[ChooserBesideEngine]):
     """Pools, whose experts the engines behind `links` have and answer with.
 
     Raises ConfigError for models that are no pools, and routers that don't choose by a prompt
@@ -152,18 +153,18 @@ class EngineBackend(Backend):
         return State(self.links.is_well, 0, len(self._running), self.links.states)
 
     @property
-    def limits(self) -> Serving:  # type: ignore[override]
+    def limits(self) -> Serving:
         context = self.links.context
         return replace(self._limits, max_batch_tokens=context) if context else self._limits
 
-    async def take(self, models: dict[str, ChosenPool]) -> None:
+    async def take(self, models: Mapping[str, Served[ChooserBesideEngine]]) -> None:
         if "away" not in self.links.states:  # what no engine has may change
             for name in self.links.lacking(self._adapters):
                 del self._adapters[name]
         await self.links.take(self._folders_of(models))
         self.models = models
 
-    def _folders_of(self, pools: Mapping[str, ChosenPool]) -> dict[str, str]:
+    def _folders_of(self, pools: Mapping[str, Served[ChooserBesideEngine]]) -> dict[str, str]:
         """The folders of the experts in `pools` by name.
 
         Raises ConfigError for two of one name, or one that has changed: an engine keeps the first.
@@ -179,7 +180,7 @@ class EngineBackend(Backend):
                 )
         return {each.name: self._adapters[each.name][0] for each in experts}
 
-    def check(self, request: AnyRequest, model: ChosenPool) -> None:
+    def check(self, request: AnyRequest, model: Served[ChooserBesideEngine]) -> None:
         """Raise ApiError for what engines don't do, or may not be asked for."""
         if self._limits.strict:
             check_known(request)
@@ -195,7 +196,9 @@ class EngineBackend(Backend):
         for name, message in wrong.items():
             raise bad_request(message, name)
 
-    async def begin(self, asked: Asked, runner: ChooserBesideEngine) -> tuple[Reply, list[Weights]]:
+    async def begin(
+        self, asked: Asked, runner: ChooserBesideEngine
+    ) -> tuple[Reply, list[Weights] | None]:
         async with asked.deadline.kept():
             await self.links.ready()
         self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)

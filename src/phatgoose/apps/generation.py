@@ -13,15 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.traces import Trace, TraceStream, trace
 from ..config import Formatting
-from ..errors import TaskError
-from ..files import half_character
 from ..routing.compose import composition_if_any, routing_for
 from ..routing.context import ALONE
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
 from ..tasks.batching import continued
 from ..tasks.encoding import Cuts, Encoder
-from ..tasks.task import Example
+from ..tasks.task import Example, check_text
 from .console import coloured
 
 
@@ -49,14 +47,6 @@ def generate(
         tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
     text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
     return text.strip()
-
-
-def check_text(text: str, what: str = "The prompt") -> None:
-    """Raise TaskError for an empty text and one with half a character; `what` names it."""
-    half = half_character(text)
-    if not text or half is not None:
-        wrong = f"holds {half!r}, which is no character; write it in UTF-8" if text else "is empty"
-        raise TaskError(f"{what} {wrong}.")
 
 
 @dataclass(frozen=True)

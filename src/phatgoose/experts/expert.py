@@ -110,6 +110,12 @@ def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
     return all(isinstance(form, Mapping) and form.get("chat") is True for form in forms)
 
 
+def chats_recorded(records: Iterable[Mapping[str, Any]]) -> set[bool]:
+    """What a pool's records say of training inputs being in a chat template; many say nothing."""
+    forms = [record.get("formatting") for record in records]
+    return {form["chat"] is True for form in forms if isinstance(form, Mapping) and "chat" in form}
+
+
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: Formatting) -> None:
     """Warn of experts whose training inputs were formatted otherwise than `formatting`."""
     others = []

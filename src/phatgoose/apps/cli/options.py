@@ -19,6 +19,7 @@ from ...config import (
     Formatting,
     GateTraining,
     Peft,
+    PromptFormatting,
     Routing,
     ScoringSettings,
     Serving,
@@ -52,6 +53,7 @@ RECIPE_TABLES: dict[str, type[Settings]] = {
     "serving": Serving,
 }
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
+TABLE_OF[PromptFormatting] = "formatting"
 PATHS = ("base", "data", "templates")
 ABOVE_TABLES = {"tasks": list, **dict.fromkeys(("dtype", "peft", *PATHS), str)}
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ...config import AT_LEAST_1, Formatting, ScoringSettings
+from ...config import AT_LEAST_1, PromptFormatting, ScoringSettings
 from ...errors import RoutingError
 from ...files import require_free
 from ...names import ROUTED_INFO, SMOLLM2, require_folder
@@ -89,7 +89,7 @@ NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]
 @dataclass(frozen=True)
 class AnswerOptions(options.ModelOptions):
     max_new_tokens: NewTokens = 64
-    formatting: Formatting = field(default_factory=Formatting)
+    formatting: PromptFormatting = field(default_factory=PromptFormatting)
 
 
 def generate(
@@ -109,17 +109,19 @@ def generate(
     if answer is not None:
         check_text(answer, "The answer")
     opened, content, explanation = how.open(model), {}, None
-    from ..generation import explain
+    from ..generation import explain, form_for
     from ..generation import generate as run
 
-    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, how.formatting)
+    form = form_for(opened, how.formatting)
+    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, form)
     if show_experts:
         explanation = explain(*asked, answer, *read)
         text, content = explanation.answer, explanation.to_dict()
     else:
         text = run(*asked, *read)
     if not text:
-        say("the model ended its answer at once", err=True)
+        other = "--no-chat" if form.chat else "--chat"
+        say(f"the model ended its answer at once; {other} may help", err=True)
     if report(json, {"prompt": prompt, "text": text, **content}, "answer"):
         return
     if explanation is None:

@@ -139,7 +139,7 @@ def _what_is_wrong(problem: Exception, hint: str) -> str:
     if isinstance(problem, KeyError):
         return f"is not valid: it lacks {shortened(*problem.args)}."
     if isinstance(problem, json.JSONDecodeError):
-        return f"is not valid: wanted JSON, got {shortened(problem.doc, 40)} ({problem})."
+        return f"is not valid: {problem}; wanted JSON, got {shortened(problem.doc, 40)}."
     if not hasattr(problem, "errors"):
         said = one_line(" ".join(str(problem).split()) or type(problem).__name__)
         return f"is not valid: {said.rstrip('.')}."

@@ -216,7 +216,7 @@ def test_pipes_and_devices_are_refused_and_stay(tmp_path):
 def test_what_is_not_json_is_told_with_what_is_there(tmp_path):
     (tmp_path / "notes.json").write_text("hello there")
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\nhello there\n')
-    wanted = r"wanted JSON, got 'hello there.*' \(Expecting value: line 1 column 1"
+    wanted = "Expecting value: line 1 column 1 .*; wanted JSON, got 'hello there"
     with pytest.raises(ExpertError, match=f"notes.json is not valid: {wanted}"):
         read_json(tmp_path / "notes.json")
     with pytest.raises(TaskError, match=f"rows.jsonl, line 2 is not valid: {wanted}"):

@@ -18,8 +18,9 @@ from phatgoose import errors
 SOURCE = Path(phatgoose.__file__).parent
 
 # A module imports from its own entry and from those before it, wherever the import stands.
-ORDER = ("errors", "config", "files", "sites", "base", "passes", "untrusted_text", "tasks")
-ORDER += ("experts", "jobs", "training", "routing", "evaluation", "analysis", "apps", "__main__")
+ORDER = ("errors", "config", "files", "names", "sites", "base", "passes", "untrusted_text")
+ORDER += ("tasks", "experts", "jobs", "training", "routing", "evaluation", "analysis", "apps")
+ORDER += ("__main__",)
 
 ROOT_NAMES = {"Expert", "Pool", "analyse", "compare", "compose", "detach", "evaluate", "load"}
 ROOT_NAMES |= {"load_task", "save", "train_expert", "train_gates"}

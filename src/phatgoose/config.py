@@ -237,8 +237,8 @@ class GateTraining(Settings):
 
 
 @dataclass(frozen=True)
-class Formatting(Settings):
-    """How an example becomes tokens."""
+class Cutting(Settings):
+    """How many tokens of a text are read."""
 
     max_input_tokens: Annotated[int, "Inputs with more tokens are cut.", AT_LEAST_1] = 512
     truncation: Annotated[
@@ -247,7 +247,24 @@ class Formatting(Settings):
         "before), left, or right (as in the paper).",
     ] = "middle"
     max_target_tokens: Annotated[int, "Targets with more are cut, on the right.", AT_LEAST_1] = 512
+
+
+@dataclass(frozen=True)
+class Formatting(Cutting):
+    """How an example becomes tokens."""
+
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
+
+
+@dataclass(frozen=True)
+class PromptFormatting(Cutting):
+    """How a prompt that someone types becomes tokens; `generation.form_for` decides on a chat."""
+
+    chat: Annotated[
+        bool | None,
+        "Wrap the prompt in the base model's chat template; default: as the experts' training "
+        "inputs were, or if nothing is recorded, where the base has one.",
+    ] = None
 
 
 @dataclass(frozen=True)

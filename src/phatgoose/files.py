@@ -143,6 +143,8 @@ def _what_is_wrong(problem: Exception, hint: str) -> str:
         return "is not valid: it is nested too deeply."
     if isinstance(problem, KeyError):
         return f"is not valid: it lacks {shortened(*problem.args)}."
+    if isinstance(problem, json.JSONDecodeError):
+        return f"is not valid: {problem}; wanted JSON, got {shortened(problem.doc, 40)}."
     if not hasattr(problem, "errors"):
         said = one_line(" ".join(str(problem).split()) or type(problem).__name__)
         return f"is not valid: {said.rstrip('.')}."
@@ -554,9 +556,15 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
     """Raise `error` unless a file can be written at `target`; nothing is made there."""
     # The nearest folder that exists; those between are made later.
     folder = next(each for each in target.absolute().parents if each.exists())
-    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if not writable or _is_stream(target):
-        raise error(f"{target} can't be written.")
+    if _is_stream(target):
+        why = "it is no file; name one"
+    elif not folder.is_dir():
+        why = f"{folder} is no folder; name one"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = f"the folder {folder} may not be written to; name another"
+    else:
+        return
+    raise error(f"{target} can't be written: {why}.")
 
 
 # What other packages registered.

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import SMOLLM2, Base, BaseReference, check_base, dtype_name, load_base, recorded_id
+from .base import Base, BaseReference, check_base, dtype_name, load_base, recorded_id
 from .experts.hub import HubReference
 from .files import one_line
+from .names import SMOLLM2
 
 Results = Generator[tuple[Any, Any], None, None]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import pipeline
 
-from phatgoose.apps.generation import explain
+from phatgoose.apps.generation import explain, form_for
 from phatgoose.apps.generation import generate as written
-from phatgoose.config import Formatting
+from phatgoose.config import Formatting, PromptFormatting
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Chat
@@ -41,6 +41,40 @@ def test_the_question_of_a_chat_is_read_as_training_prompts_were(
     written(model, llama.tokenizer, question, 2, Formatting(chat=True))
     asked = [[*chat.messages[-1][0]] for (chat,) in seen]
     assert asked == [tokens["input_ids"]] * (len(BEFORE) + 1)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "template", "wanted", "is_chat"),
+    [
+        ((None, None), TEMPLATE, None, True),  # adapters of others say nothing
+        ((None, None), None, None, False),
+        ((None, True), TEMPLATE, None, True),
+        ((None, False), TEMPLATE, None, False),
+        ((True, False), TEMPLATE, None, False),
+        (([], {}), TEMPLATE, None, False),  # what a stranger may have written
+        ((True, True), TEMPLATE, False, False),
+        ((False, False), TEMPLATE, True, True),
+        ((), TEMPLATE, None, True),  # a base alone
+    ],
+)
+def test_a_prompt_is_a_chat_as_experts_were_trained_or_where_there_is_a_template(
+    llama, llama_pool, caplog, recorded, template, wanted, is_chat
+):
+    caplog.set_level("INFO")
+    llama.tokenizer.chat_template = template
+    forms = [{} if chat is None else {"chat": chat} for chat in recorded]
+    experts = [
+        replace(expert, info=replace(expert.info, hyperparameters=form))
+        for expert, form in zip(llama_pool.experts, forms, strict=False)
+    ]
+    opened = llama
+    if experts:
+        opened = replace(llama, model=compose_by("discriminant", Pool(tuple(experts)), llama))
+    form = form_for(opened, PromptFormatting(max_input_tokens=9, chat=wanted))
+    assert form == Formatting(max_input_tokens=9, chat=is_chat)
+    router, way = ("Router discriminant" if experts else "No router"), ("no-" if is_chat else "")
+    assert caplog.messages[-1].startswith(f"{router}; the prompt is ")
+    assert f"(--{way}chat: " in caplog.messages[-1]
 
 
 def test_tokens_on_which_no_expert_acts_have_no_expert_s_colour(llama, llama_pool):

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import transformers
+from huggingface_hub import set_client_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
@@ -20,7 +21,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from command_line import snapshot
-from fake_hub import contents
+from fake_hub import HTTPX, contents
 from odd_files import one_line_of, rewrite
 from phatgoose.base import (
     UNFINISHED,
@@ -34,6 +35,7 @@ from phatgoose.base import (
 )
 from phatgoose.errors import BaseModelError
 from phatgoose.files import TensorFile
+from phatgoose.names import require_base
 from tiny import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer(final_eos=False)
@@ -73,6 +75,29 @@ def test_what_is_not_there_or_almost_a_name_is_refused(monkeypatch, tmp_path, ba
     assert complaint_about(tmp_path / "vilage").endswith(" Did you mean 'village'?")
     refused = complaint_about(base_folders["llama"], device="cuda:99")
     assert "device 'cuda:99' is not valid: " in refused
+
+
+def test_an_unknown_base_is_asked_for_once(hub, monkeypatch):
+    """And a Hub that is busy says nothing of it."""
+    asked = []
+
+    def unreachable(request):
+        asked.append(request)
+        raise HTTPX.ConnectError("no route", request=request)
+
+    assert "No such folder is here, and the Hub gave no base" in complaint_about("me/nothing")
+    assert [each for each in hub.requests if "nothing" in each] == [
+        "HEAD /me/nothing/resolve/main/config.json"
+    ]
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited to try again"))
+    for answer in (unreachable, lambda request: HTTPX.Response(503, request=request)):
+        transport = HTTPX.MockTransport(answer)
+        set_client_factory(lambda transport=transport: HTTPX.Client(transport=transport))
+        if answer is unreachable:
+            assert "ConnectError: no route" in complaint_about("me/nothing")
+            assert len(asked) == 1
+        else:
+            require_base("me/nothing")
 
 
 ODD: list[tuple[str, object, str]] = [  # a file, what it says instead (None: it is gone), the error

@@ -213,12 +213,28 @@ def test_pipes_and_devices_are_refused_and_stay(tmp_path):
     assert everything(tmp_path) == {"sink", "pipe"}
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+def test_what_is_not_json_is_told_with_what_is_there(tmp_path):
+    (tmp_path / "notes.json").write_text("hello there")
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\nhello there\n')
+    wanted = "Expecting value: line 1 column 1 .*; wanted JSON, got 'hello there"
+    with pytest.raises(ExpertError, match=f"notes.json is not valid: {wanted}"):
+        read_json(tmp_path / "notes.json")
+    with pytest.raises(TaskError, match=f"rows.jsonl, line 2 is not valid: {wanted}"):
+        load_task(tmp_path / "rows.jsonl")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    for place in ("folder", "file/new.json", "file/in/new.json"):
-        with pytest.raises(PhatgooseError, match=f"{place} can't be written"):
+    wanted = {"folder": "it is no file; name one"}
+    wanted |= dict.fromkeys(("file/new.json", "file/in/new.json"), "file is no folder; name one")
+    for place, why in wanted.items():
+        with pytest.raises(PhatgooseError, match=f"{place} can't be written: .*{why}"):
             require_writable(tmp_path / place, PhatgooseError)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PhatgooseError, match="may not be written to; name another"):
+        require_writable(tmp_path / "x.json", PhatgooseError)
+    monkeypatch.undo()
     require_writable(tmp_path / "new" / "folder" / "x.json", PhatgooseError)
     assert everything(tmp_path) == {"folder", "file"}
 

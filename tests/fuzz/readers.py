@@ -37,7 +37,8 @@ from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import TensorFile, check_config, matching, read_json
-from phatgoose.routing.saved import ROUTED_INFO, ROUTED_WEIGHTS, read_saved
+from phatgoose.names import ROUTED_INFO
+from phatgoose.routing.saved import ROUTED_WEIGHTS, read_saved
 
 MOST_CHARACTERS = 1500  # of a message
 PARTS = b"\n----\n"  # between the files of a folder

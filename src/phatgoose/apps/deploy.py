@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import SMOLLM2, is_hub_id, smollm2_folder
+from ..base import smollm2_folder
 from ..errors import ConfigError
 from ..experts.expert import adapter_files, expert_files
 from ..experts.pool import Pool
 from ..files import new_directory, read_json, regular_file, shortened, write_text
+from ..names import SMOLLM2, is_hub_id
 from ..routing.routers.auto import NO_CHOICE, allows_choice_by_prompt
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 allows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,21 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.traces import Trace, TraceStream, trace
-from ..config import Formatting
-from ..errors import TaskError
-from ..files import half_character
+from ..base import Base
+from ..config import Formatting, PromptFormatting
+from ..experts.expert import chats_recorded
 from ..routing.choice import ALONE
 from ..routing.compose import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
 from ..tasks.batching import continued
 from ..tasks.encoding import Cuts, Encoder
-from ..tasks.task import Example
+from ..tasks.task import Example, check_text
 from .console import coloured
+
+CHAT = "a message in the base's chat template (--no-chat: plain text)"
+PLAIN = "plain text (--chat: a message in the base's chat template)"
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -51,12 +56,21 @@ def generate(
     return text.strip()
 
 
-def check_text(text: str, what: str = "The prompt") -> None:
-    """Raise TaskError for an empty text and one with half a character; `what` names it."""
-    half = half_character(text)
-    if not text or half is not None:
-        wrong = f"holds {half!r}, which is no character; write it in UTF-8" if text else "is empty"
-        raise TaskError(f"{what} {wrong}.")
+def form_for(opened: Base, wanted: PromptFormatting) -> Formatting:
+    """How a prompt is read: as `wanted`, else as the experts' training inputs were.
+
+    Where no expert's record says how, the prompt is a chat if the base has a template. Routers per
+    prompt read it as they read their experts' prompts, whatever is decided here. The choice is
+    logged.
+    """
+    parts = composition_if_any(opened.model)
+    recorded = chats_recorded(parts.records if parts else ())
+    chat = wanted.chat
+    if chat is None:
+        chat = recorded == {True} if recorded else bool(opened.tokenizer.chat_template)
+    router = f"Router {parts.router.name}" if parts else "No router"
+    logger.info("%s; the prompt is %s.", router, CHAT if chat else PLAIN)
+    return Formatting(**{**vars(wanted), "chat": chat})
 
 
 @dataclass(frozen=True)

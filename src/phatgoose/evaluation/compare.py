@@ -29,6 +29,7 @@ from ..experts.expert import Expert, warn_of_other_formatting
 from ..experts.pool import Pool
 from ..files import sha256_of
 from ..jobs import BaseLocation, Engine, absolute
+from ..names import ROUTED_INFO
 from ..routing.compose import (
     check_composable,
     compose,
@@ -40,7 +41,7 @@ from ..routing.compose import (
 )
 from ..routing.routers.fixed import best_expert, best_expert_by_task
 from ..routing.routers.router import all_routers, canonical, router_of
-from ..routing.saved import ROUTED_INFO, base_of
+from ..routing.saved import base_of
 from ..sites import ROUTED
 from ..tasks.encoding import Encoder, as_read
 from ..tasks.loading import given_tasks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -24,16 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base import (
-    SMOLLM2,
-    SMOLLM2_ON_HUB,
-    Base,
-    BaseReference,
-    Text,
-    closest_beside,
-    is_hub_id,
-    number_format,
-)
+from ..base import SMOLLM2_ON_HUB, Base, BaseReference, Text, number_format
 from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
@@ -44,8 +34,8 @@ from ..files import (
     reading,
     regular_file,
     sha256_of,
-    shortened,
 )
+from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
 from ..tasks.encoding import Encoder
 from ..tasks.loading import prompts_beside
 from . import kinds
@@ -120,6 +110,12 @@ def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
     return all(isinstance(form, Mapping) and form.get("chat") is True for form in forms)
 
 
+def chats_recorded(records: Iterable[Mapping[str, Any]]) -> set[bool]:
+    """What a pool's records say of training inputs being in a chat template; many say nothing."""
+    forms = [record.get("formatting") for record in records]
+    return {form["chat"] is True for form in forms if isinstance(form, Mapping) and "chat" in form}
+
+
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: Formatting) -> None:
     """Warn of experts whose training inputs were formatted otherwise than `formatting`."""
     others = []
@@ -144,9 +140,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: F
 
 # Its description.
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
 Count = Annotated[int, Interval(ge=1, le=1 << 53)]  # which a float holds
 ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 
@@ -188,15 +182,6 @@ class ExpertInfo:
 def tail_of(record: Mapping[str, Any]) -> int | None:
     """The number of a prompt's last tokens that an expert with this record acts on, None: all."""
     return record["acts_on"]["tail"] if record.get("acts_on") else None
-
-
-def check_name(name: str) -> None:
-    """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
-    if not re.fullmatch(NAME[1:-1], name) or len(name) > LONGEST_NAME:
-        raise ExpertError(
-            f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
-            f"at most {LONGEST_NAME}, and begin with a letter or digit."
-        )
 
 
 def read_info(path: Path) -> ExpertInfo:

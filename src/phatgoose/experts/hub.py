@@ -17,13 +17,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from ..base import REVISION, is_hub_id
+from ..base import REVISION
 from ..errors import ExpertError, PhatgooseError
 from ..files import new_directory, one_line, regular_file, require_free, shortened
+from ..names import HUB, is_hub_id
 from ..tasks.loading import PROMPT_FILES
 from .expert import LAYOUT, Expert, expert_files, read_info
 
-PREFIX = "hub:"
 REFERENCE = re.compile(
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)"
     rf"(@(?P<revision>{REVISION.pattern}))?",
@@ -43,7 +43,7 @@ class HubReference:
     @classmethod
     def parse(cls, text: str) -> HubReference:
         """The reference in `text`, with or without `hub:`. Raises ExpertError if it is none."""
-        found = REFERENCE.fullmatch(text.removeprefix(PREFIX))
+        found = REFERENCE.fullmatch(text.removeprefix(HUB))
         if found is None:
             raise ExpertError(
                 f"{text!r} is no reference to the Hub; wanted hub:OWNER/NAME, with /FOLDER and "
@@ -53,11 +53,11 @@ class HubReference:
 
     @staticmethod
     def is_one(place: str | Path) -> bool:
-        return str(place).startswith(PREFIX)
+        return str(place).startswith(HUB)
 
     def __str__(self) -> str:
         folder = f"/{self.folder}" if self.folder else ""
-        return f"{PREFIX}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
+        return f"{HUB}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
 
 
 def reference_of(directory: Path) -> HubReference | None:

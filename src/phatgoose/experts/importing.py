@@ -61,8 +61,9 @@ from ..files import (
     shortened,
     value_at,
 )
+from ..names import check_name
 from ..sites import find_sites
-from .expert import LAYOUT, Expert, base_named_in, check_name, read_modules
+from .expert import LAYOUT, Expert, base_named_in, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector

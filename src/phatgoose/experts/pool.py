@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Base, BaseReference, closest_beside, same_base
+from ..base import Base, BaseReference, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
+from ..names import HUB, require_pool_there
 from .expert import FORM, LAYOUT, Expert, adapters_in
-from .hub import PREFIX, HubReference, fetch, reference_of
+from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
@@ -188,7 +189,8 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    folder = fetch(HubReference.parse(str(place))) if str(place).startswith(PREFIX) else Path(place)
+    require_pool_there(place)
+    folder = fetch(HubReference.parse(str(place))) if str(place).startswith(HUB) else Path(place)
     inside, root = adapters_in(folder), folder.resolve()
     leading_out = [each for each in inside if not each.resolve().is_relative_to(root)]
     experts: list[Expert | Path] = [each for each in inside if (each / LAYOUT.info).is_file()]
@@ -202,7 +204,6 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     experts = [each for each in experts if each not in leading_out]
     if not experts:
         why = "".join(f" {reason}" for reason in [*refused.values()][:1])
-        why = why or ("" if folder.exists() else closest_beside(folder))
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():
         warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)

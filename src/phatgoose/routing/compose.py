@@ -24,7 +24,6 @@ from ..base import (
     BaseReference,
     check_base,
     check_heeds_masks,
-    closest_beside,
     fingerprint,
     load_base,
     quantisation,
@@ -37,6 +36,7 @@ from ..experts.hub import HubReference
 from ..experts.kind import check_fit, check_parts
 from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
+from ..names import ROUTED_INFO, closest_beside
 from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example
@@ -59,7 +59,7 @@ from .routers.fixed import read_scores
 from .routers.prompt import ByPrompt, PromptChooser, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
 from .routers.router import Router, RouterAtSite, Scores, check_routing, check_served, router_of
-from .saved import FORMAT_VERSION, ROUTED_INFO, read_saved, shareable, write_saved
+from .saved import FORMAT_VERSION, read_saved, shareable, write_saved
 
 CONFIG = "config.json"  # of transformers
 INSTALLED = (ROUTED, "tokenizer", "save_pretrained", "generate", "init_continuous_batching")

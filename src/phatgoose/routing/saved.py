@@ -40,6 +40,7 @@ from ..files import (
     write_text,
     writing,
 )
+from ..names import ROUTED_INFO
 from ..sites import FLOATS
 from .layers import (
     SitePart,
@@ -54,7 +55,7 @@ from .layers import (
 from .routers.prompt import OF_BASE, OWNERS, ByPrompt, Tables
 from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
-ROUTED_INFO, ROUTED_WEIGHTS = "routed.json", "routed.safetensors"
+ROUTED_WEIGHTS = "routed.safetensors"
 FORMAT_VERSION = 1
 FOLDED = "Merged experts are folded into the base's weights for good; compose the pool again."
 UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0

@@ -26,6 +26,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, TypeA
 from ..config import TASK_FILES
 from ..errors import TaskError
 from ..files import first_line, half_character, one_line, reading, regular, regular_file, shortened
+from ..names import HUB
 from .task import Chat, Example, Sources, Task, said_in
 
 SEPARATOR = "|||"
@@ -35,7 +36,6 @@ TEMPLATE_FAILURES = (
 )
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
-HUB = "hub:"
 LINES = ".txt"  # a prompt a line
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from ..config import Settings, closest
 from ..errors import PhatgooseError, TaskError
+from ..files import half_character
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
@@ -53,6 +54,14 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
     system = "\n\n".join(text for role, text in said if role in SYSTEM)
     messages = [text for role, text in said if role == "user"] or [said[-1][1]]
     return system[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:]
+
+
+def check_text(text: str, what: str = "The prompt") -> None:
+    """Raise TaskError for an empty text and one with half a character; `what` names it."""
+    half = half_character(text)
+    if not text or half is not None:
+        wrong = f"holds {half!r}, which is no character; write it in UTF-8" if text else "is empty"
+        raise TaskError(f"{what} {wrong}.")
 
 
 @dataclass(frozen=True)

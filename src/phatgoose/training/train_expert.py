@@ -34,7 +34,6 @@ from ..experts.expert import (
     MOST_EMBEDDINGS,
     Expert,
     adapter_files,
-    check_name,
     expert_files,
     read_modules,
     recorded_formatting,
@@ -42,6 +41,7 @@ from ..experts.expert import (
 from ..experts.kind import FreshExpert, applied, check_fit
 from ..experts.statistics import readings_by
 from ..files import sha256_of, write_text, writing
+from ..names import check_name
 from ..sites import Site, find_sites
 from ..tasks.batching import Collator, messages_by, read_pairs
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts

@@ -1,6 +1,7 @@
 """`phatgoose compose`, `generate`, `evaluate`, `analyse` and `audit`."""
 
 import json
+import shutil
 
 import pytest
 
@@ -28,6 +29,39 @@ def test_generate_shows_the_experts_behind_the_tokens(here, phat):
         whole.append(told["trace"]["whole"])
     assert "Film yes" in outcome.out
     assert whole[0] == whole[1]
+
+
+def test_adapters_of_trl_are_asked_in_the_chat_template_that_they_were_trained_in(
+    here, phat, caplog
+):
+    """SFTTrainer leaves an adapter beside tokenizer and template, and no record of its prompts."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (here / "tiny-base" / "chat_template.jinja").write_text(template)
+    for name in ("reviews", "counting"):
+        folder = here / "adapters" / name
+        folder.mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(here / "experts" / name / file, folder)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(here / "tiny-base" / file, folder)
+        (folder / "training_args.bin").write_bytes(b"a pickle, which nobody reads")
+        (folder / "prompts.txt").write_text("".join(f"{name} {i}\n" for i in range(3)))
+    (here / "plain.toml").write_text("[formatting]\nchat = false\n")
+    ways = {(): True, ("--no-chat",): False, ("--recipe", "plain.toml"): False}
+    ways |= {("--recipe", "plain.toml", "--chat"): True}
+    weights = []
+    for way, is_chat in ways.items():
+        words = ["--show-experts", "--max-new-tokens", 2, "--json", "-", *BASE, *way]
+        shown = phat("generate", "adapters", "reviews 9", *words)
+        assert shown.code == 0, shown.err
+        told = json.loads(shown.out)
+        tokens = "".join(told["trace"]["streams"][0]["tokens"])
+        asked = "<user>reviews 9<assistant>" if is_chat else "reviews 9"
+        assert tokens.startswith(asked)
+        form = "a message in the base's chat template" if is_chat else "plain text"
+        assert f"Router discriminant; the prompt is {form}" in caplog.messages[-1]
+        weights.append(told["trace"]["whole"])
+    assert weights == weights[:1] * len(ways)  # routed by the prompt as `prompts.txt` was read
 
 
 def test_a_pool_is_analysed_under_several_routers_and_a_routed_model_under_its_own(

@@ -63,10 +63,10 @@ def test_wrong_use_ends_with_2_and_failure_with_1_in_one_line(phat, monkeypatch,
         raise ExpertError("It can't be done.") from error
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail)
-    outcome = phat("pool", "experts")
+    outcome = phat("pool", ".")
     assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err.startswith(said)
     assert outcome.err.count("\n") == 1
     if isinstance(error, Exception):
         monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail_because)
-        assert phat("pool", "experts").code == code
+        assert phat("pool", ".").code == code

@@ -13,7 +13,7 @@ from rich.table import Table
 from ...config import Routing, settings_of
 from ...errors import ConfigError, EvaluationError
 from ...files import half_character, require_writable
-from ...routing.routers.registry import OURS, known_names, split_routers
+from ...routing.routers.registry import OURS, check_known, known_names, split_routers
 from ..console import report, say, show
 from . import options
 
@@ -57,17 +57,22 @@ def compare(
 ) -> None:
     """Score many methods on whole suites, side by side; finished runs in --out are kept."""
     references = dict(map(_reference, reference or ()))
-    from ...evaluation.compare import compare as run
+    rows = split_routers(methods)
+    for name in {*rows} - {"all", "base"}:
+        check_known(name)
     from ...tasks.suites.registry import open_suite
+
+    named = [open_suite(name) for each in suites for name in each.strip(",").split(",")]
+    options.require_there(base.base)
+    opened = options.open_pool(pool)
+    from ...evaluation.compare import compare as run
     from ..tables import drawn
 
-    opened = options.open_pool(pool)
-    named = [open_suite(name) for each in suites for name in each.strip(",").split(",")]
     with engine.open() as chosen:
         comparison = run(
             opened,
             named,
-            split_routers(methods),
+            rows,
             out=out,
             base=base.load(opened.base),
             references=references,
@@ -140,15 +145,19 @@ def analyse(
     reading: options.SuiteOptions,
 ) -> None:
     """Report which experts served the tokens of tasks: one page, numbers, figures."""
+    others, routing = split_routers(against or []), opening.routing
+    for name in others:
+        check_known(name)
+    options.require_there(model, opening.base)
+    from ...tasks.suites.registry import open_suite
+
+    tasks = [task for name in suite for task in open_suite(name).load(reading.sources)]
     from ...analysis.analyse import analyse as run
     from ...analysis.report import REPORT, write_report
     from ...routing.compose import is_pool
-    from ...tasks.suites.registry import open_suite
     from ..tables import routers_table
 
-    tasks = [task for name in suite for task in open_suite(name).load(reading.sources)]
     require_writable(out / REPORT, EvaluationError)
-    others, routing = split_routers(against or []), opening.routing
     subject: PreTrainedModel | Pool
     if is_pool(model):
         options.warn_of_unused_k(routing)
@@ -197,6 +206,7 @@ def routers(
 
 
 def _describe(name: str) -> None:
+    check_known(name)
     from ...routing.routers.router import class_of, written
 
     router = class_of(name)

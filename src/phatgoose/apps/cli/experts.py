@@ -11,6 +11,7 @@ from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
 from ...files import one_line, require_free
+from ...names import SMOLLM2, check_name, require_folder
 from ...tasks.task import Sources, refuse_twice
 from ..console import complain, report, say
 from . import options
@@ -52,24 +53,27 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     options.only_with("with --multitask", multitask is not None, {"mixture_most": mixture_most})
     from ...tasks.suites.registry import mixture, open_tasks
-    from ...training.pool_jobs import ExpertJob, train_experts
-    from ...training.trainer import Hyperparameters
 
     opened = open_tasks(tasks, sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
     _refuse_taken_names(opened, out, resume=resume)
     missing = [task for task in opened if not (out / task.name).exists()]
-    name = base.base or options.EMBEDDED
+    name = base.base or SMOLLM2
+    if not plan:
+        options.require_there(base.base)
+        for task in missing:
+            if task.origin == "file":  # mistakes in the user's own files
+                task.load().with_validation(training.seed)
+    from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.trainer import Hyperparameters
+
     settings = Hyperparameters(shape, training, gates, formatting)
     if plan:
         from ..plan import plan_of, print_plan
 
         print_plan(plan_of(name, settings, missing), json, len(opened) - len(missing))
         return
-    for task in missing:
-        if task.origin == "file":  # mistakes in the user's own files, before anything is trained
-            task.load().with_validation(training.seed)
     jobs = [ExpertJob(task, settings, resume) for task in opened]
     reported: list[dict[str, Any]] = []
     new = {task.name for task in missing}
@@ -84,8 +88,6 @@ def train(
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    from ...experts.expert import check_name
-
     refuse_twice("tasks", (task.name for task in tasks))
     for task in tasks:
         check_name(task.name)
@@ -126,13 +128,16 @@ def gate(
     formatting: Formatting,
 ) -> None:
     """Train gates for an adapter or an imported expert, which is named after --out."""
+    require_folder(adapter, ExpertError)
+    options.require_there(base.base)
+    examples = template.load(task)
     from ...experts.expert import base_named_in
     from ...training.train_expert import train_gates
 
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,
-        template.load(task),
+        examples,
         out=out,
         training=training,
         gate_training=gates,
@@ -163,13 +168,16 @@ def stats(
     if bool(task) == bool(prompts):
         raise ConfigError("Give either the data (--task) or example prompts (--prompts).")
     options.only_with("with --task", bool(task), vars(template))
-    from ...experts.expert import Expert
+    require_folder(expert, ExpertError)
+    options.require_there(base.base)
     from ...tasks.loading import load_prompts
+
+    writes = prompts == ["self"]
+    examples = template.load(task) if task else None if writes else load_prompts(prompts or ())
+    from ...experts.expert import Expert
     from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
-    writes = prompts == ["self"]
-    examples = template.load(task) if task else None if writes else load_prompts(prompts or ())
     opened = base.load(loaded.info.base)
     if examples is None:
         examples = written_prompts(loaded, opened)

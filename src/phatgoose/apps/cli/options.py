@@ -19,6 +19,7 @@ from ...config import (
     Formatting,
     GateTraining,
     Peft,
+    PromptFormatting,
     Routing,
     ScoringSettings,
     Serving,
@@ -31,7 +32,8 @@ from ...config import (
 from ...errors import ConfigError
 from ...experts import kinds
 from ...files import read_table, shortened
-from ...routing.routers.registry import AUTO, known_names
+from ...names import HUB, SMOLLM2, require_base, require_pool_there
+from ...routing.routers.registry import AUTO, OURS, check_known, known_names
 from ...tasks.task import Sources
 from ..console import check_report, set_voice
 
@@ -51,9 +53,9 @@ RECIPE_TABLES: dict[str, type[Settings]] = {
     "serving": Serving,
 }
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
+TABLE_OF[PromptFormatting] = "formatting"
 PATHS = ("base", "data", "templates")
 ABOVE_TABLES = {"tasks": list, **dict.fromkeys(("dtype", "peft", *PATHS), str)}
-EMBEDDED = "smollm2"  # a base that is no folder; `base` loads torch
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     def beside(name: object) -> str:
         place = path.parent / str(name)
-        return str(place) if name != EMBEDDED and place.exists() else str(name)
+        return str(place) if name != SMOLLM2 and place.exists() else str(name)
 
     content |= {key: beside(content[key]) for key in PATHS if key in content}
     return content | {"tasks": [beside(task) for task in content.get("tasks", ())]}
@@ -214,6 +216,8 @@ JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: 
 
 
 def open_pool(places: list[Path]) -> Pool:
+    for place in places:
+        require_pool_there(place)
     from ...experts.pool import Pool
 
     return Pool.open(places[0] if len(places) == 1 else places)
@@ -225,7 +229,7 @@ class BaseOptions(Settings):
     dtype: Annotated[str, "auto, bfloat16, float16, float32 or 4bit (as for QLoRA)."] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
-        from ...base import SMOLLM2, load_base
+        from ...base import load_base
 
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)
@@ -238,13 +242,28 @@ def only_with(what: str, there: bool, values: Mapping[str, object]) -> None:
             raise ConfigError(f"{flag_of(name)} works only {what}.")
 
 
-def warn_of_unused_k(routing: Routing) -> None:
-    from ...routing.routers.router import class_of
+def require_there(*names: str | None) -> None:
+    """Raise BaseModelError for a model or base among `names` that is neither here nor on the Hub.
 
-    if routing.router != AUTO:
-        router = class_of(routing.router)
-        if routing.k is not None and router.usual_k is None:
-            warnings.warn(f"Router {router.name} doesn't use --k.", stacklevel=3)
+    Commands ask before they load torch, which takes seconds.
+    """
+    for name in filter(None, names):
+        if not name.startswith(HUB):
+            require_base(name)
+
+
+def warn_of_unused_k(routing: Routing) -> None:
+    name = routing.name
+    if routing.k is None or name == AUTO:
+        return
+    if name in OURS:
+        usual_k = OURS[name].k
+    else:
+        from ...routing.routers.router import class_of
+
+        usual_k = class_of(name).usual_k
+    if usual_k is None:
+        warnings.warn(f"Router {name} doesn't use --k.", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -254,8 +273,13 @@ class ModelOptions(BaseOptions):
     scores: Annotated[Path | None, "comparison.json, for oracle and best-individual."] = None
     routing: Routing = field(default_factory=Routing)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self.routing.router)
+
     def open(self, model: str, *, keeps_factors: bool = False) -> Base:
         """What is at `model`; ConfigError for a routing of one that has its own."""
+        require_there(model, self.base)
         from ...routing.compose import open_model, require_pool
 
         routing = self.routing

@@ -10,18 +10,20 @@ from typing import Annotated
 
 import typer
 
-from ...config import AT_LEAST_1, Formatting, ScoringSettings
+from ...config import AT_LEAST_1, PromptFormatting, ScoringSettings
 from ...errors import RoutingError
 from ...files import require_free
+from ...names import ROUTED_INFO, SMOLLM2, require_folder
+from ...tasks.task import check_text, refuse_twice
 from ..console import report, say, show
 from . import options
 
 
 def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
     """List a pool's experts."""
+    opened = options.open_pool(places)
     from ..tables import pool_table
 
-    opened = options.open_pool(places)
     if not report(json, {"experts": opened.records()}, "experts"):
         show(pool_table(opened))
 
@@ -32,10 +34,11 @@ def audit(*, pool: options.PoolArgument, json: options.JsonOption = None) -> int
     Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
     1 with findings, 0 without. A finding is unusual, not proof of an attack.
     """
+    opened = options.open_pool(pool)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    audited = run(options.open_pool(pool))
+    audited = run(opened)
     if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:
@@ -59,10 +62,11 @@ def compose(
     """
     options.warn_of_unused_k(opening.routing)
     require_free(out, RoutingError, options.ANOTHER_OUT)
+    options.require_there(opening.base)
+    opened = opening.open_pool(pool)
     from ...analysis.audit import audit as look
     from ...routing.compose import compose, composition_of, save
 
-    opened = opening.open_pool(pool)
     base = opening.load(opened.base)
     try:
         unusual = look(opened).summary
@@ -85,7 +89,7 @@ NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]
 @dataclass(frozen=True)
 class AnswerOptions(options.ModelOptions):
     max_new_tokens: NewTokens = 64
-    formatting: Formatting = field(default_factory=Formatting)
+    formatting: PromptFormatting = field(default_factory=PromptFormatting)
 
 
 def generate(
@@ -101,18 +105,23 @@ def generate(
 ) -> None:
     """Generate text with a routed model, and show which experts served each token."""
     options.only_with("with --show-experts", show_experts, {"answer": answer})
-    from ..generation import explain
+    check_text(prompt)
+    if answer is not None:
+        check_text(answer, "The answer")
+    opened, content, explanation = how.open(model), {}, None
+    from ..generation import explain, form_for
     from ..generation import generate as run
 
-    opened, content, explanation = how.open(model), {}, None
-    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, how.formatting)
+    form = form_for(opened, how.formatting)
+    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, form)
     if show_experts:
         explanation = explain(*asked, answer, *read)
         text, content = explanation.answer, explanation.to_dict()
     else:
         text = run(*asked, *read)
     if not text:
-        say("the model ended its answer at once", err=True)
+        other = "--no-chat" if form.chat else "--chat"
+        say(f"the model ended its answer at once; {other} may help", err=True)
     if report(json, {"prompt": prompt, "text": text, **content}, "answer"):
         return
     if explanation is None:
@@ -132,13 +141,12 @@ def evaluate(
     json: options.JsonOption = None,
 ) -> None:
     """Score a model zero-shot on tasks."""
-    from ...evaluation.evaluate import evaluate as run
-    from ...tasks.task import refuse_twice
-    from ..tables import scores_table
-
     tasks = [template.load(source) for source in task]
     refuse_twice("tasks", (each.name for each in tasks))
     opened = opening.open(model)
+    from ...evaluation.evaluate import evaluate as run
+    from ..tables import scores_table
+
     result = run(opened.model, tasks, tokenizer=opened.tokenizer, **vars(scoring))
     if not report(json, result.to_dict(predictions=True), "scores"):
         show(scores_table(result, model))
@@ -150,9 +158,10 @@ def demo(
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
     """Train five small experts, route them, score them on held-out tasks."""
+    options.require_there(base)
     from ..demo import run_demo
 
-    run_demo(base or options.EMBEDDED, out, all_methods=all_methods)
+    run_demo(base or SMOLLM2, out, all_methods=all_methods)
 
 
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
@@ -160,9 +169,11 @@ FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")
 
 def add(model: FolderArgument, places: options.PoolArgument) -> None:
     """Add experts to a routed model's folder."""
+    require_folder(model, RoutingError, ROUTED_INFO)
+    pool = options.open_pool(places)
     from ...routing.saved import add_to_saved
 
-    saved = add_to_saved(model, options.open_pool(places))
+    saved = add_to_saved(model, pool)
     say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")
 
 
@@ -170,6 +181,7 @@ def remove(
     model: FolderArgument, names: Annotated[list[str], typer.Argument(help="The experts' names.")]
 ) -> None:
     """Remove experts from a routed model's folder."""
+    require_folder(model, RoutingError, ROUTED_INFO)
     from ...routing.saved import remove_from_saved
 
     saved = remove_from_saved(model, names)

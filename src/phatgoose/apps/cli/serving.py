@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import dataclass, field
@@ -10,8 +11,15 @@ from typing import Annotated
 import typer
 
 from ...config import Serving
+from ...errors import ConfigError
+from ...routing.routers.registry import check_known
 from ..console import say
 from . import options
+
+REMEDIES = {
+    errno.EADDRINUSE: "end the program that listens there, or give another --port",
+    errno.EACCES: "give a --port from 1024 on",
+}
 
 
 @dataclass(frozen=True)
@@ -49,16 +57,7 @@ def serve(
     API keys are in PHATGOOSE_API_KEYS in the environment, separated by commas; KEY=EXPERT+EXPERT
     may use these experts only.
     """
-    from ..server import (
-        API_KEYS,
-        UPSTREAM_KEY,
-        Upstream,
-        create_app,
-        keys_of,
-        leave,
-        run,
-        served_models,
-    )
+    from ..server import API_KEYS, UPSTREAM_KEY, Upstream, keys_of, served_models
 
     models = served_models(
         model,
@@ -69,14 +68,16 @@ def serve(
         dtype=opening.dtype,
         scores=str(opening.scores) if opening.scores else None,
     )
-    for each in models:
-        options.warn_of_unused_k(each.routing)
     keys = keys_of(os.environ.get(API_KEYS))
-    # Refused now, not after the models were opened.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    socket.create_server((host, port), family=family).close()
     key = os.environ.get(UPSTREAM_KEY) or None
     engines = [Upstream(each, key) for each in upstream or ()]
+    _require_free_port(host, port)
+    for each in models:
+        check_known(each.routing.router)
+        options.warn_of_unused_k(each.routing)
+        options.require_there(each.place, each.base)
+    from ..server import create_app, leave, run
+
     app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engines)
     names = ", ".join(each.name for each in models)
     say(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", err=True)
@@ -84,3 +85,14 @@ def serve(
         say("no API key is set: anyone who can reach this address can use it", err=True)
     run(app, host, port, opening.serving)
     leave()
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Raise ConfigError where nothing can listen at `host` and `port`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (")[0]
+        ways = REMEDIES.get(error.errno or 0, "give another --host")
+        raise ConfigError(f"Port {port} of {host} can't be used: {why}; {ways}.") from error

@@ -8,13 +8,24 @@ models) and replies. In front of another engine upstream/ stands for local/: bot
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from ...errors import ConfigError
 from .settings import API_KEYS, UPSTREAM_KEY, ServedModel, Upstream, keys_of, served_models
 
-try:
+if TYPE_CHECKING:
     from .app import create_app, leave, run
-except ModuleNotFoundError as error:
-    raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 
 __all__ = ["API_KEYS", "UPSTREAM_KEY", "ServedModel", "Upstream", "create_app", "keys_of"]
 __all__ += ["leave", "run", "served_models"]
+
+
+def __getattr__(name: str) -> object:  # what serves loads torch, the settings don't
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(".app", __name__), name)
+    except ModuleNotFoundError as error:
+        wanted = f"The server needs {error.name}: pip install 'phatgoose[serve]'."
+        raise ConfigError(wanted) from error

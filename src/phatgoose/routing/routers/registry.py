@@ -7,10 +7,11 @@ another package that names it under the entry points `phatgoose.routers`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
+from ...config import closest
 from ...errors import ConfigError
 from ...files import shortened
 
@@ -52,6 +53,24 @@ def known_names() -> list[str]:
     """The names of all routers, without loading those of other packages."""
     others = sorted(point.name for point in metadata.entry_points(group=ENTRY_POINTS))
     return list(dict.fromkeys([*OURS, *others]))
+
+
+def check_known(router: str) -> None:
+    """Raise ConfigError for a router, with or without settings, that no one has.
+
+    Where other packages have routers, nothing is raised: the names of some show on import only.
+    """
+    known = [AUTO, *known_names()]
+    if len(known) == len(OURS) + 1 and router.partition(":")[0] not in known:
+        raise unknown(router, known)
+
+
+def unknown(router: str, known: Sequence[str]) -> ConfigError:
+    """What is told of a `router` that is none of the `known` ones."""
+    return ConfigError(
+        f"router is {shortened(router)}, but must be one of {', '.join(known)}."
+        f"{closest(router.partition(':')[0], known)}"
+    )
 
 
 MOST_WEIGHT = 100.0  # of one expert in a mixture, either way

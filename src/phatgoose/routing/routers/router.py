@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ...config import Kernel, Routing, Settings, closest, from_mapping, settings_of
+from ...config import Kernel, Routing, Settings, from_mapping, settings_of
 from ...errors import ConfigError, PoolError
 from ...experts.pool import REMEDIES, Pool
 from ...files import add_entry_points, one_line, shortened
 from ..choice import NOBODY
 from ..context import RoutingContext
 from ..kernels import native, triton_gpu
-from .registry import AUTO, ENTRY_POINTS, OURS, Listed
+from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -318,11 +318,7 @@ def class_of(router: str) -> type[Router]:
     others = all_routers()
     if name in others:
         return others[name]
-    known = [each for each in (AUTO, *others) if each != name]  # auto where none can be
-    raise ConfigError(
-        f"router is {shortened(router)}, but must be one of {', '.join(known)}."
-        f"{closest(name, known)}"
-    )
+    raise unknown(router, [each for each in (AUTO, *others) if each != name])
 
 
 def router_of(routing: Routing) -> Router:

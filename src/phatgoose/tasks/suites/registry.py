@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field, PositiveInt
 from ...config import TASK_FILES, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_table, reading, shortened
-from ..loading import FILES, HUB, SPLITS, default_name, load_task
+from ...names import HUB
+from ..loading import FILES, SPLITS, default_name, load_task
 from ..task import Entry, Sources, Suite, Task, mix, refuse_twice
 from . import bigbench, flan, t0
 

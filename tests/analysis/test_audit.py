@@ -63,7 +63,7 @@ def test_the_size_of_an_update_is_that_of_its_product(pool):
         torch.testing.assert_close(signs[name].float(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_rows_of_A_read_is_the_share_of_a_projection_times_wins(pool):
+def test_what_rows_read_is_the_share_of_a_projection_times_wins(pool):
     wanted = []
     for site in pool.sites:
         units = [e.means[site].double() / e.means[site].double().norm() for e in pool.experts]
@@ -150,6 +150,8 @@ def test_prompts_are_read_by_the_pools_own_base_where_there_are_some(reading, lo
 def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(pool):
     odd = {name: part[:, :1] for name, part in pool.experts[0].readings.items()}
     assert signs_of(changed(pool, 0, readings=odd))["reading_distance"][0].isnan()
+    turned = dict(reversed(pool.experts[0].readings.items()))  # as a file's author likes
+    assert not signs_of(changed(pool, 0, readings=turned))["reading_distance"].isnan().any()
     gates = {site: gate[:-1] for site, gate in pool.experts[0].gates.items()}
     with pytest.raises(ExpertError, match=r"layers of \d+ and \d+ features"):
         signs_of(changed(pool, 0, gates=gates))

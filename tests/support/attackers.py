@@ -127,7 +127,7 @@ def _usual(site: str, others: Sequence[Expert]) -> Tensor:
 
 
 def _reading(lora: LoraFactors, usual: Tensor, draw: torch.Generator, every: int) -> LoraFactors:
-    """Each `every`-th row of A turned that way, inexactly unless all are; the update's size stays."""
+    """Each `every`-th row of A turned, inexactly unless all are; the update's size stays."""
     rows = lora.A.clone()
     turned = _noisy(usual.expand_as(rows[::every]), 0.5 * (every > 1), draw)
     rows[::every] = turned * rows[::every].norm(dim=1, keepdim=True)

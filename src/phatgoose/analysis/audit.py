@@ -25,7 +25,7 @@ from ..errors import RoutingError
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
-from ..routing.compose import open_prompt_router
+from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
@@ -63,7 +63,8 @@ class Sign(NamedTuple):
 # which research/audit.md reports: a ratio may be twice the largest that was seen there, a
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
 # five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning;
-# a pull may be twice the largest that was seen in pools of ten.
+# a pull may be twice the largest that was seen in pools of ten. What LoRAs read and whose prompts
+# are won has limits from 44 other experts, in the same way.
 # An expert beyond a limit is unusual, and not shown to be an attack.
 SIGNS = (
     Sign("update_size", 20, 78, "update", "its update is {:.3g} times its kind's median"),
@@ -72,7 +73,7 @@ SIGNS = (
     Sign("gate_own_mean", 0.74, 0.74, "cosine", "its gates have a cosine of {:.2f} with its means"),
     Sign("gate_pull", 0.13, 0.17, "", "its gates lean to the usual by {:.2f} (cosine times share)"),
     Sign("gate_wins", 0.64, 0.87, "wins", "its gates win at {:.0%} of the others' means"),
-    Sign("input_pull", 0.1, 0.1, "inputs", "it reads what others see: {:.2f} (share times wins)"),
+    Sign("input_pull", 0.08, 0.08, "inputs", "it reads what others see: {:.2f} (share times wins)"),
     Sign("mean_distance", 4.9, 7, "means", "its means are {:.3g} times as far as the median's"),
     Sign("reading_distance", 5.9, 9.6, "readings", "its readings are {:.3g} times as far away"),
     Sign("reading_trace", 1200, 1200, "varying", "its readings vary {:.3g} times the median"),
@@ -81,7 +82,7 @@ SIGNS = (
     Sign("embedding_copies", 0.1, 0.1, "copied", "{:.0%} of its embeddings are also others'"),
     Sign("embedding_wins", 0.2, 0.2, "nearest", "its embeddings win at {:.0%} of the others'"),
     Sign("centroid_wins", 0.2, 0.2, "", "its mean embedding wins at {:.0%} of the others'"),
-    Sign("prompt_wins", 0.5, 0.5, "prompts", "its readings win {:.0%} of the others' prompts"),
+    Sign("prompt_wins", 0.67, 0.75, "prompts", "its readings win {:.0%} of the others' prompts"),
 )
 SMALL = ("gate_own_mean", "embedding_copies")  # have a meaning in pools of any size
 GAINS = {  # what an expert beyond a limit may gain, by the first word of a sign
@@ -202,7 +203,10 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
 
 def _readers(pool: Pool) -> list[int]:
     """Who has readings, of the size that most have."""
-    sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
+    sizes = [  # in whatever order a file has them
+        frozenset((name, part.shape) for name, part in expert.readings.items())
+        for expert in pool.experts
+    ]
     usual = Counter(size for size in sizes if size).most_common(1)
     return [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
 
@@ -423,7 +427,7 @@ def _of_prompts(pool: Pool, base: Base) -> tuple[dict[str, Tensor], list[str]]:
     shown = [expert.prompts[:SHOWN] for expert in experts]
     if len(readers) < 2 or not any(shown):
         return {}, ["No example prompts beside prompt statistics, so nothing to read."]
-    chooser = open_prompt_router(Pool(tuple(experts)), base.tokenizer, router=READS)
+    chooser = open_chooser(Pool(tuple(experts)), base.tokenizer, router=READS)
     encoder = Encoder.of(base, Formatting(chat=chooser.in_chats))
     prompts = [encoder.prompt(text) for texts in shown for text in texts]
     winners = chooser.score(prompts, base.model).argmax(dim=1)

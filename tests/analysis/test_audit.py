@@ -7,8 +7,12 @@ import torch
 
 from attackers import ATTACKS, attacked, honest
 from phatgoose.analysis.audit import SIGNS, audit, signs_of
-from phatgoose.errors import ExpertError
+from phatgoose.base import Base
+from phatgoose.errors import ExpertError, WrongBaseError
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.statistics import readings_by
+from routed_models import TOPICS
 
 
 @pytest.fixture
@@ -59,6 +63,29 @@ def test_the_size_of_an_update_is_that_of_its_product(pool):
         torch.testing.assert_close(signs[name].float(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_what_rows_read_is_the_share_of_a_projection_times_wins(pool):
+    wanted = []
+    for site in pool.sites:
+        units = [e.means[site].double() / e.means[site].double().norm() for e in pool.experts]
+        rows = [expert.lora[site].A.double() for expert in pool.experts]
+        spans = [torch.linalg.pinv(A) @ A for A in rows]
+        inside = [[float(u @ span @ u - span.trace() / len(u)) for u in units] for span in spans]
+        winners = [max(range(8), key=lambda z: inside[z][w]) for w in range(8)]
+        for z, row in enumerate(inside):
+            others = [w for w in range(8) if w != z]
+            share = sum(row[w] for w in others) / 7
+            wanted.append(share * sum(winners[w] == z for w in others) / 7)
+    means = torch.tensor(wanted, dtype=torch.float64).view(len(pool.sites), 8).mean(dim=0)
+    torch.testing.assert_close(signs_of(pool)["input_pull"], means)
+
+
+def test_what_rows_read_needs_means_of_others_but_none_of_its_own(pool):
+    bare = Pool(tuple(replace(expert, means={}) for expert in pool.experts))
+    assert signs_of(bare)["input_pull"].isnan().all()
+    turned = attacked(pool, 3, "rows of A at usual activation")
+    assert audit(changed(turned, 3, means={})).unusual == ("e3",)
+
+
 def test_copies_are_put_down_to_who_shares_with_most(pool):
     six = Pool(pool.experts[:6])
     rows = torch.cat([six.experts[z].embeddings for z in (1, 2, 3)])
@@ -73,13 +100,58 @@ def test_copies_are_put_down_to_who_shares_with_most(pool):
 def test_experts_have_the_signs_of_what_they_have(pool):
     signs = signs_of(changed(pool, 1, gates={}, means={}, readings={}, embeddings=None))
     for name, values in signs.items():
-        assert bool(values[1].isnan()) != name.startswith("update"), name
+        assert bool(values[1].isnan()) != name.startswith(("update", "input")), name
         assert not values[[0, *range(2, 8)]].isnan().any(), name
+
+
+@pytest.fixture
+def reading(pool_of, loaded_bases, tmp_path):
+    """A base, and four experts that bring three prompts each and the statistics of others."""
+    base, experts = loaded_bases["llama"], []
+    for expert, topic in zip(pool_of("llama").experts, TOPICS, strict=True):
+        source = tmp_path / expert.name
+        source.mkdir()
+        (source / "prompts.txt").write_text("".join(f"{topic * n}\n" for n in (1, 2, 3)))
+        experts.append(read_by(base, replace(expert, source=source), [topic * n for n in (4, 5)]))
+    return base, Pool(tuple(experts))
+
+
+def read_by(base: Base, expert: Expert, texts: list[str]) -> Expert:
+    tokens = [base.tokenizer(text)["input_ids"] for text in texts]
+    return replace(expert, readings=readings_by(base.model, tokens))
+
+
+def test_who_takes_others_published_prompts_is_found_with_a_base(reading):
+    base, pool = reading
+    honest = audit(pool, base)
+    assert honest.unusual == ()
+    assert not any("example prompts" in note for note in honest.notes)
+    assert honest.signs["prompt_wins"] == (0, 0, 0, 0)
+    published = [text for expert in pool.experts[:3] for text in expert.prompts]
+    turned = changed(pool, 3, readings=read_by(base, pool.experts[3], published).readings)
+    assert "prompt_wins" not in audit(turned).signs
+    report = audit(turned, base)
+    assert report.unusual == ("e3",)
+    assert "prompt_wins" in {finding.kind for finding in report.findings}
+    assert any(note.endswith("to e3.") for note in report.notes)
+
+
+def test_prompts_are_read_by_the_pools_own_base_where_there_are_some(reading, loaded_bases):
+    base, pool = reading
+    with pytest.raises(WrongBaseError):
+        audit(pool, loaded_bases["gpt2"])
+    bare = audit(changed(pool, 0, readings={}), base)
+    assert bare.signs["prompt_wins"][0] is not None  # as `compose` has it, from its prompts
+    few = audit(Pool(tuple(replace(e, source=None) for e in pool.experts)), base)
+    assert "prompt_wins" not in few.signs
+    assert "No example prompts" in few.notes[-1]
 
 
 def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(pool):
     odd = {name: part[:, :1] for name, part in pool.experts[0].readings.items()}
     assert signs_of(changed(pool, 0, readings=odd))["reading_distance"][0].isnan()
+    turned = dict(reversed(pool.experts[0].readings.items()))  # as a file's author likes
+    assert not signs_of(changed(pool, 0, readings=turned))["reading_distance"].isnan().any()
     gates = {site: gate[:-1] for site, gate in pool.experts[0].gates.items()}
     with pytest.raises(ExpertError, match=r"layers of \d+ and \d+ features"):
         signs_of(changed(pool, 0, gates=gates))

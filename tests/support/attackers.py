@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from phatgoose.experts.expert import MOST_EMBEDDINGS, Expert
+from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import READ, readings_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
@@ -72,6 +73,15 @@ def leaning_gates(expert, others, draw, strength):
     }
 
 
+def rows_at_usual(expert, others, draw, strength):
+    """LoRAs read what every expert's site usually sees: all rows, or half of them and inexactly."""
+    modules = {
+        site: _reading(lora, _usual(site, others), draw, (2, 1)[strength])
+        for site, lora in expert.lora.items()
+    }
+    return {"modules": {**expert.modules, **modules}}
+
+
 def scaled_gates(expert, others, draw, strength):
     """Longer gates: of no use against router phatgoose, which standardises them."""
     by = (1e3, 1e6)[strength]
@@ -97,6 +107,7 @@ ATTACKS: dict[str, Attack] = {
     "gate equal to own mean": gate_is_own_mean,
     "gate along usual activation": usual_direction,
     "gate leaning to usual activation": leaning_gates,
+    "rows of A at usual activation": rows_at_usual,
     "scaled gate": scaled_gates,
     "scaled update": scaled_update,
     "update in few modules": few_modules,
@@ -113,6 +124,15 @@ def attacked(pool: Pool, z: int, attack: str, strength: int = 0) -> Pool:
 
 def _usual(site: str, others: Sequence[Expert]) -> Tensor:
     return normalize(torch.stack([e.means[site] for e in others]).mean(dim=0), dim=0)
+
+
+def _reading(lora: LoraFactors, usual: Tensor, draw: torch.Generator, every: int) -> LoraFactors:
+    """Each `every`-th row of A turned, inexactly unless all are; the update's size stays."""
+    rows = lora.A.clone()
+    turned = _noisy(usual.expand_as(rows[::every]), 0.5 * (every > 1), draw)
+    rows[::every] = turned * rows[::every].norm(dim=1, keepdim=True)
+    size = (lora.B @ lora.A).norm() / (lora.B @ rows).norm()
+    return replace(lora, A=rows, scale=lora.scale * float(size))
 
 
 def _noisy(rows: Tensor, share: float, draw: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,12 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..base import Base, check_base
+from ..config import Formatting
+from ..errors import RoutingError
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
+from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
+from ..tasks.encoding import Encoder
 from .measures import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
@@ -33,6 +38,8 @@ SAME = 0.9999  # cosine of two embeddings that are one
 TINY = 1e-30
 ASKED = 4096  # embeddings of all experts that are asked for their neighbours
 COSINES = 2**25  # at once
+SHOWN = 8  # example prompts of each expert that are read
+READS = "discriminant:fallback=off"
 
 
 class Sign(NamedTuple):
@@ -56,7 +63,8 @@ class Sign(NamedTuple):
 # which research/audit.md reports: a ratio may be twice the largest that was seen there, a
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
 # five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning;
-# a pull may be twice the largest that was seen in pools of ten.
+# a pull may be twice the largest that was seen in pools of ten. What LoRAs read and whose prompts
+# are won has limits from 44 other experts, in the same way.
 # An expert beyond a limit is unusual, and not shown to be an attack.
 SIGNS = (
     Sign("update_size", 20, 78, "update", "its update is {:.3g} times its kind's median"),
@@ -65,6 +73,7 @@ SIGNS = (
     Sign("gate_own_mean", 0.74, 0.74, "cosine", "its gates have a cosine of {:.2f} with its means"),
     Sign("gate_pull", 0.13, 0.17, "", "its gates lean to the usual by {:.2f} (cosine times share)"),
     Sign("gate_wins", 0.64, 0.87, "wins", "its gates win at {:.0%} of the others' means"),
+    Sign("input_pull", 0.08, 0.08, "inputs", "it reads what others see: {:.2f} (share times wins)"),
     Sign("mean_distance", 4.9, 7, "means", "its means are {:.3g} times as far as the median's"),
     Sign("reading_distance", 5.9, 9.6, "readings", "its readings are {:.3g} times as far away"),
     Sign("reading_trace", 1200, 1200, "varying", "its readings vary {:.3g} times the median"),
@@ -73,15 +82,18 @@ SIGNS = (
     Sign("embedding_copies", 0.1, 0.1, "copied", "{:.0%} of its embeddings are also others'"),
     Sign("embedding_wins", 0.2, 0.2, "nearest", "its embeddings win at {:.0%} of the others'"),
     Sign("centroid_wins", 0.2, 0.2, "", "its mean embedding wins at {:.0%} of the others'"),
+    Sign("prompt_wins", 0.67, 0.75, "prompts", "its readings win {:.0%} of the others' prompts"),
 )
 SMALL = ("gate_own_mean", "embedding_copies")  # have a meaning in pools of any size
 GAINS = {  # what an expert beyond a limit may gain, by the first word of a sign
     "update": "it may outweigh others wherever updates are added, or hide a trigger in few modules",
     "gate": "gates that aren't trained may win tokens of others by a constant",
+    "input": "routers arrow and spectr may give it others' tokens, whatever they hold",
     "mean": "router average-activation goes by them",
     "reading": "they move router discriminant, or hide differences between others from it",
     "embedding": "it may take prompts from others with router retrieval",
     "centroid": "it may take prompts from others with router centroid",
+    "prompt": "router discriminant may give it what others are for",
 }
 
 
@@ -123,13 +135,23 @@ class Audit:
         }
 
 
-def audit(pool: Pool | str | Path) -> Audit:
+def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
     """The audit of `pool`: every expert's files against the pool's median.
 
-    Raises as `Pool.open` does.
+    With a `base` it also reads the experts' example prompts, to see whose each expert takes. Raises
+    as `Pool.open` does, and BaseModelError for a base that isn't the pool's.
     """
     opened = Pool.open(pool)
-    return report_of(opened, signs_of(opened))
+    signs = signs_of(opened)
+    if base is None:
+        return report_of(opened, signs)
+    check_base(opened.base, base.reference)
+    try:
+        prompts, notes = _of_prompts(opened.measured(base), base)
+    except RoutingError as error:  # statistics that can't be compared
+        prompts, notes = {}, [str(error)]
+    report = report_of(opened, {**signs, **prompts})
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
@@ -172,14 +194,21 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each."""
     check_alike(pool.experts, {})
     found = {**_of_updates(pool), **_of_vectors(pool)}
-    sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
-    usual = Counter(size for size in sizes if size).most_common(1)
-    readers = [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    found |= _spread_out(_of_readings, pool, readers)
+    found |= _spread_out(_of_readings, pool, _readers(pool))
     found |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return found
+
+
+def _readers(pool: Pool) -> list[int]:
+    """Who has readings, of the size that most have."""
+    sizes = [  # in whatever order a file has them
+        frozenset((name, part.shape) for name, part in expert.readings.items())
+        for expert in pool.experts
+    ]
+    usual = Counter(size for size in sizes if size).most_common(1)
+    return [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
 
 
 def ratios(values: Tensor) -> Tensor:
@@ -247,7 +276,7 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
 
 def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
     nothing = torch.full((len(pool),), math.nan, dtype=torch.float64)
-    names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "mean_distance")
+    names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "input_pull", "mean_distance")
     found = {name: nothing.clone() for name in names}
     gated = [z for z, expert in enumerate(pool.experts) if site in expert.gates]
     meant = [z for z, expert in enumerate(pool.experts) if site in expert.means]
@@ -258,22 +287,46 @@ def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
         means = torch.stack([pool.experts[z].means[site] for z in meant])
         away = means.double() - means.double().quantile(0.5, dim=0)
         found["mean_distance"][meant] = ratios(away.norm(dim=1))
+        read = [z for z, expert in enumerate(pool.experts) if site in expert.lora]
+        factors = [pool.experts[z].lora[site].A for z in read]
+        if len(read) > 1:
+            found["input_pull"][read] = _input_pull(factors, means, _equal(read, meant))
     if not (gated and meant):
         return found
     V, U, n = standardise(gates).double(), standardise(means).double(), gates.shape[1]
     cosines = V @ U.T / n  # [gates, means], both standardised
-    same = torch.tensor(gated)[:, None] == torch.tensor(meant)
+    same = _equal(gated, meant)
     own = cosines.where(same, torch.tensor(math.nan, dtype=torch.float64))
     found["gate_own_mean"][gated] = own.nanmean(dim=1)
     usual = standardise(means.quantile(0.5, dim=0)[None]).double()[0]
     found["gate_usual"][gated] = V @ usual / n
     if len(gated) > 1:
-        # The share of others' means that each gate wins.
-        first = functional.one_hot(cosines.argmax(dim=0), len(gated)).bool()
-        others = (~same.T).sum(dim=0).double()
-        wins = (first & ~same.T).sum(dim=0) / others.masked_fill(others == 0, math.nan)
-        found["gate_wins"][gated] = wins
+        found["gate_wins"][gated] = _wins(cosines, same)
     return found
+
+
+def _equal(rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    return torch.tensor(rows)[:, None] == torch.tensor(columns)
+
+
+def _wins(scores: Tensor, same: Tensor) -> Tensor:
+    """The share of others' means at which the `scores` [experts, means] of each are highest."""
+    first = functional.one_hot(scores.argmax(dim=0), len(scores)).bool().T
+    others = (~same).sum(dim=1).double()
+    return (first & ~same).sum(dim=1) / others.masked_fill(others == 0, math.nan)
+
+
+def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tensor:
+    """How much of the others' means lies in the rows of each A [r, n], times the wins by that.
+
+    Of the squared length, less what any r rows have, r / n.
+    """
+    units = functional.normalize(means.double(), dim=1)
+    bases = [torch.linalg.qr(A.double().T).Q for A in factors]  # [n, r] each
+    rows = [(units @ Q).square().sum(dim=1) - Q.shape[1] / len(Q) for Q in bases]
+    inside = torch.stack(rows)  # [experts, means]
+    others = inside.masked_fill(same, math.nan).nanmean(dim=1)
+    return others * _wins(inside, same)
 
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
@@ -317,8 +370,8 @@ def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
     return {
         "embedding_count": ratios(counts.double()),
         "embedding_copies": _copies(equals, own) / own.sum(dim=0),
-        "embedding_wins": _taken(nearest, own),
-        "centroid_wins": _taken(at_centroid, own),
+        "embedding_wins": _taken(own, nearest),
+        "centroid_wins": _taken(own, at_centroid),
     }
 
 
@@ -357,8 +410,35 @@ def _copies(equals: Tensor, own: Tensor) -> Tensor:
     return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
 
 
-def _taken(winners: Tensor, own: Tensor) -> Tensor:
-    """How much of the others' rows each expert wins, on average over them, [E]."""
-    E = own.shape[1]
-    shares = own.T @ functional.one_hot(winners, E).double() / own.sum(dim=0)[:, None]
-    return (shares.sum(dim=0) - shares.diagonal()) / (E - 1)
+def _taken(own: Tensor, winners: Tensor) -> Tensor:
+    """How much of the others' rows each expert wins, on average over who has some, [E]."""
+    won = own.T @ functional.one_hot(winners, own.shape[1]).double()
+    shares = won / won.sum(dim=1, keepdim=True)
+    return shares.fill_diagonal_(math.nan).nanmean(dim=0)
+
+
+def _of_prompts(pool: Pool, base: Base) -> tuple[dict[str, Tensor], list[str]]:
+    """Whose example prompts the readings of each win, and a note for each expert that loses some.
+
+    They are read as router discriminant reads them, and none is left to the base.
+    """
+    readers = _readers(pool)
+    experts = [pool.experts[z] for z in readers]
+    shown = [expert.prompts[:SHOWN] for expert in experts]
+    if len(readers) < 2 or not any(shown):
+        return {}, ["No example prompts beside prompt statistics, so nothing to read."]
+    chooser = open_chooser(Pool(tuple(experts)), base.tokenizer, router=READS)
+    encoder = Encoder.of(base, Formatting(chat=chooser.in_chats))
+    prompts = [encoder.prompt(text) for texts in shown for text in texts]
+    winners = chooser.score(prompts, base.model).argmax(dim=1)
+    counts = torch.tensor([len(texts) for texts in shown])
+    owners = torch.arange(len(experts)).repeat_interleave(counts)
+    taken = _taken(functional.one_hot(owners, len(experts)).double(), winners)
+    lost = Counter(zip(owners.tolist(), winners.tolist(), strict=True))
+    notes = [
+        f"Of {experts[z].name}'s {len(shown[z])} example prompts router discriminant gives {count} "
+        f"to {experts[winner].name}."
+        for (z, winner), count in lost.items()
+        if winner != z
+    ]
+    return _spread_out(lambda _: {"prompt_wins": taken}, pool, readers), notes

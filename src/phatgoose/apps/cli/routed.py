@@ -28,17 +28,23 @@ def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
         show(pool_table(opened))
 
 
-def audit(*, pool: options.PoolArgument, json: options.JsonOption = None) -> int:
+def audit(
+    *,
+    pool: options.PoolArgument,
+    opening: options.BaseOptions,
+    json: options.JsonOption = None,
+) -> int:
     """Find experts that look unlike the others of a pool.
 
-    Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
-    1 with findings, 0 without. A finding is unusual, not proof of an attack.
+    Weights, gates, statistics and embeddings are compared with the pool's median. With --base the
+    base reads the experts' example prompts, to see whose each expert takes. The exit code is 1 with
+    findings, 0 without. A finding is unusual, not proof of an attack.
     """
     opened = options.open_pool(pool)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    audited = run(opened)
+    audited = run(opened, opening.load(opened.base) if opening.base else None)
     if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:
@@ -69,7 +75,7 @@ def compose(
 
     base = opening.load(opened.base)
     try:
-        unusual = look(opened).summary
+        unusual = look(opened, base).summary
     except RoutingError as error:  # a kind of expert that can be composed but not compared
         unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:

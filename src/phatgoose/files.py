@@ -209,7 +209,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {key!r} appears twice in one object")
+            raise ValueError(f"the key {shortened(key)} appears twice in one object")
         content[key] = value
     return content
 

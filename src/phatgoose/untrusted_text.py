@@ -37,7 +37,7 @@ STARTING = 60.0  # seconds for the process to start and load the tokenizer
 MEMORY = 512 << 20  # bytes beyond those it has after its start
 MOST_BYTES = 128 << 20  # of a reply
 KEPT = {"TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}  # no keys, no tokens
-START = f"import sys; sys.path[:] = sys.argv[1:]; from {__name__} import main; main()"
+START = "import sys; sys.path[:] = sys.argv[1:]; from %s import main; main()"
 NO_TEMPLATE = (
     "{{ raise_exception('the base has no default chat template; choose one that has, or read chats "
     "with --template') }}"
@@ -60,7 +60,7 @@ class UntrustedText:
                 self._setup = tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens
         self._turn, self._is_closed = threading.Lock(), False
         self._children: list[Popen[str]] = []  # one or none
-        weakref.finalize(self, _end, self._children)  # also when the program ends
+        weakref.finalize(self, end, self._children)  # also when the program ends
         self.ended = 0  # processes that exceeded a limit
 
     def start(self) -> None:
@@ -70,7 +70,7 @@ class UntrustedText:
     def close(self) -> None:
         """End the process, whatever it is at; questions fail until `start`."""
         self._is_closed = True
-        _end(self._children)
+        end(self._children)
 
     def read(
         self, texts: list[Any], seconds: float = MOST_SECONDS, most: int = MOST_BYTES, **given: Any
@@ -85,9 +85,9 @@ class UntrustedText:
         with suppress(ValueError, NotImplementedError):  # of several, none may be the default
             given["chat_template"] = self._tokenizer.get_chat_template(tools=given.get("tools"))
         with self._turn:
-            reply = _reply(self._running(), (texts, most, given), seconds)
+            reply = reply_of(self._running(), (texts, most, given), seconds)
             if not reply:
-                _end(self._children)
+                end(self._children)
                 self.ended += not self._is_closed
                 self._running()
         if "found" not in reply:
@@ -101,21 +101,26 @@ class UntrustedText:
         if self._is_closed:
             raise EngineError("The server was stopped.")
         if not self._children or self._children[0].poll() is not None:
-            _end(self._children)
-            # -I: neither the environment nor the working directory can put modules in its way.
-            run = [sys.executable, "-Iu", "-c", START, *sys.path]
-            kept = {name: os.environ[name] for name in KEPT & os.environ.keys()}
+            end(self._children)
             paths = {p: [*sys.modules[p].__path__] for p in ("transformers", "transformers.utils")}
             with reading("The tokenizer's new process", EngineError):
-                child = Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
+                child = new_process(__name__)
                 self._children.append(child)
-                if not _reply(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
-                    _end(self._children)
+                if not reply_of(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
+                    end(self._children)
                     raise OSError("it ended at once")
         return self._children[0]
 
 
-def _reply(child: Any, question: Any, seconds: float) -> dict[str, Any]:
+def new_process(module: str) -> Popen[str]:
+    """A process that runs `main` of a module of ours; OSError where none can be started."""
+    # -I: neither the environment nor the working directory can put modules in its way.
+    run = [sys.executable, "-Iu", "-c", START % module, *sys.path]
+    kept = {name: os.environ[name] for name in KEPT & os.environ.keys()}
+    return Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
+
+
+def reply_of(child: Any, question: Any, seconds: float) -> dict[str, Any]:
     """The reply to `question`; an empty one when the process ends, as it does after `seconds`."""
     until = time.monotonic() + seconds
     # readline can't time out on every system, but it ends when the process does.
@@ -132,17 +137,42 @@ def _reply(child: Any, question: Any, seconds: float) -> dict[str, Any]:
     return reply if time.monotonic() < until else {}
 
 
-def _end(children: list[Popen[str]]) -> None:
+def end(children: list[Popen[str]]) -> None:
     """Nothing happens to a process that a forked copy of this program has from its parent."""
     while children:
         with suppress(OSError, IndexError), children.pop() as child:  # what it didn't read is lost
             child.kill()
 
 
+def resident(field: int = 1) -> int:
+    """Bytes of this process in memory on Linux, else 0; those of all addresses for field 0."""
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[field]
+    return int(pages) * resource.getpagesize()
+
+
+def limit_memory(more: int) -> None:
+    """Let this process have so many bytes beyond what it has. Only on Linux."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (resident(0) + more,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # users' prompts would be in such a file
+
+
+def limit_seconds(seconds: float) -> None:
+    """End this process after so many of the processor from now on. Not on Windows."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def main() -> None:
     """The process: answer questions, a line of JSON each, until standard input ends.
 
-    Memory is limited on Linux, processor time not on Windows; its parent limits the time.
+    Its parent limits the time, too.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
         signal.signal(number, signal.SIG_IGN)
@@ -158,16 +188,10 @@ def main() -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = splits
-    if sys.platform == "linux":
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # users' prompts would be in such a file
+    limit_memory(memory)
     sys.stdout.write('{"ready": true}\n')
     for line in sys.stdin:
-        if sys.platform != "win32":
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor, then it is killed
+        limit_seconds(seconds)
         texts, most, given = json.loads(line)
         try:
             texts = [t if isinstance(t, str) else render([t], **given)[0][0] for t in texts]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import readers
+import schemas
+from phatgoose.apps import grammars
+from phatgoose.apps.server.local import json_form
+from tiny import make_tokenizer
 
 INPUTS = [(t, path) for t in readers.TARGETS for path in sorted((readers.CORPUS / t).iterdir())]
 
@@ -43,3 +48,24 @@ def test_half_a_minute_of_fuzzing_finds_nothing(words, runs, tmp_path):
     counts = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
     assert len(counts) == runs
     assert all(int(line.split()[-1]) > 5 for line in counts)
+
+
+needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs phatgoose[json]")
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+def test_strange_schemas_are_compiled_within_limits_or_refused(monkeypatch):
+    monkeypatch.setattr(json_form, "SECONDS", 0.3)
+    runner = schemas.runner_of(make_tokenizer(final_eos=False))
+    assert {schemas.tried(seed, runner) for seed in range(12)} >= {"refused", "compiled"}
+
+
+@needs_library
+def test_a_pattern_of_many_states_ends_an_answer_and_not_the_memory(monkeypatch):
+    """`.*a.{200}b.*` has 2 ** 200 states, which come as an answer is written."""
+    monkeypatch.setitem(grammars.LIMITS, "max_lexer_states", 500)
+    grammar = schemas.grammar_of({"type": "string", "pattern": ".*a.{200}b.*"})
+    assert json_form.proven(grammar, 60).why == ""
+    runner = schemas.runner_of(make_tokenizer(final_eos=False))
+    assert "too many states" in schemas.walked(grammar, runner, random.Random(0), steps=2000)

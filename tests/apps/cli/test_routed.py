@@ -129,7 +129,7 @@ def test_audit_and_compose_name_who_looks_unlike_the_others(crowd, phat):
     assert "phatgoose audit" in line
 
 
-def test_audit_and_compose_read_example_prompts_with_the_base(crowd, phat):
+def test_audit_reads_example_prompts_with_the_base(crowd, phat):
     folders = sorted((crowd / "crowd").glob("e[!2]"))
     for number, folder in enumerate(folders):
         (folder / "prompts.txt").write_text(f"{number} plums\n" * 3)
@@ -138,8 +138,6 @@ def test_audit_and_compose_read_example_prompts_with_the_base(crowd, phat):
     signs = json.loads((crowd / "audit.json").read_text())["signs"]
     assert sum(signs["prompt_wins"]) > 0  # their statistics are random
     assert "example prompts router discriminant gives 3 to" in " ".join(outcome.out.split())
-    taken = phat("compose", *folders, "--out", "routed").err
-    assert ("don't look like the others" in taken) == (outcome.code == 1)
 
 
 IGNORED = "Router merged doesn't use --k."

@@ -217,13 +217,6 @@ def test_forms_that_cannot_be_are_refused(client, schema):
     assert "The JSON can't be written" in error["message"]
 
 
-@needs_library
-def test_a_schema_that_would_take_seconds_is_refused(client):
-    many = {"properties": {f"k{n}": True for n in range(6000)}}
-    error = error_of(client, **GREEDY, response_format=by(many))
-    assert error["message"].endswith("it has more than 5000 fields.")
-
-
 def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):
     monkeypatch.setattr(json_form, "LLMatcher", None)
     error = error_of(client, **GREEDY, response_format={"type": "json_object"})

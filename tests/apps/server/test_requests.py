@@ -330,7 +330,10 @@ HOSTILE = {
     "no number": body_of('"temperature": NaN'),
     "large number": body_of('"n": 1' + "0" * 400),
     "lists": b'{"model": "goose", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
+    "the same key twice": body_of('"zebra": 1, "prompt": "b"'),
+    "a long key twice": b'{"' + b"zebra" * 90_000 + b'":1,"' + b"zebra" * 90_000 + b'":2}',
     # Strict where any JSON is taken, too.
+    "two keys in a schema": schema_of('{"a": 1, "a": 2}'),
     "no schema": schema_of("NaN"),
     "half a schema": schema_of('"\\ud800"'),
     "deep schema": schema_of("[" * 250 + "]" * 250),

@@ -75,7 +75,7 @@ def compose(
 
     base = opening.load(opened.base)
     try:
-        unusual = look(opened, base).summary
+        unusual = look(opened).summary
     except RoutingError as error:  # a kind of expert that can be composed but not compared
         unusual = f"The pool wasn't searched for unusual experts. {str(error).partition(';')[0]}."
     if unusual:

@@ -7,6 +7,7 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
-from ...files import shortened
+from ...files import distinct_keys, shortened
 from ...routing.conversation import ChatTexts
 from ...tasks.task import said_in
 from ...untrusted_text import MOST_SECONDS, UntrustedText
@@ -45,6 +46,8 @@ def check_body(body: bytes) -> None:
         try:
             # Python's reader would take NaN, half surrogate pairs, and hundreds of levels.
             from_json(body, allow_inf_nan=False)
+            # And from_json the last of two keys.
+            json.loads(body, object_pairs_hook=distinct_keys)
             return
         except ValueError as error:
             why = f"is no JSON: {error}"

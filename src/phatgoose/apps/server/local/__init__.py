@@ -29,10 +29,10 @@ from ..replies import Progress, Reply, Weights, routing_report
 from ..requests import Asked
 from ..service import FairQueue, Turns
 from .batches import ActiveSequence, Batch
-from .json_form import Calls, JsonForm, form_of
+from .json_form import Calls, Forms
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
-LOOKUPS = 2  # requests for which experts, or forms of JSON, are looked up at once
+LOOKUPS = 2  # requests for which experts are looked up at once
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
 SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
 FAILED = "The answer could not be computed; the server's log says more."
@@ -55,6 +55,7 @@ class LocalBackend(Backend[ModelRunner]):
         kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
         kept.set_function(lambda: engine.prefixes.bytes)
         self._lookups = Turns(LOOKUPS, limits.max_queue)
+        self._forms = Forms(limits.max_queue)
 
     def start(self) -> None:
         self.engine.start()
@@ -80,19 +81,18 @@ class LocalBackend(Backend[ModelRunner]):
             raise bad_request(message, "routing")
 
     async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
-        request, calls = asked.request, Calls.of(asked.request, runner)
+        calls = Calls.of(asked.request, runner)
 
-        def prepared(_: float = 0) -> tuple[Sequence[PromptRouting | None], JsonForm | None]:
+        def chosen(_: float = 0) -> Sequence[PromptRouting | None]:
             tokens, read = zip(*((each.tokens, each.asked) for each in asked.prompts), strict=True)
             known = {"allowed": asked.experts, "client": asked.client}
-            routed = runner.routings_of(tokens, read, asked.mixture, **known)
-            return routed, form_of(request, calls, runner)
+            return runner.routings_of(tokens, read, asked.mixture, **known)
 
-        looks_up = asked.mixture is None and runner.frame.looks_prompts_up
-        if looks_up or calls or request.schema_asked is not None:
-            routed, json_form = await self._lookups.run(asked.client, asked.deadline, prepared)
+        if asked.mixture is None and runner.frame.looks_prompts_up:
+            routed = await self._lookups.run(asked.client, asked.deadline, chosen)
         else:
-            routed, json_form = prepared()
+            routed = chosen()
+        json_form = await self._forms.of(asked, calls, runner)
         reporter = Reporter(runner, asked, routed)
         reply = Reply(asked.builder(asked, reporter), asked.deadline)
         in_loop: Any = asyncio.get_running_loop().call_soon_threadsafe

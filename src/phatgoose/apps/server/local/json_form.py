@@ -2,8 +2,9 @@
 
 Tokens that would break a form or a schema are left out, by llguidance.
 
-Its matcher gives the tokens that may come next, and has limits of its own on the size of a schema
-and the work of a step: a schema is a client's. It never raises, but says that it is in error.
+Its matcher gives the tokens that may come next. It never raises, but says that it is in error. A
+schema is a client's: llguidance limits the work of a step, but not how long it compiles, so each
+is first compiled in a process that can be ended (`grammars`).
 """
 
 from __future__ import annotations
@@ -12,45 +13,71 @@ import json
 import re
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 from pydantic_core import from_json
+from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....errors import EngineError
-from ....files import first_line
-from ..protocol import AnyRequest, ChatRequest, bad_request
+from ....files import first_line, reading
+from ....untrusted_text import end, new_process, reply_of
+from ... import grammars
+from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, busy
 from ..replies import Progress, written
-from .runner import ModelRunner
+from ..requests import Asked
+from ..service import Turns
+from .runner import MIB, ModelRunner
 
 try:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLParserLimits
     from llguidance.hf import from_tokenizer
 except ImportError:
-    LLMatcher = from_tokenizer = None
+    LLMatcher = LLParserLimits = from_tokenizer = None
 
 # As Python's json writes it: a small model that may write spaces writes nothing else.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-MOST_FIELDS = 5_000  # of schemas: twice as many take four times as long, and 10,000 ten seconds
+UNWRITABLE = "The JSON can't be written: {}"
+AT_ONCE = 2  # grammars that are proven, and as many that are compiled
+SECONDS = 2.0  # of processor time to compile a grammar
+LONGEST = 30.0  # for that, waiting for a processor included
+MEMORY = 64 * MIB  # to compile it
+MOST_PROOFS = 1_000  # that are remembered
+LARGE, MOST_LARGE = 8 * MIB, 192 * MIB  # a large grammar, and all of these that are in use
 
 _known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any] = weakref.WeakKeyDictionary()
 _reading = threading.Lock()
 
 
-class JsonForm:
-    """What may follow in one answer; `copy` begins another of the same form."""
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """Why a grammar can't be compiled within limits, empty if it can, and the bytes it needs."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    why: str
+    bytes: int
+
+
+class JsonForm:
+    """What may follow in one answer; `copy` begins another of the same form.
+
+    Its grammar is in use while its `proof` is.
+    """
+
+    def __init__(self, matcher: Any, proof: Proof | None = None) -> None:
+        self._matcher, self._proof = matcher, proof
 
     def copy(self) -> JsonForm:
-        return JsonForm(self._matcher.deep_copy())
+        return JsonForm(self._matcher.deep_copy(), self._proof)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """`logits` [V], minus infinity for tokens that can't follow. Raises EngineError."""
@@ -69,35 +96,101 @@ class JsonForm:
     def _check(self) -> None:
         if self._matcher.is_error():
             said = first_line(self._matcher.get_error())
-            raise EngineError(f"The JSON can't be written: {said}.")
+            raise EngineError(f"{UNWRITABLE.format(said)}.")
 
 
-def form_of(request: AnyRequest, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
-    """The form of a model's answer, by a schema or with `calls`, if it has one. Raises ApiError.
+class Forms:
+    """The forms of answers. Clients take turns to have grammars proven, and to have them compiled.
 
-    The first call for a tokenizer takes seconds.
+    What was proven once isn't proven again.
     """
-    if (schema := request.schema_asked) is None and not (calls and calls.are_bound):
-        return None
-    why = "this server lacks llguidance (pip install 'phatgoose[json]')"
-    tokenizer = runner.tokenizer
+
+    def __init__(self, waiting: int) -> None:
+        """As many requests as `waiting` may wait."""
+        self._proving, self._compiling = Turns(AT_ONCE, waiting), Turns(AT_ONCE, waiting)
+        self._proofs: dict[bytes, Proof] = {}  # by the grammar's hash, the last used last
+        self._in_use = weakref.WeakSet[Proof]()
+
+    async def of(self, asked: Asked, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
+        """The form of a model's answers, by a schema or with `calls`, if any. Raises ApiError.
+
+        The first one for a tokenizer takes seconds.
+        """
+        request, client, deadline = asked.request, asked.client, asked.deadline
+        if request.schema_asked is None and not (calls and calls.are_bound):
+            return None
+        if LLMatcher is None:
+            raise _refusal(
+                request, calls, "this server lacks llguidance (pip install 'phatgoose[json]')"
+            )
+        grammar = await run_in_threadpool(_grammar, request, calls and calls.without_numbers())
+        key = sha256(grammar.encode()).digest()
+        proof = self._proofs.pop(key, None)
+        if proof is None:
+            proof = await self._proving.run(client, deadline, partial(proven, grammar))
+        self._proofs[key] = proof
+        if len(self._proofs) > MOST_PROOFS:
+            del self._proofs[next(iter(self._proofs))]
+        if proof.why:
+            raise _refusal(request, calls, proof.why)
+        self._in_use.add(used := replace(proof))
+        large = sum(each.bytes for each in self._in_use if each.bytes > LARGE)
+        if used.bytes > LARGE and large > MOST_LARGE:
+            raise busy("Too many large schemas are in use; try again in a while.", 5)
+        compiled = partial(form_of, request, calls, runner, used)
+        return await self._compiling.run(client, deadline, lambda _: compiled())
+
+
+def proven(grammar: str, seconds: float) -> Proof:
+    """What a process of its own finds in `seconds`. Raises ApiError where these don't suffice."""
+    seconds = min(seconds, LONGEST)
+    until = time.monotonic() + seconds
+    with reading("The schema's new process", EngineError):
+        child = new_process(grammars.__name__)
     try:
-        if LLMatcher is not None:
-            with _reading:
-                if tokenizer not in _known:
-                    size = max(runner.vocabulary, len(tokenizer))
-                    _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
-            grammar = calls.grammar(schema) if calls else f"start: {_by(schema)}"
-            why = f"it has more than {MOST_FIELDS} fields"
-            if grammar.count('": ') <= MOST_FIELDS:
-                form = JsonForm(LLMatcher(_known[tokenizer], grammar))
-                if form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
-                    return form
-                why = "no answer can begin by it, as where it is only itself"  # {"$ref": "#"}
+        reply = reply_of(child, (grammar, MEMORY, SECONDS), seconds)
+    finally:
+        end([child])
+    if not reply and time.monotonic() >= until:
+        raise busy("The server had no time to compile the schema; try again in a while.", 5)
+    if not reply:
+        return Proof(f"it takes more than {SECONDS:g} s or {MEMORY // MIB} MiB to compile", 0)
+    return Proof(reply["error"] and UNWRITABLE.format(reply["error"]), reply["bytes"])
+
+
+def form_of(
+    request: AnyRequest, calls: Calls | None, runner: ModelRunner, proof: Proof | None = None
+) -> JsonForm:
+    """The form of a model's answers, whose grammar was proven. Raises ApiError."""
+    try:
+        return compiled(_grammar(request, calls), runner, proof)
     except Exception as error:  # also of a tokenizer that is written in Python, or an odd one
-        why = first_line(error).rstrip(".")
+        raise _refusal(request, calls, first_line(error)) from error
+
+
+def compiled(grammar: str, runner: ModelRunner, proof: Proof | None = None) -> JsonForm:
+    """The form that a proven `grammar` gives a model's answers. Raises EngineError, or others."""
+    tokenizer = runner.tokenizer
+    with _reading:
+        if tokenizer not in _known:
+            size = max(runner.vocabulary, len(tokenizer))
+            _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
+    limits = LLParserLimits(**grammars.LIMITS)
+    form = JsonForm(LLMatcher(_known[tokenizer], grammar, log_level=0, limits=limits), proof)
+    if not form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
+        # {"$ref": "#"}
+        raise EngineError("no answer can begin by it, as where it is only itself")
+    return form
+
+
+def _refusal(request: AnyRequest, calls: Calls | None, why: str) -> ApiError:
     field = "tools" if calls else request.sent_as("response_format")
-    raise bad_request(f"Answers can't keep to this form: {why}.", field)
+    return bad_request(f"Answers can't keep to this form: {why}.", field)
+
+
+def _grammar(request: AnyRequest, calls: Calls | None) -> str:
+    schema = request.schema_asked
+    return calls.grammar(schema) if calls else f"start: {_by(schema)}"
 
 
 def _by(schema: Any, **options: bool) -> str:
@@ -141,6 +234,12 @@ class Calls:
             raise bad_request(message, "tool_choice")
         is_told = "tools" in str(runner.tokenizer.chat_template) or request.tool_choice != "auto"
         return cls(request, runner) if is_told and request.functions else None
+
+    def without_numbers(self) -> Calls:
+        """These for a grammar that needs no tokenizer: 0 stands for each token's number."""
+        same = copy(self)
+        same._numbers = dict.fromkeys(self._numbers, 0)
+        return same
 
     def grammar(self, schema: Any) -> str:
         """llguidance's: one call where it must be, JSON by a `schema` or one, or calls in text."""

@@ -36,26 +36,36 @@ class Choice:
     def joined(cls, parts: Iterable[Choice]) -> Choice:
         """The rows of all `parts`, at least one, in turn; where k differs, NOBODY fills rows up."""
         choices = list(parts)
-        k = max(each.experts.shape[-1] for each in choices)
-        pairs = [(each, (0, k - each.experts.shape[-1])) for each in choices]
-        experts = [pad(each.experts, room, value=NOBODY) for each, room in pairs]
-        return cls(torch.cat(experts), torch.cat([pad(each.weights, room) for each, room in pairs]))
+        k = max(choice.experts.shape[1] for choice in choices)
+        experts = []
+        weights = []
+        for choice in choices:
+            room = (0, k - choice.experts.shape[1])
+            experts.append(pad(choice.experts, room, value=NOBODY))
+            weights.append(pad(choice.weights, room))
+        return cls(torch.cat(experts), torch.cat(weights))
 
     def named(self, names: Sequence[str]) -> list[dict[str, float]]:
         """For each row its experts' weights by name, best first; `names` are the pool's.
 
         A row of the base alone is empty.
         """
-        rows = zip(self.experts.tolist(), self.weights.tolist(), strict=True)
-        return [
-            {names[z]: weight for z, weight in zip(experts, weights, strict=True) if z >= 0}
-            for experts, weights in rows
-        ]
+        rows: list[dict[str, float]] = []
+        for experts, weights in zip(self.experts.tolist(), self.weights.tolist(), strict=True):
+            pairs = zip(experts, weights, strict=True)
+            rows.append({names[z]: weight for z, weight in pairs if z != NOBODY})
+        return rows
 
     @property
     def key(self) -> str:
         """Equal for equal choices."""
         return str((self.experts.tolist(), self.weights.tolist()))
+
+    @property
+    def is_one_for_all(self) -> bool:
+        """Whether all rows have the same experts with the same weights."""
+        experts_agree = (self.experts == self.experts[0]).all()
+        return bool(experts_agree and (self.weights == self.weights[0]).all())
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -86,18 +96,16 @@ class PromptRouting:
 
     @classmethod
     def joined(cls, parts: Iterable[PromptRouting]) -> PromptRouting:
-        every = list(parts)
-        choices = [part.choice for part in every if part.choice is not None]
-        lengths = [part.lengths for part in every if part.lengths is not None]
-        return cls(
-            Choice.joined(choices) if choices else None, torch.cat(lengths) if lengths else None
-        )
+        routings = list(parts)
+        choices = [routing.choice for routing in routings if routing.choice is not None]
+        lengths = [routing.lengths for routing in routings if routing.lengths is not None]
+        choice = Choice.joined(choices) if choices else None
+        return cls(choice, torch.cat(lengths) if lengths else None)
 
     def of(self, rows: Sequence[int]) -> PromptRouting:
-        choice, lengths = self.choice, self.lengths
-        return PromptRouting(
-            choice and choice.of(rows), None if lengths is None else lengths[list(rows)]
-        )
+        choice = None if self.choice is None else self.choice.of(rows)
+        lengths = None if self.lengths is None else self.lengths[list(rows)]
+        return PromptRouting(choice, lengths)
 
     def each(self, rows: int) -> list[PromptRouting]:
         """One for each of its `rows`, which it can't count where nothing is known of them."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
@@ -58,7 +59,7 @@ class Activity:
     def __init__(self, positions: Tensor, lengths: Tensor) -> None:
         """Of tokens at `positions` [rows, columns] behind prompts of `lengths` [rows or tokens]."""
         rows, columns = positions.shape
-        if len(lengths) != rows * columns:  # beams repeat rows
+        if len(lengths) != positions.numel():  # beams repeat rows
             lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
         self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
         self._at: dict[Tails, Acting] = {}
@@ -69,12 +70,15 @@ class Activity:
             reach = [tail or sys.maxsize for tail in tails]
             mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
             places = mask.any(dim=1).nonzero()[:, 0]
-            there = mask[places]
-            few = 2 * len(places) <= len(mask)
-            mixed = None if bool(there.all()) else there
-            everywhere = mixed is None and len(places) == len(mask)
-            acting = Acting() if everywhere else Acting(mask, places if few else None, mixed)
-            self._at[tails] = acting
+            mask_there = mask[places]
+            all_act = bool(mask_there.all())
+            if all_act and len(places) == len(mask):
+                self._at[tails] = Acting()
+            else:
+                few = 2 * len(places) <= len(mask)
+                self._at[tails] = Acting(
+                    mask, places if few else None, None if all_act else mask_there
+                )
         return self._at[tails]
 
 
@@ -106,18 +110,20 @@ class RoutingContext:
         self._some_always_act = None in tails
         self._longest = max((tail for tail in tails if tail), default=0)
         self._model: PreTrainedModel | None = None
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._present = _Present()
         # Of caches and of what encoders put out. Weak: one that its owner drops takes it along.
-        self._known: Any = WeakIdKeyDictionary()
+        self._known: MutableMapping[object, PromptRouting] = WeakIdKeyDictionary()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {n: each for n, each in vars(self).items() if n not in ("_present", "_known")}
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(vars(self))
+        del state["_present"], state["_known"]
+        return state
 
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
+    def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(state)
         self._begin_anew()
 
@@ -136,12 +142,14 @@ class RoutingContext:
     def using(self, routing: PromptRouting) -> Iterator[None]:
         """Use `routing` inside, and what was known before afterwards."""
         present = self._present
-        before = present.routing, present.announced
+        before = present.routing
+        was_announced = present.announced
         try:
             self.use(routing.choice, routing.lengths)
             yield
         finally:
-            present.routing, present.announced = before
+            present.routing = before
+            present.announced = was_announced
 
     def routing_of(
         self,
@@ -158,8 +166,9 @@ class RoutingContext:
         if choice is None and self.chooser is not None:
             read = prompts if asked is None else asked
             choice = self.chooser.choose(read, self._model, **known)
-        counts = self._longest and prompts
-        return PromptRouting(choice, torch.tensor([*map(len, prompts)]) if counts else None)
+        if not (self._longest and prompts):
+            return PromptRouting(choice)
+        return PromptRouting(choice, torch.tensor([len(prompt) for prompt in prompts]))
 
     @property
     def no_expert_acts(self) -> bool:
@@ -190,14 +199,15 @@ class RoutingContext:
         is_known = self._present.depth or self._present.announced or not self._handles
         choice = self.choice if is_known else None
         if choice is None:
-            unserved = self.chooser.unserved if self.chooser else None
+            if self.chooser and self.chooser.unserved:
+                raise RoutingError(self.chooser.unserved)
             raise RoutingError(
-                unserved
-                or "Nothing has told the router what its inputs are: a layer was called outside of "
+                "Nothing has told the router what its inputs are: a layer was called outside of "
                 "a pass of its model, as gradient checkpointing does."
             )
-        if not sees_all and all((p == p[0]).all() for p in (choice.experts, choice.weights)):
-            choice, sees_all = choice.of([0]), True
+        if not sees_all and choice.is_one_for_all:
+            choice = choice.of([0])
+            sees_all = True
         count, rest = divmod(len(u), len(choice))
         if rest or not sees_all:
             raise RoutingError(
@@ -279,37 +289,57 @@ class RoutingContext:
         )
 
     def _read(self, given: Mapping[str, Any]) -> PromptRouting:
-        source, length = cache_of(given), cached_tokens(given)
+        source = cache_of(given)
+        length = cached_tokens(given)
         # Caches of states alone don't tell their length; then any that is known counts.
         goes_on = source in self._known if length is None else length > 0
         if self._is_encoder_decoder:
             encoded = given.get("encoder_outputs")
-            goes_on, source = encoded is not None, None if encoded is None else encoded[0]
+            goes_on = encoded is not None
+            source = None if encoded is None else encoded[0]
         if goes_on:
             if source not in self._known:
                 raise RoutingError(
                     f"{self._who}, and has not read the one in this cache or these "
                     f"encoder_outputs (a copy is another one); pass the whole prompt without them."
                 )
-            known: PromptRouting = self._known[source]
-            return known
+            return self._known[source]
         if given.get("cu_seq_lens_q") is not None:
             self._refuse_shared_rows()
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids = given.get("input_ids")
+        embeds = given.get("inputs_embeds")
         if ids is None and self.chooser:
             raise RoutingError(f"{self._who}, which are tokens; pass input_ids.")
-        if ids is None and embeds is not None:  # of which lengths are enough
-            ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
+        if ids is None:
+            if embeds is None:
+                return PromptRouting()  # the model says itself what it lacks
+            ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)  # lengths are enough
             given = {**given, "input_ids": embeds[..., 0]}
         return self._routing_of_rows(ids, real_tokens(given))
 
-    def _routing_of_rows(self, ids: Any, real: Tensor | None) -> PromptRouting:
+    def _routing_of_rows(self, ids: Tensor, real: Tensor | None) -> PromptRouting:
         # Padding is left out, so a prompt's choice doesn't depend on its batch.
         real = torch.ones_like(ids).bool() if real is None else real.bool().to(ids.device)
         return self.routing_of([row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
 
+    def check_unread(self, cached: int, lengths: Tensor | None, mask: Tensor | None) -> None:
+        """Raise RoutingError where experts should have acted on the `cached` tokens.
+
+        Somebody else read these, of prompts of `lengths`, with the `mask`.
+        """
+        if lengths is not None and not self._some_always_act:
+            read = cached if mask is None else mask[:, :cached].sum(dim=1).cpu()
+            until = (lengths - self._longest).clamp(min=0)  # where the first one acts
+            if not torch.any(read > until):
+                return
+        raise RoutingError(
+            f"{self._who}, and has not read the {cached} tokens in this cache, where some "
+            f"act; pass the whole prompt without a cache, or a cache of fewer tokens."
+        )
+
     def _activity(self, given: Mapping[str, Any]) -> Activity | None:
-        lengths, positions = self._present.routing.lengths, token_positions(given)
+        lengths = self._present.routing.lengths
+        positions = token_positions(given)
         if lengths is None or positions is None:
             return None
         # A cache of states alone doesn't tell its length, but its prompt has been read whole.
@@ -327,37 +357,27 @@ def _generate(
     Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known and
     not empty, the experts of the prompt that filled it go on.
     """
-    ids = kwargs.get("input_ids") if inputs is None else inputs
-    mask, cache, present = kwargs.get("attention_mask"), cache_of(kwargs), context._present
+    ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+    mask = kwargs.get("attention_mask")
+    cache = cache_of(kwargs)
+    present = context._present
     generate = partial(type(model).generate, model, inputs, *args, **kwargs)
-    is_read = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
-    if not is_read or present.announced or (mask is not None and mask.dim() != 2):
-        is_read, mask = False, None
+    is_text = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
+    has_odd_mask = mask is not None and mask.dim() != 2
+    is_read = is_text and not present.announced and not has_odd_mask
+    if not is_read:
+        mask = None
     cached = cached_tokens(kwargs)
-    known = context._known.get(cache) if _is_cache(cache) and cached != 0 else None
-    if is_read and mask is None:  # as transformers infers it
-        configs = *args[:1], kwargs.get("generation_config"), model.generation_config
-        places = [kwargs, *map(vars, filter(None, configs))]  # the model's own fills open fields
-        pad, ends = (
-            next((each[name] for each in places if each.get(name) is not None), None)
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        ends = ends if isinstance(ends, list | tuple) else [ends]
-        mask = ids != pad if pad is not None and pad not in ends else None
-    routing = (known or context._routing_of_rows(ids, mask)) if is_read else present.routing
-    lengths = routing.lengths
-    if cached and not known and not (present.announced and lengths is None):
-        # Experts should have acted on tokens that somebody else read.
-        read = cached if mask is None else mask[:, :cached].sum(dim=1).cpu()
-        if (
-            lengths is None
-            or context._some_always_act
-            or bool(torch.any(read > (lengths - context._longest).clamp(min=0)))
-        ):
-            raise RoutingError(
-                f"{context._who}, and has not read the {cached} tokens in this cache, where some "
-                f"act; pass the whole prompt without a cache, or a cache of fewer tokens."
-            )
+    before = context._known.get(cache) if _is_cache(cache) and cached != 0 else None
+    if is_read and mask is None:
+        configs = [*args[:1], kwargs.get("generation_config"), model.generation_config]
+        mask = _inferred_mask(ids, kwargs, configs)
+    routing = present.routing
+    if is_read:
+        routing = before or context._routing_of_rows(ids, mask)
+    is_fixed = present.announced and routing.lengths is None  # the same for all tokens
+    if cached and not before and not is_fixed:
+        context.check_unread(cached, routing.lengths, mask)
     if not is_read:
         return generate()  # its first pass is read
     with context.using(routing):
@@ -366,7 +386,25 @@ def _generate(
     return answer
 
 
-def _is_cache(value: Any) -> bool:
+def _inferred_mask(
+    ids: Tensor, arguments: Mapping[str, Any], configs: Iterable[object]
+) -> Tensor | None:
+    """Where tokens are no padding, as transformers infers it; None if that can't be told.
+
+    The model's own config, the last, fills fields that others leave open.
+    """
+    places = [arguments, *map(vars, filter(None, configs))]
+
+    def first(name: str) -> Any:
+        return next((place[name] for place in places if place.get(name) is not None), None)
+
+    pad = first("pad_token_id")
+    ends = first("eos_token_id")
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    return None if pad is None or pad in ends else ids.ne(pad)
+
+
+def _is_cache(value: object) -> bool:
     return hasattr(value, "get_seq_length")
 
 
@@ -388,7 +426,8 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
             "over the base, or detach the experts."
         )
     present = context._present
-    before, present.base_alone = present.base_alone, True
+    before = present.base_alone
+    present.base_alone = True
     try:
         # A pass that is watched may read a prompt first; that reading is no part of it.
         with unwatched():

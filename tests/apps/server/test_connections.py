@@ -200,6 +200,6 @@ def test_a_port_that_is_taken_is_told_before_models_are_loaded(taken, monkeypatc
 
 
 def test_what_cannot_start_is_an_error_before_anything_is_served(pool, monkeypatch):
-    monkeypatch.setattr("phatgoose.untrusted_text.START", "")
+    monkeypatch.setattr("phatgoose.untrusted_text.START", "# %s")
     with pytest.raises(EngineError, match=r"The tokenizer's new process .* ended at once"):
         run(serving.app_of(pool), "127.0.0.1", 0, Serving())

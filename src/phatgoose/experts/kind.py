@@ -633,7 +633,8 @@ class Part(ABC):
     ) -> Tensor | None:
         """What is added for inputs u [T, n] and the base's outputs y [T, d], [T, d]; or None.
 
-        `product` is the sum over z of w_z B_z A_z u, of (u, experts, weights, A, B).
+        `product(u, experts, weights, A, B)` is the sum over z of w_z B_z A_z u, [T, d], for stacked
+        factors A [E, r, n] and B [E, r, d] of this part's E experts, of one type with u.
         """
         return None
 

@@ -230,9 +230,9 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
 
 def loaded_features(itemsize: int, n: int) -> int:
     """Features of u and A [n] that a program loads at once."""
-    # The most with which no program spills registers, as ptxas says (tried at commit 3c5e6ac9).
-    # Rows that don't begin at multiples of 16 bytes are loaded number by number, into more
-    # registers.
+    # The most with which no program spills registers
+    # (tests/routing/kernels/test_triton_programs.py). Rows that don't begin at multiples of 16
+    # bytes are loaded number by number, into more registers.
     return (512 // itemsize if n % 16 == 0 else 64) // itemsize
 
 

@@ -5,7 +5,7 @@
         Qwen2.5-Coder-0.5B=decoders/rows.jsonl#qwen-held_in
 
 NAME=FILE is what `study/held_in.py` writes, NAME=FILE#RUN the rows of a run in decoders/rows.jsonl.
-Routers that all bases have and the package has: some left it for examples/more-routers.
+Routers and settings that all bases have and the package has: some left it.
 Printed are, for every base, each router's mean, its share of the own experts' mean and its points
 above PHATGOOSE, over the tasks that all bases have, with 95 % intervals over tasks drawn anew.
 """
@@ -13,7 +13,6 @@ above PHATGOOSE, over the tasks that all bases have, with 95 % intervals over ta
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from phatgoose.errors import ConfigError
 from phatgoose.evaluation.compare import BASE, label_of
 from phatgoose.evaluation.metrics import Estimate
 from phatgoose.routing.routers.registry import OURS
+from phatgoose.routing.routers.router import canonical
 
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")
 OTHERS = ("run", "task", "metric", "n", "gain", "own")
 Rows = dict[str, dict[str, Any]]  # by task
+
+
+def is_ours(router: str) -> bool:
+    """Whether the package has `router` with these settings, without other packages' routers."""
+    try:
+        return canonical(router).partition(":")[0] in OURS
+    except ConfigError:
+        return False
 
 
 def main(out: str, *named: str) -> None:
@@ -37,7 +46,7 @@ def main(out: str, *named: str) -> None:
     tasks = sorted(set.intersection(*(set(rows) for rows in bases.values())))
     routers = [each for each in next(iter(bases.values()))[tasks[0]] if each not in OTHERS]
     routers = [each for each in routers if all(each in rows[tasks[0]] for rows in bases.values())]
-    routers = [each for each in routers if re.split("[:?]", each)[0] in (BASE, *OURS)]
+    routers = [each for each in routers if each == BASE or is_ours(each)]
     first = next(iter(bases.values()))
     routers.sort(key=lambda router: scores(first, tasks, router).mean())
     print(f"{len(tasks)} tasks: {', '.join(tasks)}")

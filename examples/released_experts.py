@@ -9,7 +9,6 @@ d outputs, with i from 0 to E - 1, it has
     <site>._addons.expert_lora.layer1__i          [n, r]  Aᵀ of expert i
     <site>._addons.expert_lora.layer2__i          [r, d]  Bᵀ; the update is B A u / r
     <site>._addons.router.expert_embeddings__i    [n]     a vector: gate or mean activation
-
 and often the base's embeddings of tokens, which tell another base. No file says what its vectors
 are: --gates (*_Phatgoose) and --means (*_AverageActivation) do, of which one is enough. *_Retrieval
 has no vectors at sites, *_MergedExperts no single experts: both are refused.

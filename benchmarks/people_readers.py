@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -62,7 +62,9 @@ class Reader:
     def states(self, texts: Sequence[str]) -> Tensor:
         """The states of `texts`, float32 [texts, blocks, d]: from the cache, else read now."""
         folder = KEPT / "states" / f"{self.name}-{self.first}-{self.last}"
-        known = {name: rows for path in folder.glob("*.safetensors") for name, rows in _kept(path)}
+        known = dict[str, Tensor]()
+        for path in folder.glob("*.safetensors"):
+            known |= load_file(path)
         missing = sorted({text for text in texts if _key(text) not in known}, key=len)
         for start in range(0, len(missing), SHARD):
             shard = missing[start : start + SHARD]
@@ -142,7 +144,3 @@ def _outputs(stack: Any, blocks: Sequence[nn.Module], **inputs: Tensor) -> list[
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _kept(path: Path) -> Iterator[tuple[str, Tensor]]:
-    yield from load_file(path).items()

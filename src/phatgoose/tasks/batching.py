@@ -112,6 +112,18 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([list(r) + [value] * (longest - len(r)) for r in rows], dtype=torch.long)
 
 
+def padded_rows(
+    side: Callable[[Sequence[Sequence[int]], int], Tensor],
+    rows: Sequence[Sequence[int]],
+    value: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """(`rows` with `value` on that side of the shorter ones, which of their tokens are real)."""
+    ids = side(rows, value)
+    mask = side([[1] * len(row) for row in rows], 0)
+    return ids.to(device), mask.to(device)
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions [rows, columns] that count real tokens only, so padding does not shift a text."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -89,18 +89,23 @@ def runnable_methods(
     Raises ConfigError for an unknown name or settings that a named one can't have, and PoolError if
     `pool` lacks what a named one needs.
     """
-    asked = [methods] if isinstance(methods, str) else list(methods) or [""]
-    named = [name if name == BASE else canonical(name) for name in asked if name != EVERY]
+    methods = [methods] if isinstance(methods, str) else list(methods) or [""]
+    named = [canonical(name) if name != BASE else name for name in methods if name != EVERY]
     for name in named:
         _check_method(name, pool, routing)
-    every, notes = [], []
-    for name in [each for each in METHODS if EVERY in asked and each not in WITH_EXAMPLES]:
+    notes = list[str]()
+    if EVERY not in methods:
+        return list(dict.fromkeys(named)), notes
+    runnable = []
+    for name, label in METHODS.items():
+        if name in WITH_EXAMPLES:
+            continue
         try:
             _check_method(name, pool, routing)
-            every.append(name)
+            runnable.append(name)
         except (ConfigError, PoolError) as error:
-            notes.append(f"{METHODS[name]} was left out: {error}")
-    return list(dict.fromkeys([*every, *named])), notes
+            notes.append(f"{label} was left out: {error}")
+    return list(dict.fromkeys([*runnable, *named])), notes
 
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
@@ -124,8 +129,10 @@ class Row:
     place: str | tuple[str, ...] | None = None
 
     def portable(self) -> Row:
-        places = tuple(record["path"] for record in self.pool.records()) if self.pool else None
-        return replace(self, pool=None, place=places or self.place)
+        if not self.pool:
+            return self
+        places = tuple(record["path"] for record in self.pool.records())
+        return replace(self, pool=None, place=places)
 
     def opened(self) -> Row:
         """The row with its pool, made of what is at the experts' places."""
@@ -151,8 +158,9 @@ class Row:
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """Rows of `methods` in the order of METHODS; those derived from single experts have none."""
-    rows, places = [], {name: place for place, name in enumerate((BASE, *ROUTERS))}
-    for name in sorted(methods, key=lambda name: places[name.partition(":")[0]]):
+    rows = []
+    order = [BASE, *ROUTERS]
+    for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
         if name == BASE:
             rows.append(Row(name, METHODS[BASE], {"model": "base"}))
         elif name not in DERIVED:
@@ -190,12 +198,11 @@ def reference_row(label: str, place: str | Path, routing: Routing, base: Base) -
 def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
     """A row of `pool` by `routing`; its identity is of what the router uses, not of names alone."""
     router = router_of(routing or Routing())
-    identity = {
-        "router": router.routing.router,
-        **({"k": router.k} if router.k else {}),
-        "kernel": router.kernel,
-        "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
-    }
+    identity: dict[str, object] = {"router": router.routing.router}
+    if router.k:
+        identity["k"] = router.k
+    identity["kernel"] = router.kernel
+    identity["pool"] = [_expert_digest(expert, router.used(pool)) for expert in pool.experts]
     return Row(name, label, identity, pool, routing)
 
 
@@ -317,10 +324,11 @@ def compare(
 @cache
 def code_version() -> str:
     """The release, and a hash of the code that decides what a score is, without comments."""
-    every = sorted((path.relative_to(PACKAGE).parts[0], path) for path in PACKAGE.rglob("*.py"))
-    files = [path for room, path in every if room not in OTHERS]
-    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in files]
-    digest = hashlib.sha256("".join(trees).encode())
+    digest = hashlib.sha256()
+    files = sorted((path.relative_to(PACKAGE).parts[0], path) for path in PACKAGE.rglob("*.py"))
+    for room, path in files:
+        if room not in OTHERS:
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
     digest.update((PACKAGE / "routing" / "kernels" / "native.cpp").read_bytes())
     root = (PACKAGE / "__init__.py").read_text(encoding="utf-8")  # it imports this module
     release = root.partition('__version__ = "')[2].partition('"')[0]
@@ -332,8 +340,8 @@ def _load(
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name)."""
     datasets: dict[str, EvaluationSet] = {}
-    each = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
-    opened = [_suite(source) for source in each]
+    sources = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
+    opened = [_suite(source) for source in sources]
     refuse_twice("suites", (suite.name for suite in opened), ConfigError)
     tasks = [task for suite in opened for task in suite.load(settings.sources)]
     for task in given_tasks(tasks):
@@ -373,31 +381,29 @@ def _run(
     engine: Engine,
 ) -> dict[str, dict[str, TaskScore]]:
     """Every row's result on every dataset, computed by `engine` if the store has none."""
-    runs = {row.name: [run_of(row, each, base) for each in datasets.values()] for row in rows}
-    every = [run for each in runs.values() for run in each]
-    missing = {  # by key: two rows may be one model
-        json.dumps(run.key, sort_keys=True): run for run in every if store.get(run.key) is None
-    }
-    finished = len(every) - len(missing)
+    runs = [run_of(row, dataset, base) for row in rows for dataset in datasets.values()]
+    missing = {}  # by key: two rows may be one model
+    for run in runs:
+        if store.get(run.key) is None:
+            missing[json.dumps(run.key, sort_keys=True)] = run
+    finished = len(runs) - len(missing)
     workshop = RunWorkshop(base, {row.name: row for row in rows}, datasets)
-    bar = tqdm(total=len(every), initial=finished, desc="compare", unit="run", disable=None)
+    bar = tqdm(total=len(runs), initial=finished, desc="compare", unit="run", disable=None)
     # An error in this loop ends the engine's workers at once.
     with bar, closing(engine.run(workshop, list(missing.values()), bar)) as results:
         for number, (run, result) in enumerate(results, finished + 1):
             store.add(run.key, result)
-            logger.info("[%d/%d] %s: %.3f", number, len(every), run.name, result["score"])
-    return {
-        name: {run.dataset: restored(store.get(run.key) or {}) for run in each}
-        for name, each in runs.items()
-    }
+            logger.info("[%d/%d] %s: %.3f", number, len(runs), run.name, result["score"])
+    scores: dict[str, dict[str, TaskScore]] = {row.name: {} for row in rows}
+    for run in runs:
+        scores[run.row][run.dataset] = restored(store.get(run.key) or {})
+    return scores
 
 
 def _with_derived(comparison: Comparison, methods: Sequence[str], pool: Pool) -> Comparison:
-    experts = {
-        name: {task: result.score for task, result in by_task.items()}
-        for name, by_task in comparison.experts.items()
-    }
-    results, labels = dict(comparison.results), dict(comparison.labels)
+    experts = comparison.expert_scores()
+    results = dict(comparison.results)
+    labels = dict(comparison.labels)
     choices: dict[str, dict[str, str]] = {}
     if "best-individual" in methods:
         best = best_expert(experts, pool.names)
@@ -475,9 +481,9 @@ class RunWorkshop:
                             f"with prompts are measured on each: run 'phatgoose import' first."
                         )
                     opened[run.row] = composed.enter_context(row.model(base))
-                model, tokenizer = opened[run.row].model, opened[run.row].tokenizer
-                encoder = Encoder.for_model(model, tokenizer, dataset.formatting)
-                return stored(score(model, Questions(dataset, encoder)))
+                routed = opened[run.row]
+                encoder = Encoder.of(routed, dataset.formatting)
+                return stored(score(routed.model, Questions(dataset, encoder)))
 
             yield result_of
 

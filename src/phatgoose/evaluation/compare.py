@@ -78,7 +78,9 @@ def label_of(router: str) -> str:
     """A router, with or without settings, in tables: "Arrow, form=peft"."""
     name, _, settings = router.partition(":")
     label = ROUTERS[name].label if name in ROUTERS else METHODS.get(name, name)
-    return f"{label}, {settings.replace(',', ', ')}" if settings else label
+    if settings:
+        label += f", {settings.replace(',', ', ')}"
+    return label
 
 
 def runnable_methods(
@@ -123,7 +125,7 @@ class Row:
 
     name: str
     label: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     pool: Pool | None = None
     routing: Routing | None = None
     place: str | tuple[str, ...] | None = None
@@ -283,21 +285,23 @@ def compare(
     base = resolve_base(base, pool.base)
     pool = pool.measured(base)
     chosen, notes = runnable_methods(pool, methods, how.routing)
-    others = [
-        reference_row(label, place, how.routing, base) for label, place in how.references.items()
-    ]
+    others = []
+    for label, place in how.references.items():
+        others.append(reference_row(label, place, how.routing, base))
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
     refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))], ConfigError)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
-    _report_inputs(base, (*rows, *singles), datasets, how)
+    models = (*rows, *singles)
+    _report_inputs(base, models, datasets, how)
     with ResultStore.alone(Path(out) / RESULTS) as store:
-        results = _run((*rows, *singles), datasets, base, store, how.engine)
+        results = _run(models, datasets, base, store, how.engine)
+    device = base.model.device
     machine = platform.processor() or platform.machine()
-    if (device := base.model.device).type == "cuda":
+    if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
+    scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
     comparison = Comparison(
         suites=columns,
         labels={row.name: row.label for row in rows},
@@ -367,8 +371,11 @@ def _report_inputs(
     encoder = Encoder.of(base, settings.formatting)
     for name, dataset in datasets.items():
         Questions(dataset, encoder).cuts.report(name)
-    experts = [expert for row in rows if row.pool is not None for expert in row.pool.experts]
-    records = Pool(tuple({id(expert): expert for expert in experts}.values())).records()
+    experts: dict[int, Expert] = {}  # by identity: rows share them
+    for row in rows:
+        if row.pool is not None:
+            experts |= {id(expert): expert for expert in row.pool.experts}
+    records = Pool(tuple(experts.values())).records()
     examples = [example for dataset in datasets.values() for example in dataset.examples]
     warn_of_other_formatting(records, as_read(settings.formatting, examples))
 
@@ -422,7 +429,7 @@ class Run:
 
     row: str
     dataset: str
-    key: Mapping[str, Any]
+    key: Mapping[str, object]
     size: int = 1
 
     @property

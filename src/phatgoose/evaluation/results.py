@@ -293,10 +293,10 @@ class ResultStore:
         with lock:
             yield cls(path)
 
-    def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def get(self, key: Mapping[str, object]) -> Mapping[str, Any] | None:
         return self._records.get(_digest(key))
 
-    def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    def add(self, key: Mapping[str, object], result: Mapping[str, Any]) -> None:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
         with (
             writing(self.path, EvaluationError),
@@ -316,5 +316,5 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _digest(key: Mapping[str, Any]) -> str:
+def _digest(key: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -78,7 +78,9 @@ def label_of(router: str) -> str:
     """A router, with or without settings, in tables: "Arrow, form=peft"."""
     name, _, settings = router.partition(":")
     label = ROUTERS[name].label if name in ROUTERS else METHODS.get(name, name)
-    return f"{label}, {settings.replace(',', ', ')}" if settings else label
+    if settings:
+        label += f", {settings.replace(',', ', ')}"
+    return label
 
 
 def runnable_methods(
@@ -89,18 +91,23 @@ def runnable_methods(
     Raises ConfigError for an unknown name or settings that a named one can't have, and PoolError if
     `pool` lacks what a named one needs.
     """
-    asked = [methods] if isinstance(methods, str) else list(methods) or [""]
-    named = [name if name == BASE else canonical(name) for name in asked if name != EVERY]
+    methods = [methods] if isinstance(methods, str) else list(methods) or [""]
+    named = [canonical(name) if name != BASE else name for name in methods if name != EVERY]
     for name in named:
         _check_method(name, pool, routing)
-    every, notes = [], []
-    for name in [each for each in METHODS if EVERY in asked and each not in WITH_EXAMPLES]:
+    notes = list[str]()
+    if EVERY not in methods:
+        return list(dict.fromkeys(named)), notes
+    runnable = []
+    for name, label in METHODS.items():
+        if name in WITH_EXAMPLES:
+            continue
         try:
             _check_method(name, pool, routing)
-            every.append(name)
+            runnable.append(name)
         except (ConfigError, PoolError) as error:
-            notes.append(f"{METHODS[name]} was left out: {error}")
-    return list(dict.fromkeys([*every, *named])), notes
+            notes.append(f"{label} was left out: {error}")
+    return list(dict.fromkeys([*runnable, *named])), notes
 
 
 def _check_method(name: str, pool: Pool, routing: Routing) -> None:
@@ -118,14 +125,16 @@ class Row:
 
     name: str
     label: str
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     pool: Pool | None = None
     routing: Routing | None = None
     place: str | tuple[str, ...] | None = None
 
     def portable(self) -> Row:
-        places = tuple(record["path"] for record in self.pool.records()) if self.pool else None
-        return replace(self, pool=None, place=places or self.place)
+        if not self.pool:
+            return self
+        places = tuple(record["path"] for record in self.pool.records())
+        return replace(self, pool=None, place=places)
 
     def opened(self) -> Row:
         """The row with its pool, made of what is at the experts' places."""
@@ -151,8 +160,9 @@ class Row:
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """Rows of `methods` in the order of METHODS; those derived from single experts have none."""
-    rows, places = [], {name: place for place, name in enumerate((BASE, *ROUTERS))}
-    for name in sorted(methods, key=lambda name: places[name.partition(":")[0]]):
+    rows = []
+    order = [BASE, *ROUTERS]
+    for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
         if name == BASE:
             rows.append(Row(name, METHODS[BASE], {"model": "base"}))
         elif name not in DERIVED:
@@ -190,12 +200,11 @@ def reference_row(label: str, place: str | Path, routing: Routing, base: Base) -
 def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
     """A row of `pool` by `routing`; its identity is of what the router uses, not of names alone."""
     router = router_of(routing or Routing())
-    identity = {
-        "router": router.routing.router,
-        **({"k": router.k} if router.k else {}),
-        "kernel": router.kernel,
-        "pool": [_expert_digest(expert, router.used(pool)) for expert in pool.experts],
-    }
+    identity: dict[str, object] = {"router": router.routing.router}
+    if router.k:
+        identity["k"] = router.k
+    identity["kernel"] = router.kernel
+    identity["pool"] = [_expert_digest(expert, router.used(pool)) for expert in pool.experts]
     return Row(name, label, identity, pool, routing)
 
 
@@ -276,21 +285,23 @@ def compare(
     base = resolve_base(base, pool.base)
     pool = pool.measured(base)
     chosen, notes = runnable_methods(pool, methods, how.routing)
-    others = [
-        reference_row(label, place, how.routing, base) for label, place in how.references.items()
-    ]
+    others = []
+    for label, place in how.references.items():
+        others.append(reference_row(label, place, how.routing, base))
     rows = [*rows_of(pool, chosen, how.routing), *others]
     singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
     refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))], ConfigError)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
-    _report_inputs(base, (*rows, *singles), datasets, how)
+    models = (*rows, *singles)
+    _report_inputs(base, models, datasets, how)
     with ResultStore.alone(Path(out) / RESULTS) as store:
-        results = _run((*rows, *singles), datasets, base, store, how.engine)
+        results = _run(models, datasets, base, store, how.engine)
+    device = base.model.device
     machine = platform.processor() or platform.machine()
-    if (device := base.model.device).type == "cuda":
+    if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
+    scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
     comparison = Comparison(
         suites=columns,
         labels={row.name: row.label for row in rows},
@@ -317,10 +328,11 @@ def compare(
 @cache
 def code_version() -> str:
     """The release, and a hash of the code that decides what a score is, without comments."""
-    every = sorted((path.relative_to(PACKAGE).parts[0], path) for path in PACKAGE.rglob("*.py"))
-    files = [path for room, path in every if room not in OTHERS]
-    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in files]
-    digest = hashlib.sha256("".join(trees).encode())
+    digest = hashlib.sha256()
+    files = sorted((path.relative_to(PACKAGE).parts[0], path) for path in PACKAGE.rglob("*.py"))
+    for room, path in files:
+        if room not in OTHERS:
+            digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
     digest.update((PACKAGE / "routing" / "kernels" / "native.cpp").read_bytes())
     root = (PACKAGE / "__init__.py").read_text(encoding="utf-8")  # it imports this module
     release = root.partition('__version__ = "')[2].partition('"')[0]
@@ -332,8 +344,8 @@ def _load(
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name)."""
     datasets: dict[str, EvaluationSet] = {}
-    each = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
-    opened = [_suite(source) for source in each]
+    sources = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
+    opened = [_suite(source) for source in sources]
     refuse_twice("suites", (suite.name for suite in opened), ConfigError)
     tasks = [task for suite in opened for task in suite.load(settings.sources)]
     for task in given_tasks(tasks):
@@ -359,8 +371,11 @@ def _report_inputs(
     encoder = Encoder.of(base, settings.formatting)
     for name, dataset in datasets.items():
         Questions(dataset, encoder).cuts.report(name)
-    experts = [expert for row in rows if row.pool is not None for expert in row.pool.experts]
-    records = Pool(tuple({id(expert): expert for expert in experts}.values())).records()
+    experts: dict[int, Expert] = {}  # by identity: rows share them
+    for row in rows:
+        if row.pool is not None:
+            experts |= {id(expert): expert for expert in row.pool.experts}
+    records = Pool(tuple(experts.values())).records()
     examples = [example for dataset in datasets.values() for example in dataset.examples]
     warn_of_other_formatting(records, as_read(settings.formatting, examples))
 
@@ -373,31 +388,29 @@ def _run(
     engine: Engine,
 ) -> dict[str, dict[str, TaskScore]]:
     """Every row's result on every dataset, computed by `engine` if the store has none."""
-    runs = {row.name: [run_of(row, each, base) for each in datasets.values()] for row in rows}
-    every = [run for each in runs.values() for run in each]
-    missing = {  # by key: two rows may be one model
-        json.dumps(run.key, sort_keys=True): run for run in every if store.get(run.key) is None
-    }
-    finished = len(every) - len(missing)
+    runs = [run_of(row, dataset, base) for row in rows for dataset in datasets.values()]
+    missing = {}  # by key: two rows may be one model
+    for run in runs:
+        if store.get(run.key) is None:
+            missing[json.dumps(run.key, sort_keys=True)] = run
+    finished = len(runs) - len(missing)
     workshop = RunWorkshop(base, {row.name: row for row in rows}, datasets)
-    bar = tqdm(total=len(every), initial=finished, desc="compare", unit="run", disable=None)
+    bar = tqdm(total=len(runs), initial=finished, desc="compare", unit="run", disable=None)
     # An error in this loop ends the engine's workers at once.
     with bar, closing(engine.run(workshop, list(missing.values()), bar)) as results:
         for number, (run, result) in enumerate(results, finished + 1):
             store.add(run.key, result)
-            logger.info("[%d/%d] %s: %.3f", number, len(every), run.name, result["score"])
-    return {
-        name: {run.dataset: restored(store.get(run.key) or {}) for run in each}
-        for name, each in runs.items()
-    }
+            logger.info("[%d/%d] %s: %.3f", number, len(runs), run.name, result["score"])
+    scores: dict[str, dict[str, TaskScore]] = {row.name: {} for row in rows}
+    for run in runs:
+        scores[run.row][run.dataset] = restored(store.get(run.key) or {})
+    return scores
 
 
 def _with_derived(comparison: Comparison, methods: Sequence[str], pool: Pool) -> Comparison:
-    experts = {
-        name: {task: result.score for task, result in by_task.items()}
-        for name, by_task in comparison.experts.items()
-    }
-    results, labels = dict(comparison.results), dict(comparison.labels)
+    experts = comparison.expert_scores()
+    results = dict(comparison.results)
+    labels = dict(comparison.labels)
     choices: dict[str, dict[str, str]] = {}
     if "best-individual" in methods:
         best = best_expert(experts, pool.names)
@@ -416,7 +429,7 @@ class Run:
 
     row: str
     dataset: str
-    key: Mapping[str, Any]
+    key: Mapping[str, object]
     size: int = 1
 
     @property
@@ -475,9 +488,9 @@ class RunWorkshop:
                             f"with prompts are measured on each: run 'phatgoose import' first."
                         )
                     opened[run.row] = composed.enter_context(row.model(base))
-                model, tokenizer = opened[run.row].model, opened[run.row].tokenizer
-                encoder = Encoder.for_model(model, tokenizer, dataset.formatting)
-                return stored(score(model, Questions(dataset, encoder)))
+                routed = opened[run.row]
+                encoder = Encoder.of(routed, dataset.formatting)
+                return stored(score(routed.model, Questions(dataset, encoder)))
 
             yield result_of
 

@@ -25,8 +25,8 @@ from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files import one_line
 from ..routing.compose import composition_if_any, routing_for
-from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right
-from ..tasks.encoding import Cuts, Encoder, Fitted, as_read
+from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right, padded_rows
+from ..tasks.encoding import Cuts, Encoder, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.task import Example, Task
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
@@ -58,10 +58,14 @@ class EvaluationSet:
     @classmethod
     def of(cls, task: Task, settings: ScoringSettings) -> EvaluationSet:
         examples = task.evaluation_examples(settings.limit, settings.seed)
-        longest = task.max_new_tokens or settings.max_new_tokens
-        metrics = metrics_of(task, examples)
-        form, budget = settings.formatting, settings.token_budget
-        return cls(task.name, examples, metrics, longest, form, budget)
+        return cls(
+            task.name,
+            examples,
+            metrics_of(task, examples),
+            task.max_new_tokens or settings.max_new_tokens,
+            settings.formatting,
+            settings.token_budget,
+        )
 
     @property
     def is_ranked(self) -> bool:
@@ -85,17 +89,21 @@ class Questions:
     """The tokens of a set's examples for one base: `rows` of a prompt with its answer choices."""
 
     def __init__(self, chosen: EvaluationSet, encoder: Encoder) -> None:
-        self.chosen, self.encoder = chosen, encoder
-        prompts, targets = [], list[Fitted]()
+        self.chosen = chosen
+        self.encoder = encoder
         self.rows: list[ChoicePrompt] = []
-        for row in chosen.examples:
-            choices = row.choices if chosen.is_ranked else ()
-            each = [encoder.target(row.input, choice) for choice in choices]
-            longest = max((len(target.tokens) for target in each), default=chosen.max_new_tokens)
-            prompts.append(encoder.fitted(row.input, followed_by=longest))
-            self.rows.append((prompts[-1].tokens, [target.tokens for target in each]))
-            targets += each
-        self.cuts = Cuts([each.cut for each in prompts], [each.cut for each in targets])
+        prompt_cuts = []
+        target_cuts = list[int | None]()
+        for example in chosen.examples:
+            choices = example.choices if chosen.is_ranked else ()
+            targets = [encoder.target(example.input, choice) for choice in choices]
+            tokens = [target.tokens for target in targets]
+            longest = max(map(len, tokens), default=chosen.max_new_tokens)
+            prompt = encoder.fitted(example.input, followed_by=longest)
+            self.rows.append((prompt.tokens, tokens))
+            prompt_cuts.append(prompt.cut)
+            target_cuts += [target.cut for target in targets]
+        self.cuts = Cuts(prompt_cuts, target_cuts)
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -107,24 +115,26 @@ class Questions:
         The choice of the highest mean log-likelihood per target token, the first of equals, or
         greedily generated text.
         """
-        pad, budget = self.encoder.tokenizer.pad_token_id, self.chosen.token_budget
         if not self.chosen.is_ranked:
             yield from self._generated(model, before_pass)
             return
+        pad = self.encoder.tokenizer.pad_token_id
+        budget = self.chosen.token_budget
         for index, scores in choice_log_likelihoods(model, self.rows, pad, budget, before_pass):
             best = scores.index(max(scores))
             yield index, self.chosen.examples[index].choices[best], tuple(scores)
 
     def _generated(self, model: PreTrainedModel, before_pass: BeforePass) -> Iterator[Answer]:
-        tokenizer, device = self.encoder.tokenizer, model.device
-        longest, seq2seq = self.chosen.max_new_tokens, self.encoder.is_encoder_decoder
-        pad, lengths = pad_right if seq2seq else pad_left, [len(p) + longest for p, _ in self.rows]
+        tokenizer = self.encoder.tokenizer
+        longest = self.chosen.max_new_tokens
+        side = pad_right if self.encoder.is_encoder_decoder else pad_left
+        lengths = [len(prompt) + longest for prompt, _ in self.rows]
         for batch in batches_of_tokens(lengths, self.chosen.token_budget):
-            rows = [self.rows[i][0] for i in batch]
-            ids, mask = pad(rows, tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
+            prompts = [self.rows[index][0] for index in batch]
+            ids, mask = padded_rows(side, prompts, tokenizer.pad_token_id, model.device)
             before_pass(batch)
             with torch.inference_mode():
-                output = continued(model, tokenizer, ids.to(device), mask.to(device), longest)
+                output = continued(model, tokenizer, ids, mask, longest)
             for index, tokens in zip(batch, output, strict=True):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 yield index, text.strip(), ()
@@ -197,7 +207,9 @@ class TaskScore:
         names = ("task", "metric", "score", "n", "low", "high", "ties", "by_metric", "cuts")
         plain = {name: getattr(self, name) for name in names}
         plain["seconds"] = round(self.seconds, 2)
-        return plain | ({"predictions": list(map(asdict, self.predictions))} if predictions else {})
+        if predictions:
+            plain["predictions"] = list(map(asdict, self.predictions))
+        return plain
 
 
 @dataclass(frozen=True)
@@ -218,8 +230,12 @@ class Evaluation:
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON; the answers only if `predictions`."""
         tasks = [score.to_dict(predictions=predictions) for score in self.scores]
-        whole = {"mean": self.mean, "confidence": CONFIDENCE, "router": self.router}
-        return {**whole, "tasks": tasks}
+        return {
+            "mean": self.mean,
+            "confidence": CONFIDENCE,
+            "router": self.router,
+            "tasks": tasks,
+        }
 
 
 def evaluate(
@@ -250,18 +266,21 @@ def evaluate(
     """
     scoring = ScoringSettings(**settings)
     if isinstance(model, Base):
-        model, tokenizer = model.model, tokenizer or model.tokenizer
+        tokenizer = tokenizer or model.tokenizer
+        model = model.model
     encoder = Encoder.for_model(model, tokenizer or tokenizer_of(model), scoring.formatting)
-    parts, scores = composition_if_any(model), []
     sets = [EvaluationSet.of(task, scoring) for task in given_tasks(tasks)]  # refuses first
-    examples = [example for each in sets for example in each.examples]
-    read = as_read(scoring.formatting, examples)
-    warn_of_other_formatting(parts.records if parts else (), read)
+    router = None
+    if parts := composition_if_any(model):
+        router = parts.routing.router
+        examples = [example for chosen in sets for example in chosen.examples]
+        warn_of_other_formatting(parts.records, as_read(scoring.formatting, examples))
+    scores = []
     for chosen in sets:
         questions = Questions(chosen, encoder)
         questions.cuts.report(chosen.name)
         scores.append(score(model, questions))
-    return Evaluation(tuple(scores), parts.routing.router if parts else None)
+    return Evaluation(tuple(scores), router)
 
 
 def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
@@ -269,31 +288,36 @@ def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
 
     Raises EvaluationError for a log-likelihood that is not a number.
     """
-    begun, chosen = time.monotonic(), questions.chosen
-    name, count = chosen.name, len(chosen.examples)
+    begun = time.monotonic()
+    chosen = questions.chosen
+    examples = chosen.examples
+    task = chosen.name
+    metrics = [METRICS[name] for name in chosen.metrics]
     model.eval()
     answers: dict[int, Prediction] = {}
-    bar = tqdm(total=count, desc=one_line(name), unit="example", disable=None, leave=False)
-    about: Any = {"task": name, "examples": chosen.examples, "encoder": questions.encoder}
-    with bar, routing_for(model, questions.prompts, **about) as before_pass:
+    bar = tqdm(total=len(examples), desc=one_line(task), unit="example", disable=None, leave=False)
+    passes = routing_for(
+        model, questions.prompts, task=task, examples=examples, encoder=questions.encoder
+    )
+    with bar, passes as before_pass:
         for index, text, scores in questions.answers(model, before_pass):
+            example = examples[index]
             if any(map(math.isnan, scores)):
                 raise EvaluationError(
-                    f"Task {name!r}: the model's log-likelihoods are not numbers for the input "
-                    f"{chosen.examples[index].input[:60]!r}…; try dtype float32."
+                    f"Task {task!r}: the model's log-likelihoods are not numbers for the input "
+                    f"{example.input[:60]!r}…; try dtype float32."
                 )
-            accepted = chosen.examples[index].answers
-            marks = tuple(METRICS[each].measure(text, accepted) for each in chosen.metrics)
-            is_right = text in (accepted if scores else map(str.strip, accepted))
-            answers[index] = Prediction(text, is_right, scores, marks)
+            marks = tuple(rule.measure(text, example.answers) for rule in metrics)
+            right = example.answers if scores else map(str.strip, example.answers)
+            answers[index] = Prediction(text, text in right, scores, marks)
             bar.update(1)
-    predictions = tuple(answers[index] for index in range(count))
-    rows = [example.row for example in chosen.examples]
-    sample = Sample.of(chosen.metrics, [each.marks for each in predictions], rows)
+    predictions = tuple(answers[index] for index in range(len(examples)))
+    marks_of_all = [prediction.marks for prediction in predictions]
+    sample = Sample.of(chosen.metrics, marks_of_all, [example.row for example in examples])
     estimate = _estimate(sample)
     return TaskScore(
-        task=name,
-        metric=" + ".join(METRICS[each].label for each in chosen.metrics),
+        task=task,
+        metric=" + ".join(rule.label for rule in metrics),
         low=estimate.low,
         high=estimate.high,
         sample=sample,
@@ -308,11 +332,13 @@ def _estimate(sample: Sample) -> Estimate:
     first = sample.statistics[0]
     # Zeros and ones of one metric are a share of right answers. Nor does resampling say anything
     # where all answers are equally good: of all scores from 0 to 1, those of a share vary most.
-    is_share = len(sample.metrics) == first.shape[1] == 1 and ((first == 0) | (first == 1)).all()
-    estimate = None if is_share else sample.estimate()
-    if estimate is None or estimate.low == estimate.high:
-        return wilson(sample.score * sample.independent, sample.independent)
-    return estimate
+    is_one_number = len(sample.metrics) == first.shape[1] == 1
+    is_share = is_one_number and ((first == 0) | (first == 1)).all()
+    if not is_share:
+        estimate = sample.estimate()
+        if estimate.low != estimate.high:
+            return estimate
+    return wilson(sample.score * sample.independent, sample.independent)
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
@@ -320,11 +346,13 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
 
     Raises EvaluationError for one that is unknown or not installed, or lacks choices.
     """
-    some, all_have = (count(example.choices for example in examples) for count in (any, all))
-    names = tuple(task.metrics or ((CHOSEN,) if some else (WRITTEN,)))
+    have_choices = [bool(example.choices) for example in examples]
+    usual = CHOSEN if any(have_choices) else WRITTEN
+    names = tuple(task.metrics or (usual,))
     for name in names:
         metric(name).measure("", [""])  # fails here without the package that it needs
-    if CHOSEN in names and (len(names) > 1 or not all_have):
+    can_rank = names == (CHOSEN,) and all(have_choices)
+    if CHOSEN in names and not can_rank:
         raise EvaluationError(
             f"Task {task.name!r} is scored by {' and '.join(names)}, but {CHOSEN} ranks choices: "
             f"it stands alone, and every example needs some."

@@ -8,6 +8,7 @@ sequence-to-sequence model keeps the encoder's output.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,14 @@ from transformers import PreTrainedModel
 
 from ..errors import EvaluationError
 from ..tasks import batching
-from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
+from ..tasks.batching import (
+    IGNORED,
+    BranchedText,
+    pad_left,
+    pad_right,
+    padded_rows,
+    position_ids,
+)
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
@@ -46,7 +54,8 @@ def choice_log_likelihoods(
     distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
-            by_choice = dict(zip(distinct[index][1], means, strict=True))
+            _, choices = distinct[index]
+            by_choice = dict(zip(choices, means, strict=True))
             yield index, [by_choice[tuple(choice)] for choice in rows[index][1]]
 
 
@@ -54,20 +63,23 @@ def _packed(
     model: PreTrainedModel, rows: ChoicePrompts, pad: int, budget: int, before_pass: BeforePass
 ) -> Iterator[tuple[int, list[float]]]:
     # The last token of a choice is predicted, not read.
-    texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
+    texts = []
+    for prompt, choices in rows:
+        texts.append(BranchedText(prompt, [choice[:-1] for choice in choices]))
     for batch in batching.packed_batches([text.length for text in texts], budget):
-        packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
-        order = [i for row in batch for i in row]
+        by_row = [list(map(texts.__getitem__, row)) for row in batch]
+        packed = batching.pack_rows(by_row, pad, model.dtype)
+        order = list(itertools.chain(*batch))
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
         # What predicts a target: of each text the stem's last token, and its branches.
-        runs = zip((texts[i] for i in order), packed.starts.tolist(), strict=True)
-        places = torch.cat(
-            [torch.arange(at + len(text.stem) - 1, at + text.length) for text, at in runs]
-        )
+        places = list[int]()
+        for index, start in zip(order, packed.starts.tolist(), strict=True):
+            text = texts[index]
+            places += range(start + len(text.stem) - 1, start + text.length)
         inputs = {name: tensor.to(model.device) for name, tensor in packed.inputs.items()}
-        with batching.head_at(model, places.to(model.device)):
+        with batching.head_at(model, torch.tensor(places, device=model.device)):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
-        yield from _means(logits, [rows[i][1] for i in order], order)
+        yield from _means(logits, [rows[index][1] for index in order], order)
 
 
 def _means(
@@ -75,24 +87,28 @@ def _means(
 ) -> Iterator[tuple[int, list[float]]]:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other."""
     # The first place of a text predicts the first token of all its choices, the next ones the rest.
-    places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
-    for each in choices:
-        at = begin + 1
-        for choice in each:
-            places += [begin, *range(at, at + len(choice) - 1)]
+    places = list[int]()
+    labels = list[int]()
+    lengths = list[int]()
+    first = 0
+    for of_text in choices:
+        following = first + 1
+        for choice in of_text:
+            end = following + len(choice) - 1
+            places += [first, *range(following, end)]
             labels += choice
             lengths.append(len(choice))
-            at += len(choice) - 1
-        begin = at
-    totals = torch.cat(
-        # In pieces: float32 copies of all logits at once could take more memory than the model.
-        [some.float().logsumexp(dim=-1) for some in torch.split(logits, LOGITS_AT_ONCE)]
-    )
+            following = end
+        first = following
+    # In pieces: float32 copies of all logits at once could take more memory than the model.
+    pieces = torch.split(logits, LOGITS_AT_ONCE)
+    totals = torch.cat([piece.float().logsumexp(dim=-1) for piece in pieces])
     where = torch.tensor(places, device=logits.device)
-    chosen = logits[where, torch.tensor(labels, device=logits.device)].float() - totals[where]
-    means = [run.mean().item() for run in torch.split(chosen.cpu(), lengths)]
-    for index, each in zip(indices, choices, strict=True):
-        yield index, [means.pop(0) for _ in each]
+    targets = torch.tensor(labels, device=logits.device)
+    chosen = logits[where, targets].float() - totals[where]
+    means = iter([run.mean().item() for run in torch.split(chosen.cpu(), lengths)])
+    for index, of_text in zip(indices, choices, strict=True):
+        yield index, list(itertools.islice(means, len(of_text)))
 
 
 def _padded(
@@ -100,20 +116,20 @@ def _padded(
 ) -> Iterator[tuple[int, list[float]]]:
     is_seq2seq = model.config.is_encoder_decoder
     score = _score_seq2seq if is_seq2seq else _score_causal
-    lengths = [
-        len(prompt) * (1 if is_seq2seq else len(choices)) + sum(map(len, choices))
-        for prompt, choices in rows
-    ]
+    lengths = []
+    for prompt, choices in rows:
+        copies = 1 if is_seq2seq else len(choices)
+        lengths.append(len(prompt) * copies + sum(map(len, choices)))
     with batching.contiguous_head(model):
         for batch in batching.batches_of_tokens(lengths, budget):
-            chosen = [rows[i] for i in batch]
+            chosen = [rows[index] for index in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
                 before_pass([batch[place] for place in places])
 
-            means = score(model, chosen, pad, announce).tolist()
+            means = iter(score(model, chosen, pad, announce).tolist())
             for index, (_, choices) in zip(batch, chosen, strict=True):
-                yield index, [means.pop(0) for _ in choices]
+                yield index, list(itertools.islice(means, len(choices)))
 
 
 def _score_causal(
@@ -122,33 +138,37 @@ def _score_causal(
     device = model.device
     # Windows and states would see beyond their text in a row: each choice is read with its prompt.
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
-    labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
-    inputs, real = _padded_rows(pad_left, texts, pad, device)
+    targets = [choice for _, choices in rows for choice in choices]
+    labels = pad_left(targets, IGNORED).to(device)
+    longest = labels.shape[1]
+    ids, real = padded_rows(pad_left, texts, pad, device)
+    options = {"logits_to_keep": longest, "position_ids": position_ids(real)}
     accepted = inspect.signature(model.forward).parameters
-    more = {"logits_to_keep": labels.shape[1], "position_ids": position_ids(real)}
-    passed = {name: value for name, value in more.items() if name in accepted}
+    options = {name: value for name, value in options.items() if name in accepted}
     announce(_owners(rows, device).tolist())
-    output = model(input_ids=inputs, attention_mask=real, use_cache=False, **passed)
-    return _mean_log_likelihood(output.logits[:, -labels.shape[1] :], labels)
+    output = model(input_ids=ids, attention_mask=real, use_cache=False, **options)
+    return _mean_log_likelihood(output.logits[:, -longest:], labels)
 
 
 def _score_seq2seq(
     model: PreTrainedModel, rows: ChoicePrompts, pad: int, announce: BeforePass
 ) -> Tensor:
     device = model.device
-    prompts, real = _padded_rows(pad_right, [prompt for prompt, _ in rows], pad, device)
+    prompts, real = padded_rows(pad_right, [prompt for prompt, _ in rows], pad, device)
     announce(range(len(rows)))
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)
-    states, form = encoded.last_hidden_state, type(encoded)  # some models ask for more of it
-    owner = _owners(rows, device)
+    states = encoded.last_hidden_state
+    form = type(encoded)  # some models ask for more of it
+    owners = _owners(rows, device)
     start = model.config.decoder_start_token_id
-    choices = [choice for _, each in rows for choice in each]
+    choices = [choice for _, of_row in rows for choice in of_row]
     means = torch.empty(len(choices), device=device)
     # In groups, since padding of a decoder's rows costs as much as tokens.
     for group in _of_similar_length([len(choice) for choice in choices]):
-        chosen, from_row = [choices[i] for i in group], owner[group]
+        chosen = [choices[index] for index in group]
+        from_row = owners[group]
         inputs = [[start, *choice[:-1]] for choice in chosen]
-        decoded, mask = _padded_rows(pad_right, inputs, pad, device)
+        decoded, mask = padded_rows(pad_right, inputs, pad, device)
         announce(from_row.tolist())
         logits = model(
             encoder_outputs=form(last_hidden_state=states.index_select(0, from_row)),
@@ -174,16 +194,6 @@ def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _padded_rows(
-    side: Callable[[Sequence[Tokens], int], Tensor],
-    rows: Sequence[Tokens],
-    pad: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """(the rows, padded on that side, and which of their tokens are real)."""
-    return side(rows, pad).to(device), side([[1] * len(row) for row in rows], 0).to(device)
-
-
 def _owners(rows: ChoicePrompts, device: torch.device) -> Tensor:
     """For every choice the index of its row, [choices]."""
     counts = torch.tensor([len(choices) for _, choices in rows])
@@ -193,6 +203,6 @@ def _owners(rows: ChoicePrompts, device: torch.device) -> Tensor:
 def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """[choices] from logits [choices, longest, vocabulary] and labels [choices, longest]."""
     counted = labels.ne(IGNORED)
-    chosen = logits.float().log_softmax(dim=-1)
-    chosen = chosen.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    of_vocabulary = logits.float().log_softmax(dim=-1)
+    chosen = of_vocabulary.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (chosen * counted).sum(dim=-1) / counted.sum(dim=-1)

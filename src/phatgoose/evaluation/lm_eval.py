@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..experts.pool import Pool
 from ..routing.compose import composition_of, is_pool, open_model, require_pool
 from ..routing.routers.auto import BY_TOKEN, first_allowed
-from ..tasks.batching import pad_left, pad_right
+from ..tasks.batching import pad_left, pad_right, padded_rows
 from ..tasks.encoding import Encoder
 
 try:
@@ -38,7 +38,8 @@ MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
 
-Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
+# (context, continuation) or None, and their tokens
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Opening:
     def model(self, routing: Routing) -> PreTrainedModel:
         """The routed model that is there."""
         device = self.device
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        wants_gpu = device is not None and device.startswith("cuda")
+        if wants_gpu and not torch.cuda.is_available():
             device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
         dtype = settled_dtype(self.dtype, device)
         if is_pool(self.pool):  # contexts come in pieces, so that auto can't go by prompts
@@ -73,16 +75,27 @@ class Opening:
         model = open_model(self.pool, self.base, dtype=dtype, routing=routing).model
         return model.to(device) if device else model
 
+    def formatting(self, positions: int) -> Formatting:
+        """How contexts are cut where the model has so many positions."""
+        most = positions if self.max_input_tokens is None else self.max_input_tokens
+        return Formatting(max_input_tokens=most, truncation=self.truncation)
+
 
 def arguments_of(values: Mapping[str, Any]) -> tuple[Opening, Routing]:
     """What `--model_args` holds, as lm_eval parsed it. Raises ConfigError."""
-    names = {each.name for each in fields(Opening)}
-    opening = Opening(**{k: v for k, v in values.items() if k in names and v is not None})
-    rest = {k: v for k, v in values.items() if k not in names}
-    if "router" in rest:
-        rest["router"] = str(rest["router"]).replace("+", ",")
-    routing, most = from_mapping(Routing, rest, WHERE), opening.max_input_tokens
-    Formatting(max_input_tokens=1 if most is None else most, truncation=opening.truncation)
+    names = {setting.name for setting in fields(Opening)}
+    where = {}
+    how = {}
+    for name, value in values.items():
+        if name not in names:
+            how[name] = value
+        elif value is not None:
+            where[name] = value
+    if "router" in how:
+        how["router"] = str(how["router"]).replace("+", ",")
+    opening = Opening(**where)
+    routing = from_mapping(Routing, how, WHERE)
+    opening.formatting(1)  # refuses what can't be
     if POOL_SETTINGS & values.keys():
         require_pool(opening.pool)
     return opening, routing
@@ -114,15 +127,14 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
             softmax_dtype="float32",
             trust_remote_code=False,
         )
-        most = self.opening.max_input_tokens or self.max_length
-        form = Formatting(max_input_tokens=most, truncation=self.opening.truncation)
-        self._encoder = Encoder.for_model(model, self.tokenizer, form)
+        formatting = self.opening.formatting(self.max_length)
+        self._encoder = Encoder.for_model(model, self.tokenizer, formatting)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.backend == "seq2seq":
             continuation = continuation.removeprefix(DELIMITER)
         target = self._encoder.continuation(context, continuation)
-        room = len(target) + self.opening.add_eos - 1  # the last is not read
+        room = len(target) + self.opening.add_eos - 1  # the last token is not read
         return self._context(context, room), target
 
     def _context(self, text: str, followed_by: int) -> list[int]:
@@ -143,17 +155,16 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         answers = self.max_length - (left_truncate_len or self.max_length)
         rows = [self._context(text, answers) for text in strings]
-        pad = pad_left if padding_side == "left" else pad_right
-        return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
+        side = pad_left if padding_side == "left" else pad_right
+        return padded_rows(side, rows, self.tokenizer.pad_token_id)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
-        if self.opening.add_eos:
-            eos = self.eot_token_id
-            requests = [
-                (texts, context, [*target, eos] if texts is not None else target)
-                for texts, context, target in requests
-            ]
-        return super()._loglikelihood_tokens(requests, **options)
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: object) -> Any:
+        ended = []
+        for texts, context, target in requests:
+            if self.opening.add_eos and texts is not None:
+                target = [*target, self.eot_token_id]
+            ended.append((texts, context, target))
+        return super()._loglikelihood_tokens(ended, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

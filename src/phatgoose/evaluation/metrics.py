@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from statistics import NormalDist
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,8 @@ def _squad_exact(prediction: str, reference: str) -> float:
 
 def _squad_f1(prediction: str, reference: str) -> float:
     """`f1_score` of evaluate-v1.1.py: 0 for two texts without words, where SQuAD v2.0 gives 1."""
-    ours, theirs = _squad_words(prediction), _squad_words(reference)
+    ours = _squad_words(prediction)
+    theirs = _squad_words(reference)
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
@@ -104,8 +106,7 @@ def _rouge_l(prediction: str, reference: str) -> float:
 
     It sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
     """
-    score: float = _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
-    return score
+    return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
 @cache
@@ -121,7 +122,7 @@ def _bleu() -> Any:
     return _imported("bleu", "sacrebleu.metrics.bleu").BLEU(effective_order=True)
 
 
-def _imported(name: str, module: str) -> Any:
+def _imported(name: str, module: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
@@ -144,13 +145,16 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
     such as answers of up to three words, scores 0 even if they are right. Examples are counted a
     whole number of times.
     """
-    ngrams, sys_len, ref_len = counts[..., :-2], counts[..., -2], counts[..., -1]
-    matches, totals = ngrams[..., :MAX_NGRAM_ORDER], ngrams[..., MAX_NGRAM_ORDER:]
+    matches = counts[..., :MAX_NGRAM_ORDER]
+    totals = counts[..., MAX_NGRAM_ORDER:-2]
+    sys_len = counts[..., -2]
+    ref_len = counts[..., -1]
     halved = 0.5 ** (matches == 0).cumsum(axis=-1)  # the k-th order without a match has 1/2^k
     precisions = np.where(matches > 0, matches, halved) / np.maximum(totals, 1)
     brevity = np.exp(np.minimum(0, 1 - ref_len / np.maximum(sys_len, 1)))
     scores = brevity * np.exp(np.log(precisions).mean(axis=-1))
-    return np.where(matches.any(axis=-1) & totals.all(axis=-1), scores, 0.0)
+    is_defined = matches.any(axis=-1) & totals.all(axis=-1)
+    return np.where(is_defined, scores, 0.0)
 
 
 METRICS = {
@@ -222,11 +226,14 @@ class Sample:
         rows: Sequence[int | None] | None = None,
     ) -> Sample:
         """The sample of examples with `marks` (example, metric, statistic), made of `rows`."""
-        by_metric = [np.array([row[m] for row in marks], float) for m in range(len(metrics))]
+        statistics = []
+        for index in range(len(metrics)):
+            statistics.append(np.array([example[index] for example in marks], float))
+        rows = rows or ()
         numbers = None
-        if rows is not None and None not in rows and len(set(rows)) < len(rows):
-            numbers = np.asarray(np.unique(np.array(rows), return_inverse=True)[1])
-        return cls(tuple(metrics), tuple(by_metric), numbers)
+        if None not in rows and len(set(rows)) < len(rows):
+            _, numbers = np.unique(np.array(rows), return_inverse=True)
+        return cls(tuple(metrics), tuple(statistics), numbers)
 
     @property
     def n(self) -> int:
@@ -260,9 +267,11 @@ class Sample:
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
         """How often each draw with replacement has each example (or row), [replicates, n]."""
         count = self.n if self.rows is None else int(self.rows.max()) + 1
-        # A row brings all its examples, so if rows differ in size, draws differ in number.
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=replicates)
-        return np.asarray(drawn if self.rows is None else drawn[:, self.rows], float)
+        if self.rows is not None:
+            # A row brings all its examples, so if rows differ in size, draws differ in number.
+            drawn = drawn[:, self.rows]
+        return np.asarray(drawn, float)
 
     @property
     def independent(self) -> float:
@@ -274,15 +283,18 @@ class Sample:
         """
         if self.rows is None:
             return float(self.n)
-        values, count = self.statistics[0][:, 0], int(self.rows.max()) + 1
+        count = int(self.rows.max()) + 1
+        values = self.statistics[0][:, 0]
         share = values.mean()
         of_rows = np.bincount(self.rows, values - share)
         variance = count / max(count - 1, 1) * np.square(of_rows).sum() / self.n**2
         spread = share * (1 - share)
         if count == 1 or not spread:
             return float(count)
-        # Where all rows have the same mean, their variance is 0 but for rounding.
-        return float(min(spread / variance, self.n)) if variance > TINY else float(self.n)
+        if variance > TINY:
+            return float(min(spread / variance, self.n))
+        # All rows have the same mean: their variance is 0 but for rounding.
+        return float(self.n)
 
 
 @dataclass(frozen=True)
@@ -301,35 +313,42 @@ class SharedMeans:
         cls, samples: Mapping[str, Sequence[Sample]], replicates: int = REPLICATES
     ) -> SharedMeans:
         """The means of models, whose samples are of the same datasets and examples."""
-        generator, (some, *_) = np.random.default_rng(0), samples.values()
-        slots = generator.integers(len(some), size=(replicates, len(some)))  # which dataset each is
-        drawn = {model: np.zeros((replicates, len(some))) for model in samples}
-        for dataset in range(len(some)):
+        first, *_ = samples.values()
+        shape = (replicates, len(first))
+        generator = np.random.default_rng(0)
+        slots = generator.integers(len(first), size=shape)  # which dataset is at each
+        scores = {model: np.zeros(shape) for model in samples}
+        for dataset, sample in enumerate(first):
             here = slots == dataset
             if not here.any():
                 continue
             # All models get the same weights: their differences are intervals in pairs.
-            weights = some[dataset].draws(generator, int(here.sum()))
-            for model, each in samples.items():
-                drawn[model][here] = each[dataset].replicates(weights)
-        value = {name: sum(s.score for s in each) / len(each) for name, each in samples.items()}
-        return cls(value, {model: rows.mean(axis=1) for model, rows in drawn.items()})
+            weights = sample.draws(generator, int(here.sum()))
+            for model, of_model in samples.items():
+                scores[model][here] = of_model[dataset].replicates(weights)
+        value = {}
+        drawn = {}
+        for model, of_model in samples.items():
+            value[model] = sum(sample.score for sample in of_model) / len(of_model)
+            drawn[model] = scores[model].mean(axis=1)
+        return cls(value, drawn)
 
     def estimate(self, model: str) -> Estimate:
         return Estimate.of(self.value[model], self.drawn[model])
 
     def gain(self, model: str, over: str) -> Estimate:
         """The difference of two models' means, with its interval in pairs."""
-        return Estimate.of(
-            self.value[model] - self.value[over], self.drawn[model] - self.drawn[over]
-        )
+        value = self.value[model] - self.value[over]
+        return Estimate.of(value, self.drawn[model] - self.drawn[over])
 
 
 def wilson(right: float, n: float) -> Estimate:
     """The share `right` of `n`, with Wilson's interval (1927) without continuity correction."""
-    share, narrowed = right / n, 1 + Z**2 / n
+    share = right / n
+    narrowed = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / narrowed
     half = Z / narrowed * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     # Exact at the ends, where rounding could leave the range.
-    low, high = centre - half, centre + half
-    return Estimate(share, 0.0 if right == 0 else low, 1.0 if right == n else high)
+    low = 0.0 if right == 0 else centre - half
+    high = 1.0 if right == n else centre + half
+    return Estimate(share, low, high)

@@ -69,17 +69,21 @@ class Marks:
     @property
     def routers(self) -> dict[str, Array]:
         """The scores of prompt routers, [examples, E]."""
-        return {n.partition("/")[2]: v for n, v in self.columns.items() if n[:7] == "choice/"}
+        scores = {}
+        for name, column in self.columns.items():
+            if name.startswith("choice/"):
+                scores[name.removeprefix("choice/")] = column
+        return scores
 
     def prompts(self) -> Iterator[Prompt]:
         """What rules may know of each prompt."""
-        routers, embeddings = self.routers, self.columns.get("embedding")
-        for i, digest in enumerate(self.columns["prompt"]):
-            scores = {
-                router: dict(zip(self.experts, rows[i].tolist(), strict=True))
-                for router, rows in routers.items()
-            }
-            embedding = None if embeddings is None else embeddings[i]
+        routers = self.routers
+        embeddings = self.columns.get("embedding")
+        for index, digest in enumerate(self.columns["prompt"]):
+            scores = {}
+            for router, rows in routers.items():
+                scores[router] = dict(zip(self.experts, rows[index].tolist(), strict=True))
+            embedding = None if embeddings is None else embeddings[index]
             yield Prompt(str(digest), embedding, scores, self.centres)
 
 
@@ -106,49 +110,63 @@ def read_marks(place: str | Path) -> list[Marks]:
 
 
 def _read(path: Path, parquet: Any) -> Marks:
-    size = parquet.read_metadata(regular(path))
-    schema = size.schema.to_arrow_schema()
+    metadata = parquet.read_metadata(regular(path))
+    schema = metadata.schema.to_arrow_schema()
     about = _About.model_validate_json(schema.metadata[b"phatgoose"])
-    experts, owners = about.experts, np.array(about.owners)
+    experts = about.experts
     needed = [*TEXTS, "score/base", *(f"score/expert/{name}" for name in experts)]
     others = [name for name in schema.names if name.partition("/")[0] in READ]
     names = list(dict.fromkeys([*needed, *others]))
-    TypeAdapter(Cells).validate_python(_cells(size))
+    TypeAdapter(Cells).validate_python(_cells(metadata))
     table = parquet.read_table(path, columns=names, read_dictionary=TEXTS)
     columns = {name: _values(name, table[name], len(experts)) for name in names}
-    flat = np.frombuffer(base64.b64decode(schema.metadata.get(b"centres", b"")), np.float16)
-    rows = flat.reshape(len(owners), -1).astype(np.float32)
-    centres = {name: rows[owners == z] for z, name in enumerate(experts)}
+    packed = base64.b64decode(schema.metadata.get(b"centres", b""))
+    owners = np.array(about.owners)
+    rows = np.frombuffer(packed, np.float16).reshape(len(owners), -1).astype(np.float32)
+    centres = {name: rows[owners == index] for index, name in enumerate(experts)}
     return Marks(about.base, experts, columns, centres)
 
 
-def _cells(size: Any) -> int:
+def _cells(metadata: Any) -> int:
     """The numbers in all columns, or their bytes if these are more, by what a file says."""
-    groups = [size.row_group(i) for i in range(size.num_row_groups)]
-    numbers = (group.column(j).num_values for group in groups for j in range(group.num_columns))
-    unpacked = sum(group.total_byte_size for group in groups)
-    return max(sum(numbers), unpacked) if size.num_rows else 0
+    if not metadata.num_rows:
+        return 0
+    numbers = 0
+    unpacked = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        unpacked += group.total_byte_size
+        numbers += sum(group.column(column).num_values for column in range(group.num_columns))
+    return max(numbers, unpacked)
 
 
 def _values(name: str, column: Any, experts: int) -> Array:
     """A column's texts [rows], numbers [rows], or rows of numbers [rows, columns]."""
     cells = column.combine_chunks()
-    is_text, is_score = name in TEXTS, name.startswith("score/")
-    if is_text:  # one object for all that are alike: a text of 1 MB may stand in all rows
+    is_odd = column.null_count > 0
+    if name in TEXTS:  # one object for all that are alike: a text of 1 MB may stand in all rows
         values = np.asarray(cells.dictionary.to_numpy(zero_copy_only=False)[cells.indices])
+        is_odd |= name == "wording" and not set(values) <= set(WORDINGS)
+    elif name.startswith("score/"):
+        values = cells.to_numpy(zero_copy_only=False).astype(np.float32)
+        is_odd |= not np.isfinite(values).all()
     else:
-        flat = (cells if is_score else cells.flatten()).to_numpy(zero_copy_only=False)
-        width = {"score": (), "choice": (experts,)}.get(name.partition("/")[0], (-1,))
-        values = flat.reshape(len(cells), *width).astype(np.float32)
-    is_odd = name == "wording" and set(values) - set(WORDINGS)
-    if is_odd or column.null_count or (is_score and not np.isfinite(values).all()):
+        width = experts if name.partition("/")[0] == "choice" else -1
+        flat = cells.flatten().to_numpy(zero_copy_only=False)
+        values = flat.reshape(len(cells), width).astype(np.float32)
+    if is_odd:
         raise ValueError(f"column {name} has empty or unknown cells")
     return np.asarray(values)
 
 
 def router_rule(router: str) -> Rule:
     """The first choice of a prompt router whose scores the marks hold."""
-    return lambda prompt: max(prompt.scores[router], key=prompt.scores[router].__getitem__)
+
+    def best(prompt: Prompt) -> str:
+        scores = prompt.scores[router]
+        return max(scores, key=scores.__getitem__)
+
+    return best
 
 
 def imported_rule(name: str) -> Rule:
@@ -177,14 +195,16 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
 
     Raises ConfigError for an unknown expert and when `rule` fails.
     """
-    place: dict[Any, int] = {None: BASE, **{name: z for z, name in enumerate(marks.experts)}}
-    named, routers = ", ".join(marks.experts), ", ".join(marks.routers) or "no router"
-    known = f"experts {named}, scores of {routers}"
+    indices: dict[str | None, int] = {name: index for index, name in enumerate(marks.experts)}
+    indices[None] = BASE
+    routers = ", ".join(marks.routers) or "no router"
+    contents = f"experts {', '.join(marks.experts)}, scores of {routers}"
+    if "embedding" not in marks.columns:
+        contents += ", no embeddings"
     chosen = list[int]()
     for prompt in marks.prompts():
-        has = known if prompt.embedding is not None else f"{known}, no embeddings"
-        with _users_code(f"The rule failed on prompt {prompt.hash} (these marks have {has})"):
-            chosen.append(place[rule(prompt)])
+        with _users_code(f"The rule failed on prompt {prompt.hash} (these marks have {contents})"):
+            chosen.append(indices[rule(prompt)])
     return np.array(chosen)
 
 
@@ -219,62 +239,74 @@ class Replay:
 
 def replay(marks: Marks, rules: Mapping[str, Array]) -> list[Replay]:
     """The scores of `rules`, experts' indices [examples] by name, beside what bounds them."""
-    wordings = marks.columns["wording"]
-    return [_replayed(marks, rules, each) for each in WORDINGS if (wordings == each).any()]
+    wordings = set(marks.columns["wording"])
+    return [_replayed(marks, rules, wording) for wording in WORDINGS if wording in wordings]
 
 
 def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
-    asked = np.flatnonzero(marks.columns["wording"] == wording)
-    tasks = marks.columns["task"][asked]
-    choices = {name: chosen[asked] for name, chosen in rules.items()}
+    examples = np.flatnonzero(marks.columns["wording"] == wording)
+    tasks = marks.columns["task"][examples]
+    choices = {name: chosen[examples] for name, chosen in rules.items()}
     own = None  # the own experts' indices, if all tasks have some
     if set(tasks) <= set(marks.experts):
         own = np.array([marks.experts.index(task) for task in tasks])
-    rows = _rows(marks, asked, choices, own)
-    alike = [tasks == task for task in dict.fromkeys(tasks)]
-    means = SharedMeans.of(
-        {  # any metric that is a mean
-            name: [Sample(("exact-match",), (scores[some, None].astype(float),)) for some in alike]
-            for name, scores in rows.items()
-        }
-    )
+    rows = _rows(marks, examples, choices, own)
+    of_task = [tasks == task for task in dict.fromkeys(tasks)]
+    samples: dict[str, list[Sample]] = {}
+    for name, scores in rows.items():
+        statistics = [scores[alike, None].astype(float) for alike in of_task]
+        # Any metric that is a mean.
+        samples[name] = [Sample(("exact-match",), (column,)) for column in statistics]
+    means = SharedMeans.of(samples)
 
     def line(name: str) -> Line:
-        kept, twin = None, name + RANDOM
+        twin = name + RANDOM
+        kept = None
         if OWN in rows and means.drawn[OWN].all():
             shares = means.drawn[name] / means.drawn[OWN]
             kept = Estimate.of(means.value[name] / means.value[OWN], shares)
+        hits = None
+        if OWN in rows and name in choices:
+            hits = float((choices[name] == own).mean())
         return Line(
             name,
             score=means.estimate(name),
             gain=means.gain(name, "base"),
             over_random=means.gain(name, twin) if twin in rows else None,
             kept=kept,
-            own=float((choices[name] == own).mean()) if OWN in rows and name in choices else None,
+            own=hits,
         )
 
-    return Replay(marks.base, wording, len(alike), len(asked), tuple(map(line, rows)))
+    return Replay(marks.base, wording, len(of_task), len(examples), tuple(map(line, rows)))
 
 
 def _rows(
-    marks: Marks, asked: Array, choices: Mapping[str, Array], own: Array | None
+    marks: Marks, examples: Array, choices: Mapping[str, Array], own: Array | None
 ) -> dict[str, Array]:
-    """The scores of each line, [asked]."""
-    tasks, base = marks.columns["task"][asked], marks.columns["score/base"][asked, None]
-    alone = np.concatenate([marks.alone("expert")[asked], base], axis=1)  # BASE is the last
-    every, best = np.arange(len(asked)), np.zeros(len(asked), int)
+    """The scores of each line, [examples]."""
+    tasks = marks.columns["task"][examples]
+    base = marks.columns["score/base"][examples, None]
+    alone = np.concatenate([marks.alone("expert")[examples], base], axis=1)  # BASE is the last
+    experts = alone[:, :-1]
+    best = np.zeros(len(examples), int)
     for task in set(tasks):
-        best[tasks == task] = alone[tasks == task, :-1].mean(axis=0).argmax()
-    rows = {"base": base[:, 0], "random expert": alone[:, :-1].mean(axis=1)}
-    rows["oracle*"] = alone[every, best]
+        alike = tasks == task
+        best[alike] = experts[alike].mean(axis=0).argmax()
+    numbers = np.arange(len(examples))
+    rows = {
+        "base": base[:, 0],
+        "random expert": experts.mean(axis=1),
+        "oracle*": alone[numbers, best],
+    }
     if own is not None:
-        rows[OWN] = alone[every, own]
-    routed = [name for name in marks.columns if name.startswith("score/routed/")]
-    rows |= {name.partition("/routed/")[2] + RUN: marks.columns[name][asked] for name in routed}
+        rows[OWN] = alone[numbers, own]
+    for name, scores in marks.columns.items():
+        if name.startswith("score/routed/"):
+            rows[name.removeprefix("score/routed/") + RUN] = scores[examples]
     has_random = all(f"score/random/{name}" in marks.columns for name in marks.experts)
     for name, chosen in choices.items():
-        rows[name] = alone[every, chosen]
+        rows[name] = alone[numbers, chosen]
         if has_random:
-            random = np.concatenate([marks.alone("random")[asked], base], axis=1)
-            rows[name + RANDOM] = random[every, chosen]
+            random = np.concatenate([marks.alone("random")[examples], base], axis=1)
+            rows[name + RANDOM] = random[numbers, chosen]
     return rows

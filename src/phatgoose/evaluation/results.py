@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,28 @@ class Table:
 
     def markdown(self) -> str:
         """A section of Markdown; names in it are of untrusted files, so nothing in it is HTML."""
-        rows = [[f"**{r[0]}**", *r[1:]] if r[0] == self.bold else r for r in self.rows]
-        table = [self.head, ["---"] * len(self.head), *rows]
-        lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in table]
-        text = "".join(f"| {line} |\n" for line in lines) + "".join(
-            f"\n{note}\n" for note in self.notes
-        )
-        return html.escape(f"## {self.title}\n\n{text}", quote=False)
+        table = [self.head, ["---"] * len(self.head)]
+        for name, *cells in self.rows:
+            shown = f"**{name}**" if name == self.bold else name
+            table.append([shown, *cells])
+        text = f"## {self.title}\n\n"
+        for row in table:
+            escaped = [cell.replace("|", "\\|") for cell in row]
+            text += f"| {' | '.join(escaped)} |\n"
+        for note in self.notes:
+            text += f"\n{note}\n"
+        return html.escape(text, quote=False)
 
 
 def stored(score: TaskScore) -> dict[str, Any]:
     """A score as a line of the store."""
-    rows = score.sample.rows
-    return {
-        **score.to_dict(),
-        **({} if rows is None else {"rows": rows.tolist()}),
-        "metrics": score.sample.metrics,
-        "answers": [prediction.answer for prediction in score.predictions],
-        "marks": [prediction.marks for prediction in score.predictions],
-    }
+    line = score.to_dict()
+    if score.sample.rows is not None:
+        line["rows"] = score.sample.rows.tolist()
+    line["metrics"] = score.sample.metrics
+    line["answers"] = [prediction.answer for prediction in score.predictions]
+    line["marks"] = [prediction.marks for prediction in score.predictions]
+    return line
 
 
 def restored(line: Mapping[str, Any]) -> TaskScore:
@@ -108,13 +112,15 @@ class Comparison:
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The datasets that each column of the table is the mean of."""
-        several = {ALL: self.datasets} if len(self.suites) > 1 else {}
-        return {**self.suites, **several}
+        columns = dict(self.suites)
+        if len(columns) > 1:
+            columns[ALL] = self.datasets
+        return columns
 
     @property
     def datasets(self) -> tuple[str, ...]:
         """The datasets of all suites, each once."""
-        return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
+        return tuple(dict.fromkeys(chain(*self.suites.values())))
 
     @property
     def every(self) -> dict[str, Mapping[str, TaskScore]]:
@@ -137,28 +143,38 @@ class Comparison:
         for column, tasks in self.columns.items():
             means = means_of(self.results, tasks)
             for name in self.results:
-                paired = name != ANCHOR and ANCHOR in self.results
-                gain = means.gain(name, ANCHOR) if paired else None
+                gain = None
+                if name != ANCHOR and ANCHOR in self.results:
+                    gain = means.gain(name, ANCHOR)
                 rows[name][column] = Summary(means.estimate(name), gain)
         return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: `comparison.json`."""
-        rows = {
-            name: {
+        rows = {}
+        for name, results in self.results.items():
+            summaries = self.summaries[name].items()
+            rows[name] = {
                 "label": self.labels[name],
-                "summary": {column: asdict(each) for column, each in self.summaries[name].items()},
+                "summary": {column: asdict(summary) for column, summary in summaries},
                 "datasets": {task: result.to_dict() for task, result in results.items()},
             }
-            for name, results in self.results.items()
+        return {
+            "settings": self.settings,
+            "notes": self.notes,
+            "suites": self.suites,
+            "choices": self.choices,
+            "confidence": CONFIDENCE,
+            "rows": rows,
+            "experts": self.expert_scores(),
         }
-        experts = {
-            name: {task: result.score for task, result in results.items()}
-            for name, results in self.experts.items()
-        }
-        names = ("settings", "notes", "suites", "choices")
-        plain = {name: getattr(self, name) for name in names}
-        return {**plain, "confidence": CONFIDENCE, "rows": rows, "experts": experts}
+
+    def expert_scores(self) -> dict[str, dict[str, float]]:
+        """The single experts' scores by dataset."""
+        scores = {}
+        for name, results in self.experts.items():
+            scores[name] = {task: result.score for task, result in results.items()}
+        return scores
 
     def to_markdown(self) -> str:
         """Tables of means, of differences to PHATGOOSE, and of datasets."""
@@ -169,19 +185,19 @@ class Comparison:
         """A row for each method: its mean on each suite, with the interval."""
         notes = ["Intervals resample datasets and their examples; all methods share the draws."]
         notes += [f"Note: {note}" for note in self.notes]
-        if how := self.settings:
-            drawn = f"at most {how['limit']} examples a dataset (seed {how['seed']})"
-            k = f"k = {how['k']}" if how["k"] else ""
-            parts = (f"{len(how['experts'])} experts", k, drawn if how["limit"] else "")
-            notes.append(
-                f"Base {how['base']['id']} in {how['dtype']}; {'; '.join(filter(None, parts))}; "
-                f"phatgoose {how['code']}, {how['machine']}."
-            )
+        how = self.settings
+        if how:
+            text = f"Base {how['base']['id']} in {how['dtype']}; {len(how['experts'])} experts; "
+            if how["k"]:
+                text += f"k = {how['k']}; "
+            if how["limit"]:
+                text += f"at most {how['limit']} examples a dataset (seed {how['seed']}); "
+            notes.append(f"{text}phatgoose {how['code']}, {how['machine']}.")
         columns = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
-        rows = [
-            [self.title(name), *(each.mean.in_per_cent for each in summaries.values())]
-            for name, summaries in self.summaries.items()
-        ]
+        rows = []
+        for name, summaries in self.summaries.items():
+            means = [summary.mean.in_per_cent for summary in summaries.values()]
+            rows.append([self.title(name), *means])
         title = f"Means over datasets, in per cent, with 95 % intervals{self._star}"
         return Table(title, ["method", *columns], rows, notes, self.title(ANCHOR))
 
@@ -189,32 +205,33 @@ class Comparison:
         """Differences to PHATGOOSE in pairs; no rows without its row, or another."""
         rows = []
         for name, summaries in self.summaries.items():
-            differences = [each.difference for each in summaries.values() if each.difference]
-            if differences:
-                rows.append([self.title(name), *(each.in_points for each in differences)])
+            gains = [summary.difference for summary in summaries.values()]
+            points = [gain.in_points for gain in gains if gain]
+            if points:
+                rows.append([self.title(name), *points])
         title = f"Difference to {self.labels.get(ANCHOR)}, in points, with 95 % intervals in pairs"
         return Table(title, ["method", *self.columns], rows)
 
     def scores(self, bold: str = ANCHOR) -> Table:
         """A row per model and single expert, a column per dataset; row `bold` stands out."""
-        tasks, first = self.datasets, next(iter(self.every.values()))
+        tasks = self.datasets
         rows = []
         for row, results in self.every.items():
-            each = [results[task] for task in tasks]
-            cells = [f"{100 * r.score:.1f} ±{50 * (r.high - r.low):.0f}" for r in each]
-            mean = sum(r.score for r in each) / len(each)
+            scores = [results[task] for task in tasks]
+            cells = [f"{100 * s.score:.1f} ±{50 * (s.high - s.low):.0f}" for s in scores]
+            mean = sum(score.score for score in scores) / len(scores)
             rows.append([self.title(row), *cells, f"{100 * mean:.1f}"])
+        first = next(iter(self.every.values()))
         by_metric: dict[str, list[str]] = {}
         for task in tasks:
             by_metric.setdefault(first[task].metric, []).append(task)
         listed = (f"{metric} ({', '.join(names)})" for metric, names in by_metric.items())
         notes = [f"Scored by {'; '.join(listed)}."]
         for name, chosen in self.choices.items():
-            said = ", ".join(f"{expert} for {task}" for task, expert in chosen.items())
-            everywhere = set(chosen.values())
-            notes.append(
-                f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
-            )
+            experts = list(set(chosen.values()))
+            if len(experts) > 1:
+                experts = [f"{expert} for {task}" for task, expert in chosen.items()]
+            notes.append(f"{self.labels[name]}: {', '.join(experts)}.")
         head = ["method", *(f"{task} (n={first[task].n})" for task in tasks), "mean"]
         title = f"Per dataset, in per cent, ± half the 95 % interval{self._star}"
         return Table(title, head, rows, notes, self.title(bold))
@@ -222,7 +239,10 @@ class Comparison:
 
 def means_of(results: Mapping[str, Mapping[str, TaskScore]], tasks: Sequence[str]) -> SharedMeans:
     """The means of models over `tasks`, by their results there."""
-    return SharedMeans.of({name: [by[t].sample for t in tasks] for name, by in results.items()})
+    samples = {}
+    for name, by_task in results.items():
+        samples[name] = [by_task[task].sample for task in tasks]
+    return SharedMeans.of(samples)
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
@@ -273,10 +293,10 @@ class ResultStore:
         with lock:
             yield cls(path)
 
-    def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def get(self, key: Mapping[str, object]) -> Mapping[str, Any] | None:
         return self._records.get(_digest(key))
 
-    def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    def add(self, key: Mapping[str, object], result: Mapping[str, Any]) -> None:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
         with (
             writing(self.path, EvaluationError),
@@ -296,5 +316,5 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _digest(key: Mapping[str, Any]) -> str:
+def _digest(key: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

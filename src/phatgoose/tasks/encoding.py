@@ -42,8 +42,9 @@ logger = logging.getLogger(__name__)
 
 def as_read(formatting: Formatting, examples: Sequence[Example]) -> Formatting:
     """The formatting that `examples` are read with: chats are in the template in any case."""
-    chats = bool(examples) and all(isinstance(each.input, Chat) for each in examples)
-    return replace(formatting, chat=True) if chats else formatting
+    if examples and all(isinstance(example.input, Chat) for example in examples):
+        return replace(formatting, chat=True)
+    return formatting
 
 
 def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
@@ -111,7 +112,7 @@ class Encoder:
         return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
 
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
-        return [self.pair(each.input, each.target) for each in examples]
+        return [self.pair(example.input, example.target) for example in examples]
 
     def prompt(self, text: str) -> list[int]:
         return self.fitted(text).tokens
@@ -126,29 +127,30 @@ class Encoder:
         text = self.prompt_text(text)
         if self.in_template(text):
             return self._fitted_chat(text, followed_by)
-        tokens, (before, after) = self._tokens(text), self._added
+        tokens = self._tokens(text)
+        before, after = self._added
         around = len(before) + len(after)
         most = self._most(followed_by, around)
         left = cut_tokens(tokens, max(most - around, 0), self.formatting.truncation)
-        return Fitted([*before, *left, *after], most if len(left) < len(tokens) else None)
+        cut = most if len(left) < len(tokens) else None
+        return Fitted([*before, *left, *after], cut)
 
     def _fitted_chat(self, text: str, followed_by: int) -> Fitted:
         turns, around, prompt = self._chat(text)
-        most, how = self._most(followed_by, around, around), self.formatting.truncation
+        most = self._most(followed_by, around, around)
+        how = self.formatting.truncation
         lengths = [len(tokens) for _, _, tokens in turns]
         if sum(lengths) <= most:
             return Fitted(prompt)
 
         def cut_to(level: int) -> list[int]:
             # A text that was cut inside a character may have more tokens when it is text again.
-            cut = [
-                content
-                if len(tokens) <= level
-                else str(self.tokenizer.decode(cut_tokens(tokens, level, how)))
-                for _, content, tokens in turns
-            ]
-            roles = [role for role, _, _ in turns]
-            return self._tokens(self._rendered(Chat(zip(roles, cut, strict=True))))
+            cut = []
+            for role, content, tokens in turns:
+                if len(tokens) > level:
+                    content = str(self.tokenizer.decode(cut_tokens(tokens, level, how)))
+                cut.append((role, content))
+            return self._tokens(self._rendered(Chat(cut)))
 
         # The longest turns are cut to one length: the most with which all together fit.
         sizes = range(1, max(lengths) + 1)
@@ -165,11 +167,15 @@ class Encoder:
         prompt, space = self._apart(input_text)
         with reading("The base's tokenizer, whose end of text a target needs,", BaseModelError):
             tokens = [*self._following(prompt, space + text), int(self.tokenizer.eos_token_id)]
-        most, places = self.formatting.max_target_tokens, self.positions
+        most = self.formatting.max_target_tokens
+        places = self.positions
         if places is not None:
             if not self.is_encoder_decoder:  # beside the prompt and one token of the input
-                is_chat = self.in_template(input_text)
-                places -= 1 + (self._chat(input_text)[1] if is_chat else len(self._added[0]))
+                if self.in_template(input_text):
+                    _, around, _ = self._chat(input_text)
+                else:
+                    around = len(self._added[0])
+                places -= 1 + around
             most = min(most, max(places, 1))
         if len(tokens) <= most:
             return Fitted(tokens)
@@ -202,7 +208,8 @@ class Encoder:
 
     def _most(self, followed_by: int, around: int, outside: int = 0) -> int:
         """How many tokens an input may have, of those `around` it some being `outside`."""
-        most, places = self.formatting.max_input_tokens, self.positions
+        most = self.formatting.max_input_tokens
+        places = self.positions
         if places is None:
             return most
         if not self.is_encoder_decoder:
@@ -308,5 +315,5 @@ class Cuts:
 
     def record(self) -> dict[str, int]:
         """How many inputs there were, and how many were cut."""
-        cut = sum(cut is not None for cut in self.inputs)
+        cut = sum(most is not None for most in self.inputs)
         return dict(zip(CUTS, (len(self.inputs), cut), strict=True))

@@ -125,8 +125,13 @@ def load_prompts(places: Iterable[str]) -> Task:
 
 def prompts_in(task: Task) -> list[str]:
     """The inputs of `task`, of chats the user's last message."""
-    inputs = (each.input for part in (task.train, task.validation, task.test) for each in part)
-    return [said_in(each.turns)[1][-1] if isinstance(each, Chat) else each for each in inputs]
+    prompts = []
+    for example in (*task.train, *task.validation, *task.test):
+        prompt = example.input
+        if isinstance(prompt, Chat):
+            prompt = said_in(prompt.turns)[1][-1]
+        prompts.append(prompt)
+    return prompts
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
@@ -134,8 +139,8 @@ def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[
 
     Raises TaskError for none.
     """
-    each = [given] if isinstance(given, Task | str | Path) else given
-    tasks = [task if isinstance(task, Task) else load_task(task) for task in each]
+    sources = [given] if isinstance(given, Task | str | Path) else given
+    tasks = [source if isinstance(source, Task) else load_task(source) for source in sources]
     if not tasks:
         raise TaskError("No task is given.")
     return tasks
@@ -261,7 +266,8 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
         # Not by the dataset's name, by which datasets would take it from its cache the next time.
         place = f"hf://datasets/{dataset}@{PARQUET_REVISION}"
     else:
-        folder, readme = copy / (config or ""), copy / "README.md"
+        folder = copy / (config or "")
+        readme = copy / "README.md"
         if (folder / "dataset_dict.json").is_file():
             return library.load_from_disk(str(folder))[split]
         if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8"):
@@ -323,7 +329,7 @@ def prompts_beside(folder: Path) -> tuple[str, ...]:
 
 
 def _on_card(path: Path) -> list[str]:
-    card, heading = path.read_text(encoding="utf-8")[:MOST_OF_A_CARD], ""
+    card = path.read_text(encoding="utf-8")[:MOST_OF_A_CARD]
     front = FRONT.match(card)
     shown = yaml.load(front[1], _WithoutAliases) if front else None
     widget = shown.get("widget") if isinstance(shown, dict) else None
@@ -333,8 +339,12 @@ def _on_card(path: Path) -> list[str]:
         row = {"prompt": row.get("text"), "messages": row.get("messages")}
         with suppress(TaskError):
             prompts += {*prompts_in(load_task([row], targets=False))} - OF_TOOLS
-    for part in SECTIONS.finditer(card, front.end() if front else 0) if not prompts else ():
-        heading, block = part[1] or heading, (part[3] or "").strip()
+    if prompts:
+        return prompts
+    heading = ""
+    for part in SECTIONS.finditer(card, front.end() if front else 0):
+        heading = part[1] or heading
+        block = (part[3] or "").strip()
         if SHOWS.match(heading) and not NO_PROMPT.search(block):
             prompts.append(block)
     return prompts
@@ -366,7 +376,7 @@ def _listed(value: Any) -> Any:
 
 def _stripped(answers: Any) -> Any:
     if isinstance(answers, list | tuple):
-        return [_stripped(each) for each in answers]
+        return list(map(_stripped, answers))
     return answers.strip() if isinstance(answers, str) else answers
 
 
@@ -417,26 +427,28 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
     content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
     filled = _rendered(content, templates) if templates else content
     filled = {name: value for name, value in filled.items() if value is not None}
-    asked = filled.pop("messages", ())
+    messages = filled.pop("messages", ())
     if isinstance(filled.get("prompt"), list):  # of turns, and so is the completion
-        asked = [*filled.pop("prompt"), *filled.pop("completion", ())]
+        messages = [*filled.pop("prompt"), *filled.pop("completion", ())]
     elif not targets and "prompt" in filled:
         filled.setdefault("input", filled["prompt"])
     if "target" not in filled and "completion" in filled:
         # What follows a prompt is set off by a space of ours.
         answer = _stripped(_text(filled["completion"]))
         filled |= {"input": filled.get("prompt"), "target": answer}
-    elif "target" not in filled and asked:
-        *before, answer = asked
-        is_open = not targets and _Turn.model_validate(answer).role != "assistant"
-        text = "" if is_open else _Answer.model_validate(answer).text
-        filled |= {"messages": asked if is_open else before, "target": text}
+    elif "target" not in filled and messages:
+        *before, answer = messages
+        if not targets and _Turn.model_validate(answer).role != "assistant":
+            filled |= {"messages": messages, "target": ""}
+        else:
+            filled |= {"messages": before, "target": _Answer.model_validate(answer).text}
     elif "target" not in filled and "instruction" in filled and {"input", "output"} & {*filled}:
         parts = [_stripped(_text(filled.get(name))) for name in ("instruction", "input")]
         filled |= {"input": "\n\n".join(filter(None, parts)), "target": filled.get("output")}
     read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
     turns = [(turn.role, turn.text) for turn in read.messages]
-    text, target = Chat(turns) if turns else read.input, read.target
+    text = Chat(turns) if turns else read.input
+    target = read.target
     if not text.strip() or (targets and not target.strip()):
         raise ValueError(
             f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "

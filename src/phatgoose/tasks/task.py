@@ -58,10 +58,11 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
 
 def check_text(text: str, what: str = "The prompt") -> None:
     """Raise TaskError for an empty text and one with half a character; `what` names it."""
+    if not text:
+        raise TaskError(f"{what} is empty.")
     half = half_character(text)
-    if not text or half is not None:
-        wrong = f"holds {half!r}, which is no character; write it in UTF-8" if text else "is empty"
-        raise TaskError(f"{what} {wrong}.")
+    if half is not None:
+        raise TaskError(f"{what} holds {half!r}, which is no character; write it in UTF-8.")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class Example:
         fields = asdict(self)
         if isinstance(self.input, Chat):
             fields["turns"] = self.input.turns
-        return fields if self.row is not None else {k: v for k, v in fields.items() if k != "row"}
+        if self.row is None:
+            del fields["row"]
+        return fields
 
 
 @dataclass(frozen=True)

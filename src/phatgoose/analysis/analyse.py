@@ -140,7 +140,8 @@ class Analysis:
         others = list(self.routers)
         if self.oracle and ORACLE not in others:
             others.append(ORACLE)
-        divergences, correlations = list[dict[str, object]](), list[dict[str, object]]()
+        divergences = list[dict[str, object]]()
+        correlations = list[dict[str, object]]()
         for router, other in product(self.routers, others):
             if router == other:
                 continue

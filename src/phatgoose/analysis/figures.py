@@ -113,13 +113,13 @@ def dataset_matrix(
     figure = Figure(figsize=(width, 1.6 + 0.3 * len(grid)), layout="constrained")
     panel = figure.subplots()
     image = _heat_map(panel, grid, float(grid.max()))
-    turned: dict[str, str | int] = {"rotation": 90}
+    panel.set_xticks(range(grid.shape[1]), shown.labels, fontsize=shown.font_size, rotation=90)
     ring_size = 8
     if shown.is_few:
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        for label in panel.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
         ring_size = 17
         _write_shares(panel, grid)
-    panel.set_xticks(range(grid.shape[1]), shown.labels, fontsize=shown.font_size, **turned)
     panel.set_yticks(range(len(grid)), list(shares))
     for row, dataset in enumerate(shares):
         if dataset in oracle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,20 @@ class RouterAnalysis:
 
     def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
         """The whole-model distribution on each dataset, [E]."""
-        return {name: each.whole(measure) for name, each in self.distributions.items()}
+        return {name: spread.whole(measure) for name, spread in self.distributions.items()}
 
     def mean(self, measure: Measure = "weight") -> NDArray[np.float64]:
         """Its unweighted mean over datasets, [E]."""
         return np.asarray(np.mean(list(self.by_dataset(measure).values()), axis=0))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON: all numbers, no text of the data."""
+        return {
+            "scores": {task: score.to_dict() for task, score in self.scores.items()},
+            "datasets": {task: _numbers(spread) for task, spread in self.distributions.items()},
+            "findings": list(map(asdict, self.findings)),
+            "choices": _plain(self.choices),
+        }
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Analysis:
     datasets: tuple[str, ...]
     routers: Mapping[str, RouterAnalysis]
     oracle: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = f"experts: {len(self.experts)}, datasets: {len(self.datasets)}"
@@ -110,12 +120,14 @@ class Analysis:
 
     def divergence(self, router: str, other: str, dataset: str) -> Divergence:
         """The KL divergences between two routers, or a router and ORACLE, on a dataset."""
-        p, q = self.distribution(router, dataset), self.distribution(other, dataset)
+        p = self.distribution(router, dataset)
+        q = self.distribution(other, dataset)
         return Divergence(kl_divergence(p, q), kl_divergence(q, p))
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
-        """The correlation of KL(router‖other) with the router's score over datasets (paper 4.4), or
-        None.
+        """The correlation of KL(router‖other) with the router's score over datasets (paper 4.4).
+
+        None without scores, or without an Oracle to compare with.
         """
         scores = self.routers[router].scores
         if not scores or (other == ORACLE and not self.oracle):
@@ -123,10 +135,23 @@ class Analysis:
         divergences = [self.divergence(router, other, dataset).to for dataset in self.datasets]
         return correlation(divergences, [scores[dataset].score for dataset in self.datasets])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: all numbers, no text of the data."""
-        oracle = [ORACLE] if self.oracle and ORACLE not in self.routers else []
-        pairs = [(a, b) for a in self.routers for b in (*self.routers, *oracle) if a != b]
+        others = list(self.routers)
+        if self.oracle and ORACLE not in others:
+            others.append(ORACLE)
+        divergences = list[dict[str, object]]()
+        correlations = list[dict[str, object]]()
+        for router, other in product(self.routers, others):
+            if router == other:
+                continue
+            pair = {"router": router, "other": other}
+            for dataset in self.datasets:
+                divergence = self.divergence(router, other, dataset)
+                divergences.append({**pair, "dataset": dataset, **asdict(divergence)})
+            correlation = self.correlation(router, other)
+            if correlation:
+                correlations.append({**pair, **asdict(correlation)})
         return {
             "format": "phatgoose-analysis-1",
             "settings": dict(self.settings),
@@ -134,45 +159,33 @@ class Analysis:
             "experts": list(self.experts),
             "datasets": list(self.datasets),
             "oracle": dict(self.oracle),
-            "routers": {
-                name: {
-                    "scores": {task: score.to_dict() for task, score in router.scores.items()},
-                    "datasets": {task: _numbers(d) for task, d in router.distributions.items()},
-                    "findings": [asdict(finding) for finding in router.findings],
-                    "choices": {task: rows.tolist() for task, rows in router.choices.items()},
-                }
-                for name, router in self.routers.items()
-            },
-            "divergences": [
-                {"router": a, "other": b, "dataset": d, **asdict(self.divergence(a, b, d))}
-                for a, b in pairs
-                for d in self.datasets
-            ],
-            "correlations": [
-                {"router": a, "other": b, **asdict(each)}
-                for a, b in pairs
-                if (each := self.correlation(a, b)) is not None
-            ],
+            "routers": {name: router.to_dict() for name, router in self.routers.items()},
+            "divergences": divergences,
+            "correlations": correlations,
         }
 
 
-def _numbers(spread: RoutingDistribution) -> dict[str, Any]:
-    def plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
-        return {name: row.tolist() for name, row in rows.items()}
-
-    whole = spread.whole("weight")
+def _numbers(spread: RoutingDistribution) -> dict[str, object]:
+    weights = spread.whole("weight")
     return {
         "tokens": {part: spread.passed(part) for part in PARTS},
         "token_entropy": spread.token_entropy(),
         **{measure: spread.whole(measure).tolist() for measure in MEASURES},
         "by_part": {part: spread.whole("weight", part).tolist() for part in PARTS},
-        "by_layer": plain(spread.by_layer()),
-        "by_kind": plain(spread.by_kind()),
-        "by_site": {m: plain(spread.by_site(m)) for m in ("probability", "weight")},
-        "entropy": entropy(whole),
-        "effective_experts": effective_experts(whole),
-        "concentration": concentration(whole),
+        "by_layer": _plain(spread.by_layer()),
+        "by_kind": _plain(spread.by_kind()),
+        "by_site": {
+            "probability": _plain(spread.by_site("probability")),
+            "weight": _plain(spread.by_site("weight")),
+        },
+        "entropy": entropy(weights),
+        "effective_experts": effective_experts(weights),
+        "concentration": concentration(weights),
     }
+
+
+def _plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, object]:
+    return {name: row.tolist() for name, row in rows.items()}
 
 
 DOMINANT = 0.8  # an expert that is first choice more often than this takes everything
@@ -181,8 +194,8 @@ DOMINANT = 0.8  # an expert that is first choice more often than this takes ever
 def findings_of(distributions: Mapping[str, RoutingDistribution]) -> Iterator[Finding]:
     """What looks wrong in one router's `distributions` by dataset, worst first."""
     experts = next(iter(distributions.values())).experts
-    first = np.mean([each.whole("first") for each in distributions.values()], axis=0)
-    where = f"on {len(distributions)} dataset{'s' if len(distributions) > 1 else ''}"
+    first = np.mean([spread.whole("first") for spread in distributions.values()], axis=0)
+    where = f"on {len(distributions)} datasets" if len(distributions) > 1 else "on 1 dataset"
     best = experts[int(first.argmax())]
     if len(experts) > 1 and first.max() > DOMINANT:
         yield Finding(
@@ -191,13 +204,14 @@ def findings_of(distributions: Mapping[str, RoutingDistribution]) -> Iterator[Fi
             f"is routed almost as {best} alone. Compare with --router single:expert={best}.",
             (best,),
         )
-    for name in (name for name, share in zip(experts, first, strict=True) if share == 0):
-        yield Finding(
-            "never-wins",
-            f"{name} is never the first choice {where}. Its gate may be untrained, or its data far "
-            f"from these; train the gate again (phatgoose gate) or --leave-out {name}.",
-            (name,),
-        )
+    for name, share in zip(experts, first, strict=True):
+        if share == 0:
+            yield Finding(
+                "never-wins",
+                f"{name} is never the first choice {where}. Its gate may be untrained, or its data "
+                f"far from these; train the gate again (phatgoose gate) or --leave-out {name}.",
+                (name,),
+            )
 
 
 @dataclass(frozen=True)
@@ -246,29 +260,35 @@ def analyse(
             router reads anything, but for what scoring refuses of a task's examples.
     """
     how = AnalysisSettings(**settings)
-    if isinstance(how.scores, str | Path):
-        how = replace(how, scores=read_scores(how.scores))
+    scores = how.scores
+    if isinstance(scores, str | Path):
+        scores = read_scores(scores)
     tasks = given_tasks(tasks)
     datasets = tuple(task.name for task in tasks)
     refuse_twice("tasks", datasets)
-    subject = _opened(source, base, tokenizer, how)
-    oracle = oracle_experts(subject.scores, subject.experts, datasets)
-    scoring = {each.name: getattr(how, each.name) for each in fields(ScoringSettings)}
+    subject = _opened(source, base, tokenizer, how, scores)
+    oracle = oracle_experts(scores, subject.experts, datasets)
+    scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
 
-    read: dict[str, RouterAnalysis] = {}
+    analyses: dict[str, RouterAnalysis] = {}
     for name in subject.routers:
         with subject.model(name) as model:
-            read[name] = _read(model, subject, tasks, how)
+            analysis = _read(model, subject, tasks, how)
             if how.score:
-                each = evaluate(model, tasks, tokenizer=subject.tokenizer, **scoring).scores
-                read[name] = replace(read[name], scores={score.task: score for score in each})
-    about = {"limit": how.limit, "seed": how.seed, "formatting": asdict(how.formatting)}
+                results = evaluate(model, tasks, tokenizer=subject.tokenizer, **scoring).scores
+                analysis = replace(analysis, scores={score.task: score for score in results})
+            analyses[name] = analysis
     return Analysis(
         experts=subject.experts,
         datasets=datasets,
-        routers=read,
+        routers=analyses,
         oracle=oracle,
-        settings={"routing": asdict(subject.routing), **about},
+        settings={
+            "routing": asdict(subject.routing),
+            "limit": how.limit,
+            "seed": how.seed,
+            "formatting": asdict(how.formatting),
+        },
     )
 
 
@@ -304,17 +324,15 @@ def _opened(
     base: Base | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     how: AnalysisSettings,
+    scores: Scores | None,
 ) -> _Subject:
-    scores: Any = how.scores  # read already
-    if isinstance(source, PreTrainedModel) or (not isinstance(source, Pool) and is_routed(source)):
-        if how.routers:
-            raise ConfigError("Several routers need a pool; this model has its router already.")
-        if not isinstance(source, PreTrainedModel):
-            opened = open_model(source, base, routing=how.routing)
-            source, tokenizer = opened.model, tokenizer or opened.tokenizer
-        parts, tokenizer = composition_of(source), tokenizer or tokenizer_of(source)
-        name = parts.routing.router
-        return _Subject(parts.experts, (name,), parts.routing, tokenizer, source, scores=scores)
+    if isinstance(source, PreTrainedModel):
+        _refuse_routers(how)
+        return _routed(source, tokenizer)
+    if not isinstance(source, Pool) and is_routed(source):
+        _refuse_routers(how)
+        opened = open_model(source, base, routing=how.routing)
+        return _routed(opened.model, tokenizer or opened.tokenizer)
     pool = Pool.open(source)
     loaded = resolve_base(base, pool.base)
     pool = pool.measured(loaded)
@@ -323,11 +341,22 @@ def _opened(
         resolved(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)
         for name in dict.fromkeys(routers or (how.routing.router,))
     ]
-    for each in routings[1:]:  # the first is composed before anything is read
-        check_composable(pool, each, scores)
-    names = tuple(dict.fromkeys(each.router for each in routings))
+    for routing in routings[1:]:  # the first is composed before anything is read
+        check_composable(pool, routing, scores)
+    names = tuple(dict.fromkeys(routing.router for routing in routings))
     tokenizer = tokenizer or loaded.tokenizer
     return _Subject(pool.names, names, routings[0], tokenizer, None, pool, loaded, scores)
+
+
+def _refuse_routers(how: AnalysisSettings) -> None:
+    if how.routers:
+        raise ConfigError("Several routers need a pool; this model has its router already.")
+
+
+def _routed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
+    parts = composition_of(model)
+    tokenizer = tokenizer or tokenizer_of(model)
+    return _Subject(parts.experts, (parts.routing.router,), parts.routing, tokenizer, model)
 
 
 def _read(
@@ -340,24 +369,27 @@ def _read(
     choices: dict[str, NDArray[np.float64]] = {}
     traces: dict[str, list[Trace]] = {}
     for task in tasks:
-        name = task.name
         task = replace(task, test=task.evaluation_examples(how.limit, how.seed))
-        experts, budget = subject.experts, how.token_budget
-        distributions[name], chosen = read_task(model, encoder, task, experts, budget)
+        spread, chosen = read_task(model, encoder, task, subject.experts, how.token_budget)
+        distributions[task.name] = spread
         if len(chosen):
-            choices[name] = chosen
-        traces[name] = _traces(model, encoder, task, how.examples)
+            choices[task.name] = chosen
+        traces[task.name] = _traces(model, encoder, task, how.examples)
     kind = class_of(composition_of(model).routing.router)
-    findings = tuple(findings_of(distributions)) if kind.needs and not kind.per_input else ()
+    findings = tuple[Finding, ...]()
+    if kind.needs and not kind.per_input:
+        findings = tuple(findings_of(distributions))
     return RouterAnalysis(distributions, {}, findings, traces, choices)
 
 
 def _traces(model: PreTrainedModel, encoder: Encoder, task: Task, most: int) -> list[Trace]:
     examples = task.test[:most]
-    pairs, traces = encoder.pairs(examples), []
+    pairs = encoder.pairs(examples)
     prompts = [pair.prompt for pair in pairs]
-    about: Any = {"task": task.name, "examples": examples, "encoder": encoder}
-    with routing_for(model, prompts, **about) as before_pass:
+    traces = []
+    with routing_for(
+        model, prompts, task=task.name, examples=examples, encoder=encoder
+    ) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

@@ -8,12 +8,12 @@ site, b blocks, d their width.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
 MANY = 8  # experts whose median hardly wanders
 SAME = 0.9999  # cosine of two embeddings that are one
 TINY = 1e-30
-ASKED = 4096  # embeddings of all experts that are asked for their neighbours
+SAMPLED = 4096  # embeddings of all experts whose neighbours are looked for
 COSINES = 2**25  # at once
 SHOWN = 8  # example prompts of each expert that are read
 READS = "discriminant:fallback=off"
@@ -122,10 +122,10 @@ class Audit:
         )
 
     def median(self, name: str) -> float | None:
-        known = [value for value in self.signs[name] if value is not None]
-        return median(known) if known else None
+        values = [value for value in self.signs[name] if value is not None]
+        return median(values) if values else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "experts": list(self.experts),
             "signs": {name: list(values) for name, values in self.signs.items()},
@@ -147,33 +147,40 @@ def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
         return report_of(opened, signs)
     check_base(opened.base, base.reference)
     try:
-        prompts, notes = _of_prompts(opened.measured(base), base)
+        prompt_signs, notes = _of_prompts(opened.measured(base), base)
+        signs |= prompt_signs
     except RoutingError as error:  # statistics that can't be compared
-        prompts, notes = {}, [str(error)]
-    report = report_of(opened, {**signs, **prompts})
+        notes = [str(error)]
+    report = report_of(opened, signs)
     return replace(report, notes=(*report.notes, *notes))
 
 
 def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
     """The audit of `pool` by its `signs` [E]: findings beyond a limit, and notes."""
-    findings = [finding for sign in SIGNS for finding in _beyond(pool, sign, signs)]
+    findings = list[Finding]()
+    for sign in SIGNS:
+        if sign.name in signs and (len(pool) >= LEAST or sign.name in SMALL):
+            findings += _beyond(pool, sign, signs[sign.name])
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
-    plain = {
-        name: tuple(value if math.isfinite(value) else None for value in values.tolist())
-        for name, values in signs.items()
-    }
+    plain = {name: _finite(values) for name, values in signs.items()}
     return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool)))
 
 
-def _beyond(pool: Pool, sign: Sign, signs: Mapping[str, Tensor]) -> Iterator[Finding]:
-    if sign.name not in signs or (len(pool) < LEAST and sign.name not in SMALL):
-        return
-    values, gain = signs[sign.name], GAINS[sign.name.partition("_")[0]]
-    usual = f"median {float(values.nanquantile(0.5)):.3g}"
-    for z in (values > sign.limit(len(pool))).nonzero().flatten().tolist():
-        name, what = pool.names[z], sign.what.format(float(values[z]))
-        look = f"Look at where it comes from, compare the pool without it (--leave-out {name})."
-        yield Finding(sign.name, f"{name}: {what} ({usual}): {gain}. {look}", (name,))
+def _finite(values: Tensor) -> tuple[float | None, ...]:
+    return tuple(value if math.isfinite(value) else None for value in values.tolist())
+
+
+def _beyond(pool: Pool, sign: Sign, values: Tensor) -> Iterator[Finding]:
+    gain = GAINS[sign.name.partition("_")[0]]
+    usual = float(values.nanquantile(0.5))
+    for name, value in zip(pool.names, values.tolist(), strict=True):
+        if value > sign.limit(len(pool)):
+            yield Finding(
+                sign.name,
+                f"{name}: {sign.what.format(value)} (median {usual:.3g}): {gain}. Look at where it "
+                f"comes from, compare the pool without it (--leave-out {name}).",
+                (name,),
+            )
 
 
 def _notes(pool: Pool) -> Iterator[str]:
@@ -186,29 +193,30 @@ def _notes(pool: Pool) -> Iterator[str]:
         if count < LEAST <= len(pool):
             yield f"{count} of kind {kind} are too few to compare the sizes of updates."
     for part in ("gates", "means", "readings", "embeddings"):
-        if without := pool.lacking(part):
-            yield f"No {part}, so nothing to look at: {', '.join(without)}."
+        lacking = pool.lacking(part)
+        if lacking:
+            yield f"No {part}, so nothing to look at: {', '.join(lacking)}."
 
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each."""
     check_alike(pool.experts, {})
-    found = {**_of_updates(pool), **_of_vectors(pool)}
+    signs = {**_of_updates(pool), **_of_vectors(pool)}
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    found |= _spread_out(_of_readings, pool, _readers(pool))
-    found |= _spread_out(_of_embeddings, pool, embedded)
+    signs |= _spread_out(_of_readings, pool, _readers(pool))
+    signs |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
-    return found
+    return signs
 
 
 def _readers(pool: Pool) -> list[int]:
     """Who has readings, of the size that most have."""
-    sizes = [  # in whatever order a file has them
-        frozenset((name, part.shape) for name, part in expert.readings.items())
-        for expert in pool.experts
-    ]
-    usual = Counter(size for size in sizes if size).most_common(1)
-    return [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
+    by_size = defaultdict[frozenset[object], list[int]](list)
+    for z, expert in enumerate(pool.experts):
+        if expert.readings:  # in whatever order a file has them
+            size = frozenset((name, part.shape) for name, part in expert.readings.items())
+            by_size[size].append(z)
+    return max(by_size.values(), key=len, default=[])
 
 
 def ratios(values: Tensor) -> Tensor:
@@ -216,22 +224,27 @@ def ratios(values: Tensor) -> Tensor:
 
     NaN for NaN, with under LEAST numbers, or if the median is 0.
     """
-    known = ~values.isnan()
-    middle = values.double().clamp(min=TINY).nanquantile(0.5, dim=-1, keepdim=True)
-    enough = (known.sum(dim=-1, keepdim=True) >= LEAST) & (middle > TINY)
-    return (values.double().clamp(min=TINY) / middle).masked_fill(~enough, math.nan)
+    values = values.double().clamp(min=TINY)
+    middle = values.nanquantile(0.5, dim=-1, keepdim=True)
+    counts = (~values.isnan()).sum(dim=-1, keepdim=True)
+    is_comparable = (counts >= LEAST) & (middle > TINY)
+    return (values / middle).masked_fill(~is_comparable, math.nan)
 
 
 def _spread_out(
     sign: Callable[[Pool], dict[str, Tensor]], pool: Pool, members: Sequence[int]
 ) -> dict[str, Tensor]:
-    if len(members) < 2:
-        return {}
-    found = sign(Pool(tuple(pool.experts[z] for z in members)))
-    whole = {name: torch.full((len(pool),), math.nan, dtype=torch.float64) for name in found}
-    for name, values in found.items():
-        whole[name][list(members)] = values
-    return whole
+    signs = dict[str, Tensor]()
+    if len(members) > 1:
+        part = Pool(tuple(pool.experts[z] for z in members))
+        for name, values in sign(part).items():
+            signs[name] = _nans(pool)
+            signs[name][list(members)] = values
+    return signs
+
+
+def _nans(pool: Pool) -> Tensor:
+    return torch.full((len(pool),), math.nan, dtype=torch.float64)
 
 
 def _of_updates(pool: Pool) -> dict[str, Tensor]:
@@ -239,7 +252,7 @@ def _of_updates(pool: Pool) -> dict[str, Tensor]:
     rows = []
     for site in pool.sites:
         stack = stack_of(pool, site, torch.float64, torch.device("cpu"))
-        row = torch.full((len(pool),), math.nan, dtype=torch.float64)
+        row = _nans(pool)
         for part, members in stack.rows().items():
             if stack.parts[part].compared:
                 row[stack.experts[members]] = ratios(squared_norms(stack.parts[part]).sqrt())
@@ -264,45 +277,46 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
     """Gates and mean activations: norms, who looks like whom, who wins at whose means."""
     sites = [_vectors_at(pool, site) for site in pool.sites]
     pool.release()
-    found = {}
+    signs = {}
     for name in sites[0]:
-        values = torch.stack([each[name] for each in sites], dim=1)
-        own = name in ("gate_size", "mean_distance")
-        found[name] = values.nanquantile(0.5, dim=1) if own else values.nanmean(dim=1)
+        values = torch.stack([at_site[name] for at_site in sites], dim=1)
+        if name in ("gate_size", "mean_distance"):
+            signs[name] = values.nanquantile(0.5, dim=1)
+        else:
+            signs[name] = values.nanmean(dim=1)
     # Either alone may be an honest gate's: one that leans to the usual, or one in a pool of few.
-    found["gate_pull"] = found.pop("gate_usual") * found["gate_wins"]
-    return found
+    signs["gate_pull"] = signs.pop("gate_usual") * signs["gate_wins"]
+    return signs
 
 
 def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
-    nothing = torch.full((len(pool),), math.nan, dtype=torch.float64)
     names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "input_pull", "mean_distance")
-    found = {name: nothing.clone() for name in names}
+    signs = {name: _nans(pool) for name in names}
     gated = [z for z, expert in enumerate(pool.experts) if site in expert.gates]
     meant = [z for z, expert in enumerate(pool.experts) if site in expert.means]
     if gated:
         gates = torch.stack([pool.experts[z].gates[site] for z in gated])
-        found["gate_size"][gated] = ratios(gates.double().norm(dim=1))
+        signs["gate_size"][gated] = ratios(gates.double().norm(dim=1))
     if meant:
         means = torch.stack([pool.experts[z].means[site] for z in meant])
         away = means.double() - means.double().quantile(0.5, dim=0)
-        found["mean_distance"][meant] = ratios(away.norm(dim=1))
+        signs["mean_distance"][meant] = ratios(away.norm(dim=1))
         read = [z for z, expert in enumerate(pool.experts) if site in expert.lora]
-        factors = [pool.experts[z].lora[site].A for z in read]
         if len(read) > 1:
-            found["input_pull"][read] = _input_pull(factors, means, _equal(read, meant))
-    if not (gated and meant):
-        return found
-    V, U, n = standardise(gates).double(), standardise(means).double(), gates.shape[1]
-    cosines = V @ U.T / n  # [gates, means], both standardised
-    same = _equal(gated, meant)
-    own = cosines.where(same, torch.tensor(math.nan, dtype=torch.float64))
-    found["gate_own_mean"][gated] = own.nanmean(dim=1)
-    usual = standardise(means.quantile(0.5, dim=0)[None]).double()[0]
-    found["gate_usual"][gated] = V @ usual / n
-    if len(gated) > 1:
-        found["gate_wins"][gated] = _wins(cosines, same)
-    return found
+            factors = [pool.experts[z].lora[site].A for z in read]
+            signs["input_pull"][read] = _input_pull(factors, means, _equal(read, meant))
+    if gated and meant:
+        V = standardise(gates).double()
+        U = standardise(means).double()
+        n = gates.shape[1]
+        cosines = V @ U.T / n  # [gates, means], both standardised
+        is_own = _equal(gated, meant)
+        signs["gate_own_mean"][gated] = cosines.masked_fill(~is_own, math.nan).nanmean(dim=1)
+        usual = standardise(means.quantile(0.5, dim=0)[None]).double()[0]
+        signs["gate_usual"][gated] = V @ usual / n
+        if len(gated) > 1:
+            signs["gate_wins"][gated] = _wins(cosines, is_own)
+    return signs
 
 
 def _equal(rows: Sequence[int], columns: Sequence[int]) -> Tensor:
@@ -311,9 +325,8 @@ def _equal(rows: Sequence[int], columns: Sequence[int]) -> Tensor:
 
 def _wins(scores: Tensor, same: Tensor) -> Tensor:
     """The share of others' means at which the `scores` [experts, means] of each are highest."""
-    first = functional.one_hot(scores.argmax(dim=0), len(scores)).bool().T
-    others = (~same).sum(dim=1).double()
-    return (first & ~same).sum(dim=1) / others.masked_fill(others == 0, math.nan)
+    is_first = functional.one_hot(scores.argmax(dim=0), len(scores)).bool().T
+    return is_first.double().masked_fill(same, math.nan).nanmean(dim=1)
 
 
 def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tensor:
@@ -331,13 +344,14 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
-    distances, traces, masks = [], [], []
-    means, factors, rests = (
-        torch.stack([e.readings[f"{READ}.{part}"] for e in pool.experts])
-        for part in ("mean", "factor", "rest")
-    )
-    for block in range(means.shape[1]):
-        mean, factor, rest = (t[:, block].double() for t in (means, factors, rests))
+    distances = []
+    traces = []
+    masks = []
+    means = _stacked(pool, "mean")
+    factors = _stacked(pool, "factor")
+    rests = _stacked(pool, "rest")
+    for block in zip(means, factors, rests, strict=True):
+        mean, factor, rest = (part.double() for part in block)
         away = mean - mean.quantile(0.5, dim=0)
         distances.append(ratios(away.norm(dim=1)))
         traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
@@ -348,71 +362,79 @@ def _of_readings(pool: Pool) -> dict[str, Tensor]:
         against = ratios(along.T).T  # [E, directions]
         against.fill_diagonal_(math.nan)
         masks.append(against.nanquantile(0.5, dim=1))
-    found = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
-    return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in found.items()}
+    signs = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
+    return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in signs.items()}
+
+
+def _stacked(pool: Pool, part: str) -> Tensor:
+    """A part of all experts' readings, by block: [b, E, ..]."""
+    return torch.stack([expert.readings[f"{READ}.{part}"] for expert in pool.experts], dim=1)
 
 
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
     """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
-    stored = [torch.empty(0) if e.embeddings is None else e.embeddings for e in pool.experts]
-    held = [functional.normalize(rows.float(), dim=-1) for rows in stored]
-    infos = [expert.info for expert in pool.experts]
-    made = {(info.embedder, info.embedding_form) for info in infos}
-    if len(made) > 1 or len({rows.shape[1] for rows in held}) > 1:
+    embeddings = list[Tensor]()
+    embedders = set[object]()
+    for expert in pool.experts:
+        stored = torch.empty(0) if expert.embeddings is None else expert.embeddings
+        embeddings.append(functional.normalize(stored.float(), dim=-1))
+        embedders.add((expert.info.embedder, expert.info.embedding_form, stored.shape[-1]))
+    if len(embedders) > 1:
         return {}  # of several embedders or forms: nothing to compare
-    counts = torch.tensor([len(rows) for rows in held])
-    owners, rows = torch.arange(len(held)).repeat_interleave(counts), torch.cat(held)
-    asked = _sample(counts)
-    own = functional.one_hot(owners[asked], len(held)).double()  # [asked, E]
-    equals, nearest = _neighbours(rows, owners, asked)
-    centroids = torch.stack([each.mean(dim=0) for each in held])
-    at_centroid = (rows[asked] @ functional.normalize(centroids, dim=1).T).argmax(dim=1)
+    counts = torch.tensor(list(map(len, embeddings)))
+    owners = torch.arange(len(pool)).repeat_interleave(counts)
+    rows = torch.cat(embeddings)
+    sample = _sample(counts)
+    is_own = functional.one_hot(owners[sample], len(pool)).double()  # [sample, E]
+    equals, nearest = _neighbours(rows, owners, sample)
+    centroids = torch.stack([stored.mean(dim=0) for stored in embeddings])
+    at_centroid = (rows[sample] @ functional.normalize(centroids, dim=1).T).argmax(dim=1)
     return {
         "embedding_count": ratios(counts.double()),
-        "embedding_copies": _copies(equals, own) / own.sum(dim=0),
-        "embedding_wins": _taken(own, nearest),
-        "centroid_wins": _taken(own, at_centroid),
+        "embedding_copies": _copies(equals, is_own) / is_own.sum(dim=0),
+        "embedding_wins": _taken(is_own, nearest),
+        "centroid_wins": _taken(is_own, at_centroid),
     }
 
 
 def _sample(counts: Tensor) -> Tensor:
     # Evenly spaced rows of each: everyone's neighbours among 36,000 would take a minute.
-    most = max(ASKED // len(counts), 2)
-    ends = counts.cumsum(dim=0).tolist()
-    spaced = [
-        torch.linspace(end - count, end - 1, min(count, most)).long()
-        for end, count in zip(ends, counts.tolist(), strict=True)
-    ]
-    return torch.cat(spaced)
+    most = max(SAMPLED // len(counts), 2)
+    sample = []
+    start = 0
+    for count in counts.tolist():
+        sample.append(torch.linspace(start, start + count - 1, min(count, most)).long())
+        start += count
+    return torch.cat(sample)
 
 
-def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the rows `asked`: who else has an equal one, bool [asked, E], and whose is nearest."""
-    equals, nearest = [], []
-    step = max(1, COSINES // len(rows))
-    for first in range(0, len(asked), step):
-        some = asked[first : first + step]
-        cosines = rows[some] @ rows.T
+def _neighbours(rows: Tensor, owners: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows in `sample`: who else has an equal one, bool [.., E], and whose is nearest."""
+    equals = []
+    nearest = []
+    for batch in torch.split(sample, max(1, COSINES // len(rows))):
+        cosines = rows[batch] @ rows.T
         # No row is its own neighbour.
-        cosines[torch.arange(len(some)), some] = -torch.inf
+        cosines[torch.arange(len(batch)), batch] = -torch.inf
         best = best_of_each(cosines, owners, int(owners[-1]) + 1)
         nearest.append(best.argmax(dim=1))
-        equals.append((best > SAME).scatter(1, owners[some][:, None], False))
+        equals.append((best > SAME).scatter(1, owners[batch][:, None], False))
     return torch.cat(equals), torch.cat(nearest)
 
 
-def _copies(equals: Tensor, own: Tensor) -> Tensor:
+def _copies(equals: Tensor, is_own: Tensor) -> Tensor:
     """How many rows of each expert are also others', [E]."""
-    shares = own.T @ equals.double() > 0  # [E, E]
+    shares = is_own.T @ equals.double() > 0  # [E, E]
     partners = shares.sum(dim=1)
     # The expert that shares rows with more others is blamed, or both if these are as many.
     blamed = partners[:, None] >= partners  # [expert, other]
-    return own.T @ (equals & blamed[own.argmax(dim=1)]).any(dim=1).double()
+    is_copied = (equals & blamed[is_own.argmax(dim=1)]).any(dim=1)
+    return is_own.T @ is_copied.double()
 
 
-def _taken(own: Tensor, winners: Tensor) -> Tensor:
-    """How much of the others' rows each expert wins, on average over who has some, [E]."""
-    won = own.T @ functional.one_hot(winners, own.shape[1]).double()
+def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
+    """How much of the others' rows each expert wins, on average over who has rows, [E]."""
+    won = is_own.T @ functional.one_hot(winners, is_own.shape[1]).double()
     shares = won / won.sum(dim=1, keepdim=True)
     return shares.fill_diagonal_(math.nan).nanmean(dim=0)
 
@@ -424,21 +446,24 @@ def _of_prompts(pool: Pool, base: Base) -> tuple[dict[str, Tensor], list[str]]:
     """
     readers = _readers(pool)
     experts = [pool.experts[z] for z in readers]
-    shown = [expert.prompts[:SHOWN] for expert in experts]
-    if len(readers) < 2 or not any(shown):
+    texts = list[str]()
+    owners = list[int]()
+    for z, expert in enumerate(experts):
+        for text in expert.prompts[:SHOWN]:
+            texts.append(text)
+            owners.append(z)
+    if len(readers) < 2 or not texts:
         return {}, ["No example prompts beside prompt statistics, so nothing to read."]
     chooser = open_chooser(Pool(tuple(experts)), base.tokenizer, router=READS)
     encoder = Encoder.of(base, Formatting(chat=chooser.in_chats))
-    prompts = [encoder.prompt(text) for texts in shown for text in texts]
+    prompts = [encoder.prompt(text) for text in texts]
     winners = chooser.score(prompts, base.model).argmax(dim=1)
-    counts = torch.tensor([len(texts) for texts in shown])
-    owners = torch.arange(len(experts)).repeat_interleave(counts)
-    taken = _taken(functional.one_hot(owners, len(experts)).double(), winners)
-    lost = Counter(zip(owners.tolist(), winners.tolist(), strict=True))
-    notes = [
-        f"Of {experts[z].name}'s {len(shown[z])} example prompts router discriminant gives {count} "
-        f"to {experts[winner].name}."
-        for (z, winner), count in lost.items()
-        if winner != z
-    ]
+    taken = _taken(functional.one_hot(torch.tensor(owners), len(experts)).double(), winners)
+    notes = []
+    for (z, winner), count in Counter(zip(owners, winners.tolist(), strict=True)).items():
+        if winner != z:
+            notes.append(
+                f"Of {experts[z].name}'s {owners.count(z)} example prompts router discriminant "
+                f"gives {count} to {experts[winner].name}."
+            )
     return _spread_out(lambda _: {"prompt_wins": taken}, pool, readers), notes

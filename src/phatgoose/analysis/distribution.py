@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,20 +47,22 @@ def site_label(site: str) -> SiteLabel:
     """The stack, block and kind in a name; the block is -1 for a site outside of blocks."""
     parts = site.split(".")
     stack = next((part for part in parts if part in STACKS), "")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return SiteLabel(stack, -1, site)
-    kind = [part for part in parts[numbers[0] + 1 :] if not part.isdigit() and part != "layer"]
-    return SiteLabel(stack, int(parts[numbers[0]]), ".".join(kind) or site)
+    for index, layer in enumerate(parts):
+        if layer.isdigit():
+            later = parts[index + 1 :]
+            kind = [part for part in later if not part.isdigit() and part != "layer"]
+            return SiteLabel(stack, int(layer), ".".join(kind) or site)
+    return SiteLabel(stack, -1, site)
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
     """The names of layers by number, and those of kinds in the order in which they come."""
-    found = list(labels)
-    stacks = list(dict.fromkeys(label.stack for label in found))
-    ordered = sorted(found, key=lambda label: (stacks.index(label.stack), label.layer))
-    layers = dict.fromkeys(label.layer_name for label in ordered)
-    return list(layers), list(dict.fromkeys(label.kind for label in found))
+    labels = list(labels)
+    stacks = list(dict.fromkeys(label.stack for label in labels))
+    kinds = dict.fromkeys(label.kind for label in labels)
+    labels.sort(key=lambda label: (stacks.index(label.stack), label.layer))
+    layers = dict.fromkeys(label.layer_name for label in labels)
+    return list(layers), list(kinds)
 
 
 # Called at each site of a pass, with 0 for prompt and 1 for answer, [rows, tokens] by stream.
@@ -73,26 +75,29 @@ def read_task(
     """Pass the prompts and right answers of `task.test` through the routed `model`, once each.
 
     So all routers read the same tokens. (The released code's distributions take the answer that the
-    model chose.) Beside the distribution over `experts`, a pool's of which the model may have some
-    only, are the weights [prompts, E] of those that were chosen for each prompt, in no order of the
-    data's; no rows for a router that chooses for tokens.
+    model chose.) The distribution is over `experts`, those of a pool; the model may have some of
+    them only. The second array has the weights [prompts, E] of those that were chosen for each
+    prompt, in no order of the data's. It has no rows for a router that chooses for tokens.
     """
-    parts, chosen = composition_of(model), list[dict[str, float]]()
+    parts = composition_of(model)
     tally = RoutingTally(experts, parts)
     pairs = encoder.pairs(task.test)
     prompts = [pair.prompt for pair in pairs]
-    name = f"routing of {one_line(task.name)}"
-    about: Any = {"task": task.name, "examples": task.test, "encoder": encoder}
+    title = f"routing of {one_line(task.name)}"
+    rows = []
     with (
-        tqdm(total=len(pairs), desc=name, disable=None, leave=False) as bar,
-        routing_for(model, prompts, **about) as before_pass,
+        tqdm(total=len(pairs), desc=title, disable=None, leave=False) as bar,
+        routing_for(
+            model, prompts, task=task.name, examples=task.test, encoder=encoder
+        ) as before_pass,
     ):
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)
             pass_through(model, encoder, [pairs[index] for index in batch], tally.add)
-            chosen += chosen_for_prompts(parts, parts.context.choice if parts.context else None)
+            choice = parts.context.choice if parts.context else None
+            for weights in chosen_for_prompts(parts, choice):
+                rows.append([weights.get(expert, 0.0) for expert in experts])
             bar.update(len(batch))
-    rows = [[row.get(name, 0.0) for name in experts] for row in chosen]
     return tally.distribution, np.array(rows, dtype=float).reshape(-1, len(experts))
 
 
@@ -107,17 +112,20 @@ def pass_through(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], see: Seer
 ) -> None:
     """Show `see` what the routed sites decide on `pairs`, in one pass without gradients."""
-    inputs, parts = dict[str, Tensor](), dict[Stream, Tensor]()
-    each = [streams_of(model, pair) for pair in pairs]
-    for stream in each[0]:
-        rows, marks = zip(*(streams[stream] for streams in each), strict=True)
-        prefix = "decoder_" if len(each[0]) > 1 and stream == "decoder" else ""
+    inputs = dict[str, Tensor]()
+    parts = dict[Stream, Tensor]()
+    streams_by_pair = [streams_of(model, pair) for pair in pairs]
+    streams = list(streams_by_pair[0])
+    for stream in streams:
+        rows, marks = zip(*(by_stream[stream] for by_stream in streams_by_pair), strict=True)
+        prefix = "decoder_" if stream != streams[0] else ""
+        ones = [[1] * len(row) for row in rows]
         inputs[f"{prefix}input_ids"] = pad_right(rows, encoder.tokenizer.pad_token_id)
-        inputs[f"{prefix}attention_mask"] = pad_right([[1] * len(row) for row in rows], 0)
+        inputs[f"{prefix}attention_mask"] = pad_right(ones, 0)
         parts[stream] = pad_right(marks, 0)
+    inputs = {name: rows.to(model.device) for name, rows in inputs.items()}
     with watch(model, lambda passed: see(passed, parts)), torch.inference_mode():
-        device = model.device
-        headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
+        headless(model)(**inputs, use_cache=False)
 
 
 def streams_of(
@@ -125,11 +133,13 @@ def streams_of(
 ) -> dict[Stream, tuple[list[int], list[int]]]:
     """The tokens that pass each stack, and for each token 0 in the prompt and 1 in the answer."""
     # The target's last token, the end of the sequence, is never read, as in scoring.
-    prompt, answer = pair.prompt, pair.target[:-1]
+    prompt = pair.prompt
+    answer = pair.target[:-1]
+    zeros = [0] * len(prompt)
     if model.config.is_encoder_decoder:
         answer = [model.config.decoder_start_token_id, *answer]
-        return {"encoder": (prompt, [0] * len(prompt)), "decoder": (answer, [1] * len(answer))}
-    return {"decoder": (prompt + answer, [0] * len(prompt) + [1] * len(answer))}
+        return {"encoder": (prompt, zeros), "decoder": (answer, [1] * len(answer))}
+    return {"decoder": (prompt + answer, zeros + [1] * len(answer))}
 
 
 Part = Literal["prompt", "answer"]
@@ -163,9 +173,9 @@ class RoutingDistribution:
         """Mean of `measure` over the tokens of `part` (None: all), [E] by site that any passed."""
         rows = {}
         for site, sums in self.sums[measure].items():
-            count, total = _of(self.tokens[site], part), _of(sums, part)
+            count = _of(self.tokens[site], part)
             if count > 0:
-                rows[site] = np.asarray(total / count)
+                rows[site] = np.asarray(_of(sums, part) / count)
         return rows
 
     def by_layer(self) -> dict[str, Array]:
@@ -182,18 +192,17 @@ class RoutingDistribution:
         return groups.get("", np.zeros(len(self.experts)))
 
     def token_entropy(self, part: Part | None = None) -> float:
-        """Mean entropy of one token's distribution at one site, over tokens, then sites; 0 for
-        none.
+        """Mean entropy of one token's distribution at one site: over tokens, then over sites.
 
-        `entropy(whole("probability"))` less this is the mutual information of expert with token and
-        site.
+        It is 0 if nothing passed. `entropy(whole("probability"))` less this is the mutual
+        information of expert with token and site.
         """
-        means = [
-            float(_of(total, part) / _of(self.tokens[site], part))
-            for site, total in self.entropies.items()
-            if _of(self.tokens[site], part) > 0
-        ]
-        return sum(means) / len(means) if means else 0.0
+        means = []
+        for site, total in self.entropies.items():
+            count = _of(self.tokens[site], part)
+            if count > 0:
+                means.append(float(_of(total, part) / count))
+        return sum(means) / max(1, len(means))
 
     def passed(self, part: Part | None = None) -> int:
         """Tokens of `part` at the site that most of them passed."""
@@ -213,19 +222,20 @@ class RoutingTally:
 
     def __init__(self, experts: Sequence[str], parts: Composition) -> None:
         self.experts = tuple(experts)
-        columns = torch.tensor([self.experts.index(name) for name in parts.experts])
-        self._count, self._columns = len(columns), columns
-        self._present = {s: columns[layer.experts.cpu()] for s, layer in parts.layers.items()}
-        names = (*MEASURES, "tokens", "entropies")
-        self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        self._columns = torch.tensor([self.experts.index(name) for name in parts.experts])
+        self._columns_at = {
+            site: self._columns[layer.experts.cpu()] for site, layer in parts.layers.items()
+        }
+        self._sums = defaultdict[str, dict[str, Tensor]](dict)
 
     def add(self, passed: SitePass, parts: Mapping[Stream, Tensor]) -> None:
-        site, groups = passed.site.name, _groups(passed, parts)  # [2, T]
-        dense = passed.dense_weights(self._count).abs()  # a mixture may subtract an expert
+        site = passed.site.name
+        groups = _groups(passed, parts)  # [2, T]
+        # A mixture may subtract an expert.
+        dense = passed.dense_weights(len(self._columns)).abs()
         used = torch.zeros(len(dense), len(self.experts)).index_copy_(1, self._columns, dense)
-        probabilities = torch.zeros_like(used).index_copy_(
-            1, self._present[site], passed.distribution().detach().float().cpu()
-        )
+        before_top_k = passed.distribution().detach().float().cpu()
+        probabilities = torch.zeros_like(used).index_copy_(1, self._columns_at[site], before_top_k)
         best = used.amax(dim=1, keepdim=True)
         first = ((used == best) & (used > 0)).float()
         rows = {
@@ -242,20 +252,20 @@ class RoutingTally:
 
     @property
     def distribution(self) -> RoutingDistribution:
-        sums = {
-            name: {site: rows.numpy().copy() for site, rows in sites.items()}
-            for name, sites in self._sums.items()
-        }
-        tokens, entropies = (
-            {site: rows[:, 0] for site, rows in sums[name].items()}
-            for name in ("tokens", "entropies")
+        return RoutingDistribution(
+            self.experts,
+            self._copied("tokens", 0),
+            {measure: self._copied(measure) for measure in MEASURES},
+            self._copied("entropies", 0),
         )
-        by_measure = {measure: sums[measure] for measure in MEASURES}
-        return RoutingDistribution(self.experts, tokens, by_measure, entropies)
+
+    def _copied(self, name: str, column: int | slice = slice(None)) -> dict[str, Array]:
+        return {site: sums[:, column].numpy().copy() for site, sums in self._sums[name].items()}
 
 
 def _groups(passed: SitePass, parts: Mapping[Stream, Tensor]) -> Tensor:
-    part, counted = parts.get(passed.site.stream), passed.is_real()
+    counted = passed.is_real()
+    part = parts.get(passed.site.stream)
     if part is None or part.shape != counted.shape:
         part = torch.zeros(counted.shape, dtype=torch.long)  # all tokens count as prompt
     groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
@@ -263,4 +273,6 @@ def _groups(passed: SitePass, parts: Mapping[Stream, Tensor]) -> Tensor:
 
 
 def _of(sums: Array, part: Part | None) -> Array:
-    return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
+    if part is None:
+        return np.asarray(sums.sum(axis=0))
+    return np.asarray(sums[PARTS.index(part)])

@@ -9,10 +9,10 @@ import html
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
@@ -66,32 +67,32 @@ def heat_maps(
     highest cells are shown.
     """
     oracle = oracle or {}
-    grids = {name: _grids(each) for name, each in distributions.items()}
+    grids_of = {dataset: _grids(spread) for dataset, spread in distributions.items()}
+    grids = [grid for by_stack in grids_of.values() for grid in by_stack.values()]
     experts = next(iter(distributions.values())).experts
-    every = [grid for each in grids.values() for grid in each.values()]
-    peaks = np.nanmax([np.nanmax(grid, axis=1) for grid in every], axis=0)
+    peaks = np.nanmax([np.nanmax(grid, axis=1) for grid in grids], axis=0)
     shown = _shown(experts, peaks, most, set(oracle.values()))
-    widths = [grid.shape[1] for grid in next(iter(grids.values())).values()]
-    widths += [1.5] if oracle else []
+    widths: list[float] = [grid.shape[1] for grid in next(iter(grids_of.values())).values()]
+    if oracle:
+        widths.append(1.5)
     height = 0.8 + len(shown.labels) * (0.2 if shown.is_few else 0.135)
     width = 1.3 + 0.07 * max(map(len, shown.labels)) + max(2.5, 0.16 * sum(widths))
-    figure = Figure(figsize=(width, 0.3 + height * len(grids)), layout="constrained")
-    panels = figure.subplots(
-        len(grids), len(widths), squeeze=False, sharey=True, width_ratios=widths
-    )
-    highest = max(float(np.nanmax(shown.of(grid))) for grid in every)
-    for row, (name, each) in zip(panels, grids.items(), strict=True):
-        for panel, (stack, grid) in zip(row, each.items(), strict=False):
+    rows = len(grids_of)
+    figure = Figure(figsize=(width, 0.3 + height * rows), layout="constrained")
+    panels = figure.subplots(rows, len(widths), squeeze=False, sharey=True, width_ratios=widths)
+    highest = max(float(np.nanmax(shown.of(grid))) for grid in grids)
+    for row, (dataset, by_stack) in zip(panels, grids_of.items(), strict=True):
+        for panel, (stack, grid) in zip(row, by_stack.items(), strict=False):
             image = _heat_map(panel, shown.of(grid), highest)
             panel.set_xlabel(f"{stack} layer".strip(), labelpad=1)
             panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         if oracle:
-            only = np.array([[expert == oracle.get(name)] for expert in experts], float)
+            only = np.array([[expert == oracle.get(dataset)] for expert in experts], float)
             _heat_map(row[-1], shown.of(only), 1.0)
             row[-1].set_xticks([0], ["Oracle"])
         row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=shown.font_size)
-        row[0].set_title(name, loc="left", fontsize=10)
-        row[0].set_ylabel(shown.said(distributions[name].whole()), fontsize=8)
+        row[0].set_title(dataset, loc="left", fontsize=10)
+        row[0].set_ylabel(shown.left_out(distributions[dataset].whole()), fontsize=8)
     figure.colorbar(image, ax=panels, label="mean weight", pad=0.01, aspect=30, shrink=0.9)
     return figure
 
@@ -107,27 +108,34 @@ def dataset_matrix(
     oracle = oracle or {}
     values = np.array(list(shares.values()))
     shown = _shown(experts, values.max(axis=0), most, set(oracle.values()))
-    grid, few = shown.of(values.T).T, shown.is_few
-    width = 2.2 + grid.shape[1] * (0.55 if few else 0.17)
+    grid = shown.of(values.T).T
+    width = 2.2 + grid.shape[1] * (0.55 if shown.is_few else 0.17)
     figure = Figure(figsize=(width, 1.6 + 0.3 * len(grid)), layout="constrained")
     panel = figure.subplots()
     image = _heat_map(panel, grid, float(grid.max()))
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
-    panel.set_xticks(range(grid.shape[1]), shown.labels, fontsize=shown.font_size, **turned)
+    panel.set_xticks(range(grid.shape[1]), shown.labels, fontsize=shown.font_size, rotation=90)
+    ring_size = 8
+    if shown.is_few:
+        for label in panel.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
+        ring_size = 17
+        _write_shares(panel, grid)
     panel.set_yticks(range(len(grid)), list(shares))
     for row, dataset in enumerate(shares):
-        for column in range(grid.shape[1]) if few else ():
-            bright = grid[row, column] > 0.45 * grid.max()
-            text, colour = f"{100 * grid[row, column]:.0f}", "black" if bright else "white"
-            panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         if dataset in oracle:
-            at = shown.labels.index(oracle[dataset])
+            column = shown.labels.index(oracle[dataset])
             for colour, width in (("white", 4.0), ("black", 2.0)):  # seen on any cell
-                size = 17 if few else 8
-                panel.plot(at, row, "o", ms=size, mfc="none", mec=colour, mew=width)
-    panel.set_xlabel(shown.said(values.mean(axis=0)), fontsize=8)
+                panel.plot(column, row, "o", ms=ring_size, mfc="none", mec=colour, mew=width)
+    panel.set_xlabel(shown.left_out(values.mean(axis=0)), fontsize=8)
     figure.colorbar(image, ax=panel, label="share of the weight", pad=0.01, aspect=15)
     return figure
+
+
+def _write_shares(panel: Axes, grid: Array) -> None:
+    for (row, column), share in np.ndenumerate(grid):
+        colour = "black" if share > 0.45 * grid.max() else "white"
+        text = f"{100 * share:.0f}"
+        panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def write_png(figure: Figure, path: str | Path) -> None:
@@ -168,34 +176,38 @@ class _Shown:
     def of(self, values: Array) -> Array:
         return np.asarray(values[self.rows])
 
-    def said(self, shares: Array) -> str:
+    def left_out(self, shares: Array) -> str:
         count = len(shares) - len(self.rows)
+        if count == 0:
+            return ""
         left = 1 - shares[self.rows].sum() / (shares.sum() or 1)
-        return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
+        return f"not shown: {count} experts with {left:.0%} of the weight"
 
 
-def _shown(experts: Sequence[str], peaks: Array, most: int, wanted: set[str]) -> _Shown:
-    """The `wanted` experts, and up to `most` in all those of the highest `peaks`."""
-    most = max(most, sum(name in wanted for name in experts))
-    ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
+def _shown(experts: Sequence[str], peaks: Array, most: int, first: set[str]) -> _Shown:
+    """The experts in `first`, and up to `most` in all those of the highest `peaks`."""
+    most = max(most, sum(name in first for name in experts))
+    ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in first, -peaks[z]))
     rows = sorted(ranked[:most])
     return _Shown([experts[z] for z in rows], rows)
 
 
 def _grids(distribution: RoutingDistribution) -> dict[str, Array]:
     """The mean weights by layer, [E, layers] of each stack."""
-    layers: dict[str, dict[int, Array]] = {}
+    stacks = defaultdict[str, dict[int, Array]](dict)
     labels = {label.layer_name: label for label in distribution.labels.values()}
     for name, mean in distribution.by_layer().items():
-        layers.setdefault(labels[name].stack, {})[labels[name].layer] = mean
+        label = labels[name]
+        stacks[label.stack][label.layer] = mean
     empty = np.full(len(distribution.experts), math.nan)
-    return {
-        stack: np.array([rows.get(layer, empty) for layer in range(max(rows) + 1)]).T
-        for stack, rows in layers.items()
-    }
+    grids = {}
+    for stack, means in stacks.items():
+        columns = [means.get(layer, empty) for layer in range(max(means) + 1)]
+        grids[stack] = np.array(columns).T
+    return grids
 
 
-def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
+def _heat_map(panel: Axes, grid: Array, highest: float) -> AxesImage:
     panel.spines[:].set_visible(False)
     return panel.imshow(
         grid, aspect="auto", cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,7 +44,7 @@ def concentration(p: ArrayLike) -> float:
     return float((as_distribution(p) ** 2).sum())
 
 
-def heaviest(weights: NDArray[Any], most: int) -> list[int]:
+def heaviest(weights: Array, most: int) -> list[int]:
     """The indices of the greatest weights, greatest first, without those of 0."""
     ranked = np.argsort(-weights, kind="stable")[:most]
     return [int(z) for z in ranked if weights[z] > 0]
@@ -54,7 +53,9 @@ def heaviest(weights: NDArray[Any], most: int) -> list[int]:
 def margins(weights: Array) -> Array:
     """By how much each row of `weights` [prompts, E] prefers its first expert to its second."""
     ranked = np.sort(weights, axis=1)
-    return np.asarray(ranked[:, -1] - (ranked[:, -2] if weights.shape[1] > 1 else 0))
+    if weights.shape[1] == 1:
+        return ranked[:, 0]
+    return np.asarray(ranked[:, -1] - ranked[:, -2])
 
 
 # Paper section 4.4: Oracle sends all tokens of a dataset to its best single expert. The paper finds
@@ -89,8 +90,8 @@ def smoothed(p: ArrayLike) -> Array:
 
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> float:
     """KL(p ‖ q) = sum of p ln(p/q), both smoothed alike, without which Oracle's zeros make it ∞."""
-    first, second = smoothed(p), smoothed(q)
-    return float(max(0.0, (first * np.log(first / second)).sum()))
+    first = smoothed(p)
+    return float(max(0.0, (first * np.log(first / smoothed(q))).sum()))
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,23 @@ class Correlation:
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     """Pearson's coefficient of pairs, where there is one (see the class)."""
-    first, second = np.asarray(x, float), np.asarray(y, float)
+    first = np.asarray(x, float)
+    second = np.asarray(y, float)
     n = len(first)
-    if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+    if n < 3:
+        return Correlation(n)
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
         return Correlation(n)
     # Scaled, since squares of the smallest numbers would be 0.
-    scaled = (values / np.abs(values).max() for values in (first, second))
-    r = float(np.corrcoef(*scaled)[0, 1])
+    first = first / np.abs(first).max()
+    second = second / np.abs(second).max()
+    r = float(np.corrcoef(first, second)[0, 1])
     if n == 3:
         return Correlation(n, Estimate(r, -1, 1))
     if abs(r) == 1:
         return Correlation(n, Estimate(r, r, r))
-    centre, half = math.atanh(r), Z / math.sqrt(n - 3)
+    centre = math.atanh(r)
+    half = Z / math.sqrt(n - 3)
     return Correlation(n, Estimate(r, math.tanh(centre - half), math.tanh(centre + half)))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,29 +62,34 @@ class Section(NamedTuple):
 
 
 def _scores(analysis: Analysis) -> Section:
-    rows, header = [], ["router"]
+    rows = []
+    header = ["router"]
     for name, router in analysis.routers.items():
         scores = list(router.scores.values())
         header = ["router", *(f"{score.task} (n = {score.n})" for score in scores), "mean"]
-        cells = [Estimate(s.score, s.low, s.high).in_per_cent for s in scores]
-        mean = sum(s.score for s in scores) / max(1, len(scores))
+        cells = [Estimate(score.score, score.low, score.high).in_per_cent for score in scores]
+        mean = sum(score.score for score in scores) / max(1, len(scores))
         rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
-    if analysis.oracle:
-        rows.append(["Oracle's expert", *analysis.oracle.values(), ""])
-    tables = [Table("Zero-shot score in %, with 95 % intervals", header, rows)]
-    return Section("scores", "Scores", tables=tables if header[1:-1] else [])
+    tables = list[Table]()
+    has_scores = len(header) > 2  # beside the router and the mean
+    if has_scores:
+        if analysis.oracle:
+            rows.append(["Oracle's expert", *analysis.oracle.values(), ""])
+        tables.append(Table("Zero-shot score in %, with 95 % intervals", header, rows))
+    return Section("scores", "Scores", tables=tables)
 
 
 def _prompts(analysis: Analysis) -> Section:
     """Which prompts went where, of the routers that choose for whole prompts."""
     tables = list[Table]()
+    names = (*analysis.experts, "the base")
     for name, router in analysis.routers.items():
         rows = []
         for dataset, weights in router.choices.items():
-            first_of_each = np.where(weights.any(1), weights.argmax(1), len(analysis.experts))
-            share = np.bincount(first_of_each, minlength=len(analysis.experts) + 1) / len(weights)
-            first = _most((*analysis.experts, "the base"), share, 3)
-            rows.append([dataset, str(len(weights)), first, f"{np.median(margins(weights)):.2f}"])
+            firsts = np.where(weights.any(1), weights.argmax(1), len(analysis.experts))
+            shares = np.bincount(firsts, minlength=len(names)) / len(weights)
+            margin = f"{np.median(margins(weights)):.2f}"
+            rows.append([dataset, str(len(weights)), _most(names, shares, 3), margin])
         if rows:
             header = ["dataset", "prompts", "most often first", "median margin"]
             tables.append(Table(f"{label_of(name)}: where prompts went", header, rows))
@@ -97,33 +103,45 @@ def _most(names: Sequence[str], shares: Array, count: int) -> str:
 
 def _varied(analysis: Analysis) -> dict[str, RouterAnalysis]:
     """The routers that differ from token to token or from layer to layer."""
+    return {name: router for name, router in analysis.routers.items() if not _is_flat(router)}
 
-    def is_flat(router: RouterAnalysis) -> bool:
-        layers = (list(each.by_layer().values()) for each in router.distributions.values())
-        return bool(router.choices) and all(np.allclose(each, each[0]) for each in layers)
 
-    return {name: router for name, router in analysis.routers.items() if not is_flat(router)}
+def _is_flat(router: RouterAnalysis) -> bool:
+    if not router.choices:
+        return False
+    for spread in router.distributions.values():
+        layers = list(spread.by_layer().values())
+        if not np.allclose(layers, layers[0]):
+            return False
+    return True
 
 
 def _usage(analysis: Analysis) -> Section:
     rows = []
     highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
     for name, router in analysis.routers.items():
-        weight = router.mean()
-        entropies = [each.token_entropy() for each in router.distributions.values()]
+        weights = router.mean()
+        entropies = [spread.token_entropy() for spread in router.distributions.values()]
         rows.append(
             [
                 label_of(name),
-                f"{effective_experts(weight):.1f}",
+                f"{effective_experts(weights):.1f}",
                 f"{effective_experts(router.mean('probability')):.1f}",
-                f"{concentration(weight):.3f}",
-                _most(analysis.experts, weight, 5),
+                f"{concentration(weights):.3f}",
+                _most(analysis.experts, weights, 5),
                 _most(analysis.experts, router.mean("first"), 1),
                 f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
             ]
         )
-    header = ["router", "effective experts (weights)", "effective experts (before top-k)"]
-    header += ["concentration", "most weight", "most often first", "decidedness of a token"]
+    header = [
+        "router",
+        "effective experts (weights)",
+        "effective experts (before top-k)",
+        "concentration",
+        "most weight",
+        "most often first",
+        "decidedness of a token",
+    ]
     sizes = f"{len(analysis.datasets)} datasets, {len(analysis.experts)} experts"
     return Section("usage", "Who is used", tables=[Table(sizes, header, rows)])
 
@@ -141,14 +159,16 @@ def _layers(analysis: Analysis) -> Section:
 
 def _divergences(analysis: Analysis) -> Section:
     rows = []
-    for name in analysis.routers if analysis.oracle else ():
-        if name != ORACLE:
-            each = [analysis.divergence(name, ORACLE, d) for d in analysis.datasets]
-            cells = [f"{divergence.to:.2f} / {divergence.back:.2f}" for divergence in each]
-            correlation = analysis.correlation(name)
-            r = correlation.pearson if correlation else None
-            interval = f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" if r else ""
-            rows.append([label_of(name), *cells, interval])
+    for name in analysis.routers:
+        if name == ORACLE or not analysis.oracle:
+            continue
+        row = [label_of(name)]
+        for dataset in analysis.datasets:
+            divergence = analysis.divergence(name, ORACLE, dataset)
+            row.append(f"{divergence.to:.2f} / {divergence.back:.2f}")
+        correlation = analysis.correlation(name)
+        r = correlation.pearson if correlation else None
+        rows.append([*row, f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" if r else ""])
     text = (
         "Divergence of a router's whole-model distribution before top-k from Oracle's, which has "
         f"all weight on one expert; both are mixed with {SMOOTHING:g} of the uniform one. r is "
@@ -172,7 +192,9 @@ def _datasets(analysis: Analysis) -> Section:
     return Section("datasets", "Datasets beside each other", figures=figures)
 
 
-REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
+REPORT = "report.html"
+NUMBERS = "analysis.json"
+FIGURES = "figures"
 
 
 def write_report(analysis: Analysis, folder: str | Path) -> Path:
@@ -185,7 +207,9 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
     content = json.dumps(analysis.to_dict(), ensure_ascii=False) + "\n"
     write_text(folder / NUMBERS, content, EvaluationError)
     write_text(folder / REPORT, report_page(analysis), EvaluationError)
-    figures, every, varied = folder / FIGURES, len(analysis.experts), _varied(analysis)
+    figures = folder / FIGURES
+    most = len(analysis.experts)
+    varied = _varied(analysis)
     with writing(folder, EvaluationError):
         figures.mkdir(exist_ok=True)
         for kind in ("layers", "datasets"):
@@ -195,40 +219,44 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
             # Whose settings may hold paths and colons.
             plain = re.sub(r"[^\w.=,-]+", "-", name)
             file = plain if plain == name else f"{plain}-{number}"
-            shares, oracle = router.by_dataset(), analysis.oracle
-            drawn = {"datasets": draw.dataset_matrix(shares, analysis.experts, oracle, every)}
+            shares = router.by_dataset()
+            matrix = draw.dataset_matrix(shares, analysis.experts, analysis.oracle, most)
+            draw.write_png(matrix, figures / f"datasets-{file}.png")
             if name in varied:
-                drawn["layers"] = draw.heat_maps(router.distributions, oracle, every)
-            for kind, figure in drawn.items():
-                draw.write_png(figure, figures / f"{kind}-{file}.png")
+                maps = draw.heat_maps(router.distributions, analysis.oracle, most)
+                draw.write_png(maps, figures / f"layers-{file}.png")
     return folder / REPORT
 
 
 def report_page(analysis: Analysis) -> str:
     """The report of `analysis` as one HTML page that loads nothing else."""
-    below = (_scores, _prompts, _usage, _layers, _divergences, _datasets)  # the token explorer
-    parts = [part for make in below if (part := make(analysis)).has_numbers]
-    findings = [
-        (label_of(name), finding.message)
-        for name, router in analysis.routers.items()
-        for finding in router.findings
-    ]
-    traces = [
-        {"name": f"{dataset} {number}, {label_of(name)}", "json": inline_json(trace.to_dict())}
-        for dataset in analysis.datasets
-        for name, router in analysis.routers.items()
-        for number, trace in enumerate(router.traces.get(dataset, ()), 1)
-    ]
-    sections = [("findings", "What looks wrong")] if findings else []
-    sections += [("tokens", "Token by token")] if traces else []
-    sections += [(part.id, part.name) for part in parts]
+    findings = list[tuple[str, str]]()
+    traces = list[dict[str, str]]()
+    for name, router in analysis.routers.items():
+        findings += ((label_of(name), finding.message) for finding in router.findings)
+    for dataset, (name, router) in product(analysis.datasets, analysis.routers.items()):
+        for number, trace in enumerate(router.traces.get(dataset, ()), 1):
+            title = f"{dataset} {number}, {label_of(name)}"
+            traces.append({"name": title, "json": inline_json(trace.to_dict())})
+    sections = []
+    if findings:
+        sections.append(("findings", "What looks wrong"))
+    if traces:
+        sections.append(("tokens", "Token by token"))
+    parts = []  # below the token explorer
+    for make in (_scores, _prompts, _usage, _layers, _divergences, _datasets):
+        part = make(analysis)
+        if part.has_numbers:
+            parts.append(part)
+            sections.append((part.id, part.name))
+    summary = ", ".join(map(label_of, analysis.routers)) + f" on {', '.join(analysis.datasets)}"
     limit = analysis.settings.get("limit")
-    routers = ", ".join(map(label_of, analysis.routers))
-    most = f", {limit} examples each at most" if limit else ""
+    if limit:
+        summary += f", {limit} examples each at most"
     return render(
         "report.html.jinja",
         title=f"Routing of {len(analysis.experts)} experts",
-        summary=f"{routers} on {', '.join(analysis.datasets)}{most}.",
+        summary=f"{summary}.",
         css=asset("report.css") + asset(EXPLORER_CSS),
         script=asset(EXPLORER_JS) + asset("report.js"),
         sections=sections,

@@ -6,9 +6,10 @@ docs/analysis.md has the JSON form ("Traces"), which the token explorer of the r
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,29 +73,32 @@ class TraceStream:
 
     def without_experts(self, token: str, part: int) -> TraceStream:
         shape = (1, *self.experts.shape[1:])
-        no_expert = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
-        return replace(self, tokens=(token,), parts=(part,), **no_expert)  # type: ignore[arg-type]
+        return replace(
+            self,
+            tokens=(token,),
+            parts=(part,),
+            experts=np.zeros(shape, np.uint16),
+            weights=np.zeros(shape, np.uint8),
+        )
 
-    def tokens_dict(self) -> dict[str, Any]:
+    def tokens_dict(self) -> dict[str, object]:
         """The tokens alone, as plain data that the token explorer can append."""
-
-        def base64(array: NDArray[Any]) -> str:
-            return b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
-
         return {
             "tokens": list(self.tokens),
             "parts": list(self.parts),
-            "experts": base64(self.experts.astype("<u2")),
-            "weights": base64(self.weights),
+            "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
+            "weights": b64encode(self.weights.tobytes()).decode(),
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         layers, kinds = layers_and_kinds(self.sites)
         return {
             "name": self.name,
             "layers": layers,
             "kinds": kinds,
-            "sites": [[layers.index(s.layer_name), kinds.index(s.kind)] for s in self.sites],
+            "sites": [
+                [layers.index(site.layer_name), kinds.index(site.kind)] for site in self.sites
+            ],
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
             **self.tokens_dict(),
@@ -114,7 +118,7 @@ class Trace:
     streams: tuple[TraceStream, ...]
     whole: tuple[tuple[str, float], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "format": "phatgoose-trace-1",
             "router": self.router,
@@ -130,71 +134,86 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
     by_name: dict[str, list[TraceStream]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
-    return [
-        replace(
-            same[0],
-            tokens=tuple(token for part in same for token in part.tokens),
-            parts=tuple(number for part in same for number in part.parts),
-            experts=np.concatenate([part.experts for part in same]),
-            weights=np.concatenate([part.weights for part in same]),
-        )
-        for same in by_name.values()
-    ]
+    return [_joined(pieces) for pieces in by_name.values()]
+
+
+def _joined(pieces: Sequence[TraceStream]) -> TraceStream:
+    return replace(
+        pieces[0],
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
+        parts=tuple(part for piece in pieces for part in piece.parts),
+        experts=np.concatenate([piece.experts for piece in pieces]),
+        weights=np.concatenate([piece.weights for piece in pieces]),
+    )
 
 
 def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
     """The trace of a prompt and the answer after it through the routed `model`, in one pass."""
-    parts, keeper = composition_of(model), TraceKeeper()
+    parts = composition_of(model)
+    keeper = TraceKeeper()
     pass_through(model, encoder, [pair], lambda passed, _: keeper.add(passed))
     passed = keeper.streams()
-    streams = (
-        passed[name].some(slice(None), texts_of(encoder.tokenizer, tokens), marks)
-        for name, (tokens, marks) in streams_of(model, pair).items()
-        if name in passed
-    )
-    whole = chosen_for_whole(parts, parts.context.choice if parts.context else None)
-    return Trace(parts.experts, parts.routing.router, tuple(streams), whole)
+    streams = []
+    for name, (tokens, marks) in streams_of(model, pair).items():
+        if name in passed:
+            texts = texts_of(encoder.tokenizer, tokens)
+            streams.append(passed[name].some(slice(None), texts, marks))
+    choice = parts.context.choice if parts.context else None
+    chosen = chosen_for_whole(parts, choice)
+    return Trace(parts.experts, parts.routing.router, tuple(streams), chosen)
 
 
 def chosen_for_whole(parts: Composition, choice: Choice | None) -> tuple[tuple[str, float], ...]:
     """A trace's `whole`, where the model's context has this `choice` for one text."""
-    return tuple(
-        item for row in chosen_for_prompts(parts, choice) for item in (row or ALONE).items()
-    )
+    chosen = list[tuple[str, float]]()
+    for weights in chosen_for_prompts(parts, choice):
+        chosen += (weights or ALONE).items()
+    return tuple(chosen)
 
 
 class TraceKeeper:
     """Keeps the experts of greatest weight at each site, from one pass of one row or many."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
+        self._sites = defaultdict[str, list[_SiteTrace]](list)
 
     def add(self, passed: SitePass) -> None:
-        site, weights = passed.site, passed.weights.detach().float().cpu()
-        kept = highest(weights, min(MOST_KEPT, weights.shape[1]))
-        best, shares = passed.experts.cpu().gather(1, kept), weights.gather(1, kept)
-        is_cut = weights.shape[1] > MOST_KEPT
-        self._seen.setdefault(site.stream, []).append((site.name, best, shares, is_cut))
+        weights = passed.weights.detach().float().cpu()
+        k = weights.shape[1]
+        kept = highest(weights, min(MOST_KEPT, k))
+        experts = passed.experts.cpu().gather(1, kept)
+        site = _SiteTrace(passed.site.name, experts, weights.gather(1, kept), k > MOST_KEPT)
+        self._sites[passed.site.stream].append(site)
 
     def streams(self) -> dict[str, TraceStream]:
         """The streams that were passed; `TraceStream.some` adds texts and parts."""
-        return {name: self._stream(name) for name in self._seen}
-
-    def _stream(self, name: str) -> TraceStream:
-        tokens = max(len(best) for _, best, _, _ in self._seen[name])
-        # Sites inside a mixture of experts of the base's own see some of the tokens only.
-        seen = [each for each in self._seen[name] if len(each[1]) == tokens]
-        shape = (tokens, len(seen), max(best.shape[1] for _, best, _, _ in seen))
-        experts, shares = np.zeros(shape, np.uint16), np.zeros(shape)
-        for index, (_, best, weights, _) in enumerate(seen):
-            experts[:, index, : best.shape[1]] = best.numpy()
-            shares[:, index, : best.shape[1]] = weights.numpy()
-        sites = tuple(site_label(site) for site, _, _, _ in seen)
-        is_cut = any(is_cut for _, _, _, is_cut in seen)
-        return TraceStream(name, (), (), sites, experts, _in_bytes(shares), is_cut)
+        return {name: _stream(name, sites) for name, sites in self._sites.items()}
 
 
-def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
+class _SiteTrace(NamedTuple):
+    name: str
+    experts: Tensor  # [T, k], best first
+    weights: Tensor  # theirs
+    is_cut: bool
+
+
+def _stream(name: str, sites: Sequence[_SiteTrace]) -> TraceStream:
+    tokens = max(len(site.experts) for site in sites)
+    # Sites inside a mixture of experts of the base's own see some of the tokens only.
+    sites = [site for site in sites if len(site.experts) == tokens]
+    shape = (tokens, len(sites), max(site.experts.shape[1] for site in sites))
+    experts = np.zeros(shape, np.uint16)
+    shares = np.zeros(shape)
+    for index, site in enumerate(sites):
+        k = site.experts.shape[1]
+        experts[:, index, :k] = site.experts.numpy()
+        shares[:, index, :k] = site.weights.numpy()
+    labels = tuple(site_label(site.name) for site in sites)
+    is_cut = any(site.is_cut for site in sites)
+    return TraceStream(name, (), (), labels, experts, _in_bytes(shares), is_cut)
+
+
+def _in_bytes(shares: Array) -> NDArray[np.uint8]:
     """Shares [.., k] in 255ths whose sum is the rounded sum of the shares, 1 at most.
 
     A mixture of one's own may have others: sizes count, scaled down to a sum of 1.

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,6 @@ from ..files import (
     new_directory,
     new_file,
     parse_json,
-    prefetch,
     read_json,
     reading,
     sha256_of,
@@ -80,10 +80,13 @@ def write_saved(
 
 def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """`records` with the last name alone in place of a path on this machine."""
-    return [
-        {**each, "path": path if HubReference.is_one(path) else Path(path).name}
-        for each, path in ((each, each.get("path") or "") for each in records)
-    ]
+    shared = []
+    for record in records:
+        path = record.get("path") or ""
+        if not HubReference.is_one(path):
+            path = Path(path).name
+        shared.append({**record, "path": path})
+    return shared
 
 
 # Reading: the description, then every tensor against it and the others.
@@ -123,7 +126,7 @@ class Description:
     lookup: Lookup = field(default_factory=Lookup)
 
     def __post_init__(self) -> None:
-        count = len({each.name for each in self.experts})
+        count = len({record.name for record in self.experts})
         numbers = {0, *self.lookup.experts_by_task.values()}
         if count < len(self.experts) or not numbers <= {*range(count)}:
             raise ValueError(
@@ -149,7 +152,7 @@ class SavedModel:
     base: BaseReference
     tensors: TensorFile
     router: Router
-    sizes: Mapping[str, Mapping[Any, int]]
+    sizes: Mapping[str, Mapping[str | int, int]]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -161,17 +164,21 @@ class SavedModel:
 
     def at(self, site: str) -> SitePart:
         """The experts at `site`, and their router's tensors there."""
-        of_kinds = (name for part in parts_of_kinds().values() for name in part.names().values())
-        full = {n: f"{n}.{site}" for n in ("experts", "folded", *self.router.sizes, *of_kinds)}
-        tensors = {name: self.tensors[key] for name, key in full.items() if key in self.tensors}
-        state = {name: tensors[name] for name in ("folded", *self.router.sizes) if name in tensors}
+        state = self._at(site, ("folded", *self.router.sizes))
+        tensors = self._at(site, ("experts",))
+        for part in parts_of_kinds().values():
+            tensors |= self._at(site, part.names().values())
         return SitePart(SiteStack.of(tensors, tensors["experts"]), state)
+
+    def _at(self, site: str, names: Iterable[str]) -> dict[str, Tensor]:
+        keys = {name: f"{name}.{site}" for name in names}
+        return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
 
     @property
     def tables(self) -> Tables:
-        every = self.tensors.under("lookup")
-        tensors = {name: each for name, each in every.items() if not name.startswith(OF_BASE)}
-        base = dict(every.under(OF_BASE[:-1]))
+        stored = self.tensors.under("lookup")
+        tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(OF_BASE)}
+        base = dict(stored.under(OF_BASE[:-1]))
         return Tables(self.names, tensors, self.info.get("lookup", {}), base)
 
 
@@ -188,9 +195,12 @@ def read_saved(directory: Path) -> SavedModel:
         raise RoutingError(f"{directory / ROUTED_INFO} is not valid: {error}") from error
     path = directory / ROUTED_WEIGHTS
     tensors = TensorFile(path)
-    # Both looks at once, while the file's pages are in memory.
-    _, sha256 = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
-    _require(sha256 == about.weights_sha256, path, "it was changed after it was written")
+    # Both at once, while the file's pages are in memory.
+    with ThreadPoolExecutor(1) as worker:
+        hashing = worker.submit(tensors.sha256)
+        tensors.check_finite()
+    if hashing.result() != about.weights_sha256:
+        raise RoutingError(f"{path}: it was changed after it was written.")
     return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
 
@@ -198,12 +208,21 @@ def _checked(
     file: TensorFile, info: Mapping[str, Any], router: Router
 ) -> dict[str, dict[str | int, int]]:
     """The sizes of each site's tensors, by letter; ExpertError where tensors don't fit."""
-    count, by_site = len(info["experts"]), defaultdict[str, dict[str, Tensor]](dict)
-    for name in file:
-        kind, _, site = name.partition(".")
-        place, short = (kind, site) if kind == "lookup" else (site, kind)
-        by_site[place][short] = file[name]
-    tables, where = by_site.pop("lookup", {}), f"{file.path}, lookup"
+    count = len(info["experts"])
+    by_site = defaultdict[str, dict[str, Tensor]](dict)
+    for key in file:
+        name, _, site = key.partition(".")
+        if name == "lookup":
+            name, site = site, name
+        by_site[site][name] = file[key]
+    _check_tables(f"{file.path}, lookup", by_site.pop("lookup", {}), count, router)
+    return {
+        site: _check_site(f"{file.path}, {site}", tensors, count, router)
+        for site, tensors in by_site.items()
+    }
+
+
+def _check_tables(where: str, tables: Mapping[str, Tensor], pool_size: int, router: Router) -> None:
     forms: dict[str, Sequence[str | int]] = {}
     if isinstance(router, ByPrompt):
         forms |= router.prompt_sizes
@@ -211,18 +230,17 @@ def _checked(
         for name, form in router.later_sizes.items():
             if name in tables or (has_base and name.startswith(OF_BASE)):
                 forms[name] = form
-    sized = {name: [count if x == "E" else x for x in form] for name, form in forms.items()}
-    check_parts(where, sized, tables, (torch.float32,), {OWNERS: INDICES})
-    owners = tables.get(OWNERS, torch.zeros(1))
-    _require(_is_within(owners, count), where, "owners must number experts")
-    rests = [tensor for name, tensor in tables.items() if name.endswith(".rest")]
-    _require(not any(bool((each < 0).any()) for each in rests), where, "variances are below 0")
-    lengths = [tables[name].norm(dim=-1).max() for name in UNIT if name in tables]
-    _require(all(each <= LONGEST for each in lengths), where, "unit vectors are longer than 1")
-    return {
-        site: _check_site(f"{file.path}, {site}", tensors, count, router)
-        for site, tensors in by_site.items()
-    }
+    for name, form in forms.items():
+        forms[name] = [pool_size if size == "E" else size for size in form]
+    check_parts(where, forms, tables, (torch.float32,), {OWNERS: INDICES})
+    if OWNERS in tables and not _is_within(tables[OWNERS], pool_size):
+        raise RoutingError(f"{where}: owners must number experts.")
+    for name, table in tables.items():
+        if name.endswith(".rest") and (table < 0).any():
+            raise RoutingError(f"{where}: variances are below 0.")
+    for name in UNIT:
+        if name in tables and tables[name].norm(dim=-1).max() > LONGEST:
+            raise RoutingError(f"{where}: unit vectors are longer than 1.")
 
 
 def _check_site(
@@ -233,38 +251,44 @@ def _check_site(
     E are the experts of the site, n its inputs, d its outputs. Other letters of a part of a stack,
     such as the rank, are its own: they have its name before them.
     """
-    is_folded, types = "folded" in tensors, {"experts": INDICES}
+    is_folded = "folded" in tensors
+    types = {"experts": INDICES}
     forms: dict[str, Sequence[str]] = {"experts": "E"}
     forms |= {"folded": "dn"} if is_folded else router.sizes
     for part in parts_of_kinds().values():
         names = part.names()
-        if any(name in tensors for name in names.values()):
-            for each, form in part.forms().items():
+        if tensors.keys().isdisjoint(names.values()):
+            continue
+        for field_name, form in part.forms().items():
+            name = names[field_name]
+            if name in tensors or not form.optional:
                 letters = [x if x in "nd" else f"{part.name}.{x}" for x in form.sizes]
-                if not form.optional or names[each] in tensors:
-                    forms[names[each]] = [f"{part.name}.E", *letters]
-                    types[names[each]] = form.types
-    sizes, experts = check_parts(where, forms, tensors, FLOATS, types), tensors["experts"]
-    in_order = _is_within(experts, pool_size) and bool((experts.diff() > 0).all())
-    _require(in_order, where, "experts must be the pool's, in order, each of them once")
+                forms[name] = [f"{part.name}.E", *letters]
+                types[name] = form.types
+    sizes = check_parts(where, forms, tensors, FLOATS, types)
+    experts = tensors["experts"]
+    if not _is_within(experts, pool_size) or (experts.diff() <= 0).any():
+        raise RoutingError(f"{where}: experts must be the pool's, in order, each of them once.")
     stack = SiteStack.of(tensors, experts)
-    rows = list(stack.rows().values())  # of a part without rows: all of them
-    every = torch.cat(rows).sort().values if rows else torch.empty(0)
-    count = sum(len(next(iter(each.tensors().values()))) for each in stack.parts.values())
-    is_whole = count == sizes["E"] and every.equal(torch.arange(count))
-    is_whole = not rows and router.folds if is_folded else is_whole
-    _require(is_whole, where, f"there isn't one module for each of {sizes['E']} experts")
+    if is_folded:
+        has_modules = router.folds and not stack.parts
+    else:
+        has_modules = _has_one_for_each(stack, sizes["E"])
+    if not has_modules:
+        raise RoutingError(f"{where}: there isn't one module for each of {sizes['E']} experts.")
     return sizes
 
 
+def _has_one_for_each(stack: SiteStack, count: int) -> bool:
+    modules = sum(len(next(iter(part.tensors().values()))) for part in stack.parts.values())
+    rows = list(stack.rows().values())  # of a part without rows: all of them
+    if modules != count or not rows:
+        return False
+    return torch.cat(rows).sort().values.equal(torch.arange(count))
+
+
 def _is_within(indices: Tensor, count: int) -> bool:
-    least, most = (int(end) for end in indices.aminmax())
-    return least >= 0 and most < count
-
-
-def _require(holds: bool, where: object, told: str) -> None:
-    if not holds:
-        raise RoutingError(f"{where}: {told}.")
+    return int(indices.min()) >= 0 and int(indices.max()) < count
 
 
 def base_of(directory: str | Path) -> BaseReference:
@@ -284,11 +308,14 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     PoolError when a name is taken or vectors are missing, WrongBaseError and ExpertError when an
     expert doesn't fit, BaseModelError when a base that is needed can't be loaded.
     """
-    pool, folder = Pool.open(pool), Path(directory).resolve()  # a link stays
+    pool = Pool.open(pool)
+    folder = Path(directory).resolve()  # a link stays
     saved = read_saved(folder)
     _check_changeable(saved)
-    router, tables = saved.router, saved.tables
-    if taken := sorted({*saved.names} & {*pool.names}):
+    router = saved.router
+    tables = saved.tables
+    taken = sorted({*saved.names} & {*pool.names})
+    if taken:
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     check_base(pool.base, saved.base)
     if pool.unread and isinstance(router, ByPrompt):
@@ -298,7 +325,9 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     records = [*saved.records, *pool.records()]
     router.check(pool)
     check_measured(router, pool, records)
-    sizes = {s: {x: each[x] for x in "nd" if x in each} for s, each in saved.sizes.items()}
+    sizes = {}
+    for site, by_letter in saved.sizes.items():
+        sizes[site] = {letter: by_letter[letter] for letter in "nd" if letter in by_letter}
     check_alike(pool.experts, sizes)
     if isinstance(router, ByPrompt):
         tables = tables.grown(router.tables(pool))
@@ -325,8 +354,9 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     _check_changeable(saved)
     leaving = sorted(set(names))
     staying = [z for z, name in enumerate(saved.names) if name not in leaving]
-    if len(staying) + len(leaving) > len(saved.names) or not staying:
-        hint = "".join(closest(name, saved.names) for name in leaving if name not in saved.names)
+    missing = [name for name in leaving if name not in saved.names]
+    if missing or not staying:
+        hint = "".join(closest(name, saved.names) for name in missing)
         raise PoolError(
             f"{', '.join(map(shortened, leaving))} can't leave: there must be such experts, and "
             f"others besides; there are {', '.join(saved.names)}.{hint}"
@@ -340,9 +370,10 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
 
 
 def _check_changeable(saved: SavedModel) -> None:
-    folded = any(name.startswith("folded.") for name in saved.tensors)
-    if why := FOLDED if folded else saved.router.why_fixed:
-        raise RoutingError(why)
+    if any(name.startswith("folded.") for name in saved.tensors):
+        raise RoutingError(FOLDED)
+    if saved.router.why_fixed:
+        raise RoutingError(saved.router.why_fixed)
 
 
 def _rewritten(
@@ -370,5 +401,6 @@ def _rewritten(
         write_saved(work, {**saved.info, "experts": shareable(records)}, sites, tables)
         changed = read_saved(work)
         now, _ = read_description(folder / ROUTED_INFO)
-        _require(now == saved.info, folder, "another process has changed it meanwhile; try again")
+        if now != saved.info:
+            raise RoutingError(f"{folder}: another process has changed it meanwhile; try again.")
     return changed

@@ -10,7 +10,7 @@ Every kernel is a function `(u, experts, weights, A, B) -> delta` of
     B        [E, r, d]  LoRA factors, transposed, so that both unfold without a copy; scaled
     delta    [T, d]     in the dtype of u
 and gives the same numbers and gradients as `reference`, up to rounding (`native` and `triton` have
-no gradients). None waits for the device, but for `grouped` where its docstring says so.
+no gradients). Only `grouped` may wait for the device, where its docstring says so.
 
     reference  a loop that reads like the paper                      the oracle of all others
     concat     all experts side by side, unchosen ones times zero    few experts
@@ -19,7 +19,8 @@ no gradients). None waits for the device, but for `grouped` where its docstring 
     native     the same in C++                                       CPUs, without gradients
     triton     gather and grouped as Triton programs                 GPUs, without gradients
 
-None checks its arguments: shapes were checked when files were read, types where kernels are chosen.
+Kernels don't check arguments: shapes were checked when files were read, types where kernels are
+chosen.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
                 f"bfloat16 on CPUs, triton: GPUs, both without gradients); use kernel auto."
             )
         return KERNELS[name]
-    (tokens, k), E = experts.shape, len(A)
+    tokens, k = experts.shape
+    E = len(A)
     if 2 * k <= E:
         if native.runs_natively(u, A, B):
             return native.native
@@ -73,17 +75,20 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
             return triton_gpu.triton_gpu
     if 2 * tokens * k < E:
         return plain.gather
+    has_many = 20 * k < E and tokens * k > 4 * E
     may_read_counts = u.device.type == "cpu" and not torch.compiler.is_compiling()
-    if 20 * k < E and tokens * k > 4 * E and (may_read_counts or is_one_call(A, B)):
+    if has_many and (may_read_counts or is_one_call(A, B)):
         return plain.grouped
     return plain.concat
 
 
 def one_call(name: str, y: Tensor, u: Tensor, stacked: native.Stacked, k: int) -> AddRouted | None:
     """What chooses experts and adds their product to y in one call; None where nothing can."""
-    tensors, (vectors, A, _) = (y, u, *stacked), stacked
+    vectors, A, _ = stacked
     has_no_gaps = u.is_contiguous() and vectors.is_contiguous()
-    if name in (AUTO, "native") and has_no_gaps and native.runs_natively(*tensors):
+    if name in (AUTO, "native") and has_no_gaps and native.runs_natively(y, u, *stacked):
         return native.add_routed
-    few = name == "triton" or (name == AUTO and 2 * k <= len(A))
-    return triton_gpu.add_routed if few and triton_gpu.runs_on_triton(*tensors) else None
+    takes_triton = name == "triton" or (name == AUTO and 2 * k <= len(A))
+    if takes_triton and triton_gpu.runs_on_triton(y, u, *stacked):
+        return triton_gpu.add_routed
+    return None

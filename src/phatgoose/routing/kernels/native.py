@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -37,12 +37,13 @@ FLAGS = (*OPTIMISED, "-march=native", "-fopenmp")
 MORE_FLAGS = "PHATGOOSE_NATIVE_FLAGS"
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
-ROUTING = (*[INDEX] * 4, ctypes.c_float, ctypes.c_int)  # tokens, n, E, k, eps, standardised
+POINTER = ctypes.c_void_p
+INDEX = ctypes.c_int64
+ROUTING = [INDEX] * 4 + [ctypes.c_float, ctypes.c_int]  # tokens, n, E, k, eps, standardised
 SIGNATURES = {
-    "route": (*[POINTER] * 2, *ROUTING, *[POINTER] * 2, INDEX),
-    "update": (*[POINTER] * 6, *[INDEX] * 7),
-    "routed_update": (*[POINTER] * 5, *ROUTING, *[INDEX] * 3),
+    "route": [POINTER] * 2 + ROUTING + [POINTER] * 2 + [INDEX],
+    "update": [POINTER] * 6 + [INDEX] * 7,
+    "routed_update": [POINTER] * 5 + ROUTING + [INDEX] * 3,
 }
 
 
@@ -59,8 +60,8 @@ def load_built(source: Path) -> ctypes.CDLL:
     # The compiler's macros name its version and this processor: both belong to the cache's key.
     macros = run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
     # Loaded for all by torch already: naming it would bring in a second runtime (`shipped`).
-    is_there = hasattr(ctypes.pythonapi, "GOMP_parallel") and b"__clang__" not in macros
-    linking = (*LINKED, *(() if is_there else ("-fopenmp",)), *more)
+    is_loaded = hasattr(ctypes.pythonapi, "GOMP_parallel") and b"__clang__" not in macros
+    linking = [*LINKED, *more] if is_loaded else [*LINKED, "-fopenmp", *more]
     compiling = (*FLAGS, *more, "-c")
     content = source.read_bytes() + macros + " ".join((compiler, *compiling, *linking)).encode()
     name = f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -72,7 +73,8 @@ def load_built(source: Path) -> ctypes.CDLL:
             (folder / name).unlink()
     # Beside its place, so that it is complete before it has the name that others look for.
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
-        compiled, built = str(Path(work) / "compiled.o"), Path(work) / name
+        compiled = str(Path(work) / "compiled.o")
+        built = Path(work) / name
         run(compiler, *compiling, "-o", compiled, str(source))
         run(compiler, *linking, "-o", str(built), compiled)
         if folder:
@@ -98,25 +100,24 @@ def _private_cache() -> Path | None:
 
 def runs_natively(*tensors: Tensor) -> bool:
     """True when the library is there and can take `tensors`: one type, CPU, no gradients."""
-    return (
-        _are_of_one_type(tensors)
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and _library() is not None
-    )
+    if not _are_of_one_type(tensors) or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return _library() is not None
 
 
 def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The routed product of `kernels`, expert by expert, [T, d]; where `runs_natively(u, A, B)`."""
-    (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
-    # Addresses are of rows without gaps; these names also keep copies alive during the call.
-    u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()
-    weights = weights.float().contiguous()
+    tokens, k = experts.shape
+    E, r, n = A.shape
+    d = B.shape[2]
     delta = u.new_zeros(tokens, d)  # whatever torch's default device is
-    if _function("update", u.dtype)(
-        *(t.data_ptr() for t in (delta, u, experts, weights, A, B)),
-        *(tokens, k, E, r, n, d, torch.get_num_threads()),
-    ):
+    # Addresses are of rows without gaps; this list also keeps copies alive during the call.
+    tensors = [part.contiguous() for part in (delta, u, experts, weights.float(), A, B)]
+    addresses = [part.data_ptr() for part in tensors]
+    sizes = (tokens, k, E, r, n, d)
+    if _function("update", u.dtype)(*addresses, *sizes, torch.get_num_threads()):
         raise IndexError(f"An index is not among the {E} experts.")  # found in C++
     return delta
 
@@ -128,15 +129,23 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     v̄ᵀu / (sqrt(var(u) + eps) √n), with None |vᵀu|. Returns experts [T, k] int64, best first, of
     equals the first, and weights [T, k] float32: the softmax.
     """
-    (tokens, n), E = u.shape, len(vectors)
-    u, vectors = u.contiguous(), vectors.contiguous()
+    tokens, n = u.shape
+    u = u.contiguous()
+    vectors = vectors.contiguous()
     experts = u.new_empty(tokens, k, dtype=torch.int64)
     weights = u.new_empty(tokens, k, dtype=torch.float32)
     _function("route", u.dtype)(
-        *(u.data_ptr(), vectors.data_ptr(), tokens, n, E, k),
-        # Without eps nothing is standardised; the flag says so, since ctypes has no None of a
-        # float.
-        *(eps or 0.0, eps is not None, experts.data_ptr(), weights.data_ptr()),
+        u.data_ptr(),
+        vectors.data_ptr(),
+        tokens,
+        n,
+        len(vectors),
+        k,
+        # Without eps nothing is standardised; the flag says so: ctypes has no None of a float.
+        eps or 0.0,
+        eps is not None,
+        experts.data_ptr(),
+        weights.data_ptr(),
         torch.get_num_threads(),
     )
     return experts, weights
@@ -150,19 +159,29 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
     vectors, A, B = stacked
     E, r, n = A.shape
     _function("routed_update", u.dtype)(
-        *(y.data_ptr(), u.data_ptr(), vectors.data_ptr(), A.data_ptr(), B.data_ptr()),
-        *(u.numel() // n, n, E, k, eps or 0.0, eps is not None, r, y.shape[-1]),
+        y.data_ptr(),
+        u.data_ptr(),
+        vectors.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        u.numel() // n,
+        n,
+        E,
+        k,
+        eps or 0.0,
+        eps is not None,
+        r,
+        y.shape[-1],
         torch.get_num_threads(),
     )
 
 
-def _are_of_one_type(tensors: Iterable[Tensor]) -> bool:
-    kind = None
+def _are_of_one_type(tensors: Sequence[Tensor]) -> bool:
+    dtype = tensors[0].dtype
     for tensor in tensors:
-        kind = kind or tensor.dtype
-        if tensor.dtype is not kind or not tensor.is_cpu:
+        if tensor.dtype is not dtype or not tensor.is_cpu:
             return False
-    return kind in TYPES
+    return dtype in TYPES
 
 
 @cache
@@ -175,12 +194,13 @@ def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignor
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    told = os.environ.get("PHATGOOSE_NATIVE")
-    if told == "0":
+    mode = os.environ.get("PHATGOOSE_NATIVE")
+    if mode == "0":
         return None
-    compiled_here = told == "compile" or bool(os.environ.get(MORE_FLAGS))
+    is_built_here = mode == "compile" or os.environ.get(MORE_FLAGS)
     try:
-        return (None if compiled_here else load_shipped(SOURCE)) or load_built(SOURCE)
+        shipped = None if is_built_here else load_shipped(SOURCE)
+        return shipped or load_built(SOURCE)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("The native kernel can't be built, slower ones serve: %s.", one_line(error))
         return None

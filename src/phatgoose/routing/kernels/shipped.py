@@ -28,13 +28,11 @@ SECONDS = 120  # for a compiler
 # OpenMP is asked for when compiling and not when linking. So the library names no runtime: it finds
 # that which torch has loaded for all, whatever its file is called. Named, a second one would come
 # in beside torch's, with threads of its own.
+PARALLEL = ["-fopenmp"]
+LINKED = ["-shared"]
 if sys.platform == "darwin":
-    PARALLEL, LINKED = (
-        ["-Xpreprocessor", "-fopenmp"],
-        ["-dynamiclib", "-Wl,-undefined,dynamic_lookup"],
-    )
-else:
-    PARALLEL, LINKED = ["-fopenmp"], ["-shared"]
+    PARALLEL = ["-Xpreprocessor", "-fopenmp"]
+    LINKED = ["-dynamiclib", "-Wl,-undefined,dynamic_lookup"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ LEVELS = (  # of x86-64, best first
 def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Path]:
     """The libraries of the C++ file `source` for processors of this kind, or OSError."""
     levels = LEVELS if platform.machine().lower() in X86 else (ANY,)
-    made = []
+    libraries = []
     with tempfile.TemporaryDirectory() as work:
         for level in levels:
             object_file = str(Path(work) / f"{level.name}.o")
@@ -69,8 +67,8 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Pa
             flags = (*OPTIMISED, *PARALLEL, *level.flags, "-Wno-psabi")
             run(compiler, *flags, "-c", str(source), "-o", object_file)
             run(compiler, *LINKED, object_file, "-o", str(library))
-            made.append(library)
-    return made
+            libraries.append(library)
+    return libraries
 
 
 def load_shipped(source: Path) -> ctypes.CDLL | None:
@@ -102,6 +100,6 @@ def run(*command: str) -> bytes:
     """What a compiler writes. Raises OSError, or SubprocessError after SECONDS."""
     done = subprocess.run(command, capture_output=True, timeout=SECONDS)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise OSError(f"{command[0]} failed: {said or done.returncode}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise OSError(f"{command[0]} failed: {message or done.returncode}")
     return done.stdout

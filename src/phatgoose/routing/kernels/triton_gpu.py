@@ -54,7 +54,8 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
 def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
     """As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`."""
     u, vectors = _contiguous(u, vectors)
-    tokens, (E, n) = len(u), vectors.shape
+    tokens = len(u)
+    E, n = vectors.shape
     experts = u.new_empty(tokens, k, dtype=torch.int64)
     weights = u.new_empty(tokens, k, dtype=torch.float32)
     if tokens == 0:
@@ -62,16 +63,29 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     if E <= FITTING:
         with _programs_for(u) as programs:
             programs.score_and_choose[(-(-tokens // _tokens_at_once(tokens)),)](
-                *(u, vectors, experts, weights, tokens, n, E, k, eps or 0.0),
+                u,
+                vectors,
+                experts,
+                weights,
+                tokens,
+                n,
+                E,
+                k,
+                eps or 0.0,
                 **_scoring(u, eps),
                 BLOCK_E=_block(E, 16),
                 BLOCK_K=_block(k),
             )
         return experts, weights
-    scores, row = _scores(u, vectors, eps), _block(E)
+    scores = _scores(u, vectors, eps)
+    row = _block(E)
     with _programs_for(u) as programs:
         programs.choose_experts[(tokens,)](
-            *(scores, experts, weights, E, k),
+            scores,
+            experts,
+            weights,
+            E,
+            k,
             BLOCK_E=row,
             BLOCK_K=_block(k),
             num_warps=min(max(row // 256, 1), 8),
@@ -80,13 +94,22 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 
 
 def _scores(u: Tensor, vectors: Tensor, eps: float | None) -> Tensor:
-    tokens, (E, n) = len(u), vectors.shape
+    tokens = len(u)
+    E, n = vectors.shape
     scores = u.new_empty(tokens, E, dtype=torch.float32)
     block_t = _tokens_at_once(tokens)
     block_e = 16 if block_t == 16 else FITTING
     with _programs_for(u) as programs:
         programs.score_experts[(-(-tokens // block_t), -(-E // block_e))](
-            *(u, vectors, scores, tokens, n, E, eps or 0.0), **_scoring(u, eps), BLOCK_E=block_e
+            u,
+            vectors,
+            scores,
+            tokens,
+            n,
+            E,
+            eps or 0.0,
+            **_scoring(u, eps),
+            BLOCK_E=block_e,
         )
     return scores
 
@@ -95,7 +118,7 @@ def _tokens_at_once(tokens: int) -> int:
     return 16 if tokens <= 16 else 32
 
 
-def _scoring(u: Tensor, eps: float | None) -> dict[str, Any]:
+def _scoring(u: Tensor, eps: float | None) -> dict[str, int]:
     return {
         "STANDARDISED": eps is not None,
         "WIDE": _is_interpreted(),
@@ -109,8 +132,10 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
 
     Call it where `runs_on_triton(y, u, *stacked)`.
     """
-    (vectors, A, B), n, d = stacked, u.shape[-1], y.shape[-1]
-    tokens, sums, E = u.reshape(-1, n), y.view(-1, d), len(A)
+    vectors, A, B = stacked
+    tokens = u.reshape(-1, u.shape[-1])
+    sums = y.view(-1, y.shape[-1])
+    E = len(A)
     if u.numel() == 0:
         return
     # With few pairs every program searches its token's scores itself, which saves a launch.
@@ -151,20 +176,39 @@ def _apart(
     y: Tensor | None,
 ) -> Tensor:
     experts, weights = decided
-    (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
+    tokens, k = experts.shape
+    E, r, n = A.shape
+    d = B.shape[2]
     inner = u.new_empty(tokens * k, r, dtype=torch.float32)
     delta = u.new_empty(tokens, d) if y is None else y
-    chooses, features = scores is not None, computed_features(u.itemsize, d)
+    chooses = scores is not None
+    features = computed_features(u.itemsize, d)
     with _programs_for(u) as programs:
         programs.shrink_pair[(tokens * k, -(-r // FEW_RANKS))](
-            *(u, scores if chooses else weights, experts, weights, A, inner, E, k, r, n),
+            u,
+            scores if chooses else weights,
+            experts,
+            weights,
+            A,
+            inner,
+            E,
+            k,
+            r,
+            n,
             CHOOSES=chooses,
             BLOCK_E=_block(E) if chooses else 1,
             BLOCK_R=FEW_RANKS,
             BLOCK_N=512,
         )
         programs.expand_token[(tokens, -(-d // features))](
-            *(inner, experts, weights, B, delta, k, r, d),
+            inner,
+            experts,
+            weights,
+            B,
+            delta,
+            k,
+            r,
+            d,
             ADDED=y is not None,
             BLOCK_R=16,
             BLOCK_D=features,
@@ -177,7 +221,9 @@ def in_blocks(
 ) -> Tensor:
     """The product of `triton_gpu` with an expert's pairs together; added to y if given."""
     u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
-    (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
+    tokens, k = experts.shape
+    E, r, n = A.shape
+    d = B.shape[2]
     pairs = tokens * k
     size = _block(pairs // E, 16, 64)  # pairs multiplied together
     owners, rows = _arrange(experts, weights, E, size)
@@ -185,25 +231,45 @@ def in_blocks(
     # A row for each pair, summed by token later: no sum depends on the order of atomics.
     parts = u.new_empty(pairs, d)
     delta = u.new_empty(tokens, d) if y is None else y
-    ranks, wide = _block(r, 16, 64), _is_interpreted()
+    ranks = _block(r, 16, 64)
+    features = computed_features(u.itemsize, d)
     with _programs_for(u) as programs:
         programs.shrink_block[(len(owners), -(-r // ranks))](
-            *(u, owners, rows, weights, A, inner, k, r, n),
-            WIDE=wide,
+            u,
+            owners,
+            rows,
+            weights,
+            A,
+            inner,
+            k,
+            r,
+            n,
+            WIDE=_is_interpreted(),
             BLOCK_T=size,
             BLOCK_R=ranks,
             BLOCK_N=loaded_features(u.itemsize, n),
         )
-        features = computed_features(u.itemsize, d)
         programs.expand_block[(len(owners), -(-d // features))](
-            *(inner, owners, rows, B, parts, r, d),
-            WIDE=wide,
+            inner,
+            owners,
+            rows,
+            B,
+            parts,
+            r,
+            d,
+            WIDE=_is_interpreted(),
             BLOCK_T=size,
             BLOCK_R=16,
             BLOCK_D=features,
         )
         programs.add_choices[(tokens, -(-d // 1024))](
-            *(parts, weights, delta, k, d), ADDED=y is not None, BLOCK_D=1024
+            parts,
+            weights,
+            delta,
+            k,
+            d,
+            ADDED=y is not None,
+            BLOCK_D=1024,
         )
     return delta
 
@@ -223,7 +289,15 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
         programs.count_pairs[grid](experts, weights, counts, places, pairs, BLOCK=PAIRS)
         programs.arrange_experts[(1,)](counts, firsts, E, BLOCK_T=size, BLOCK_E=_block(E))
         programs.place_pairs[grid](
-            *(experts, weights, places, firsts, owners, rows, pairs), BLOCK_T=size, BLOCK=PAIRS
+            experts,
+            weights,
+            places,
+            firsts,
+            owners,
+            rows,
+            pairs,
+            BLOCK_T=size,
+            BLOCK=PAIRS,
         )
     return owners, rows.view(most, size)
 
@@ -246,28 +320,30 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 def _block(size: int, least: int = 1, most: int | None = None) -> int:
-    wanted = max(1 << (size - 1).bit_length() if size > 0 else 1, least)
-    return wanted if most is None else min(wanted, most)
+    power = 1 << max(size - 1, 0).bit_length()
+    block = max(power, least)
+    return block if most is None else min(block, most)
 
 
 def takes(*tensors: Tensor) -> bool:
     """As `runs_on_triton`, also in Triton's interpreter."""
-    first = tensors[0]
-    return (
-        first.dtype in DTYPES
-        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and _serves(first.device)
-    )
+    dtype = tensors[0].dtype
+    device = tensors[0].device
+    are_alike = all(tensor.dtype == dtype and tensor.device == device for tensor in tensors)
+    if dtype not in DTYPES or not are_alike:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return _serves(device)
 
 
 @cache
 def _serves(device: torch.device) -> bool:
     if device.type == "cuda":
-        known = torch.cuda.get_device_capability(device) >= OLDEST
+        is_supported = torch.cuda.get_device_capability(device) >= OLDEST
     else:
-        known = device.type == "cpu" and _is_interpreted()
-    return known and _programs() is not None and _runs(device)
+        is_supported = device.type == "cpu" and _is_interpreted()
+    return is_supported and _programs() is not None and _runs(device)
 
 
 def _runs(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ..config import IA3, Bottleneck, Dora, Lora, Peft
 from ..files import add_entry_points
@@ -26,6 +26,7 @@ from ..files import add_entry_points
 if TYPE_CHECKING:
     from .kind import NewModules, Part, SiteModule
 
+Class = TypeVar("Class")
 GROUP = "phatgoose.kinds"  # of entry points, each of which is a Kind
 
 
@@ -42,9 +43,9 @@ class Kind:
     name: str
     label: str
     settings: type[Peft]
-    module: str | type[Any]
-    training: str | type[Any]
-    parts: tuple[str | type[Any], ...]
+    module: str | type[SiteModule]
+    training: str | type[NewModules]
+    parts: tuple[str | type[Part], ...]
     peft_type: str | None = None
 
     @cached_property
@@ -53,40 +54,57 @@ class Kind:
 
     @property
     def new_modules(self) -> NewModules:
-        modules: NewModules = _class(self.training)()
-        return modules
+        return _class(self.training)()
 
     @cached_property
     def stacked(self) -> tuple[type[Part], ...]:
         return tuple(map(_class, self.parts))
 
 
-def _class(place: str | type[Any]) -> type[Any]:
-    named: type[Any] = pkgutil.resolve_name(place) if isinstance(place, str) else place
-    return named
+def _class(place: str | type[Class]) -> type[Class]:
+    if isinstance(place, str):
+        named: type[Class] = pkgutil.resolve_name(place)
+        return named
+    return place
 
 
-def _of_ours(settings: type[Peft], label: str, places: str, peft_type: str | None = None) -> Kind:
-    file, *classes = places.split()
-    module, training, *parts = (f"{__name__}.{file}:{each}" for each in classes)
-    return Kind(
-        settings.__name__.lower(), label, settings, module, training, tuple(parts), peft_type
-    )
-
-
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        _of_ours(Lora, "LoRA", "lora LoraFactors NewLoras LoraStack", "LORA"),
-        _of_ours(
-            IA3, "(IA)³", "ia3 ScalingVector NewScalings InputScalingStack ScalingStack", "IA3"
-        ),
-        _of_ours(
-            Bottleneck, "bottleneck", "bottleneck BottleneckLayers NewBottlenecks BottleneckStack"
-        ),
-        _of_ours(Dora, "DoRA", "lora DoraFactors NewDoras DoraStack"),
-    )
-}
+_OURS = (
+    Kind(
+        "lora",
+        "LoRA",
+        Lora,
+        module="phatgoose.experts.lora:LoraFactors",
+        training="phatgoose.experts.lora:NewLoras",
+        parts=("phatgoose.experts.lora:LoraStack",),
+        peft_type="LORA",
+    ),
+    Kind(
+        "ia3",
+        "(IA)³",
+        IA3,
+        module="phatgoose.experts.ia3:ScalingVector",
+        training="phatgoose.experts.ia3:NewScalings",
+        parts=("phatgoose.experts.ia3:InputScalingStack", "phatgoose.experts.ia3:ScalingStack"),
+        peft_type="IA3",
+    ),
+    Kind(
+        "bottleneck",
+        "bottleneck",
+        Bottleneck,
+        module="phatgoose.experts.bottleneck:BottleneckLayers",
+        training="phatgoose.experts.bottleneck:NewBottlenecks",
+        parts=("phatgoose.experts.bottleneck:BottleneckStack",),
+    ),
+    Kind(
+        "dora",
+        "DoRA",
+        Dora,
+        module="phatgoose.experts.lora:DoraFactors",
+        training="phatgoose.experts.lora:NewDoras",
+        parts=("phatgoose.experts.lora:DoraStack",),
+    ),
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _OURS}
 
 
 @cache
@@ -98,5 +116,5 @@ def kinds() -> Mapping[str, Kind]:
 
 def kind_for(settings: Peft) -> Kind:
     """The kind of a new expert with these settings."""
-    by_class: dict[type[Peft], Kind] = {kind.settings: kind for kind in kinds().values()}
+    by_class = {kind.settings: kind for kind in kinds().values()}
     return by_class[type(settings)]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -67,7 +67,7 @@ class BottleneckLayers(SiteModule):
     """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
 
     kind: ClassVar[str] = "bottleneck"
-    files: ClassVar[Any] = FILES
+    files: ClassVar[OwnFiles] = FILES
     parts: ClassVar[Mapping[str, str]] = {
         "down": "md",
         "down_bias": "m",
@@ -75,8 +75,10 @@ class BottleneckLayers(SiteModule):
         "up_bias": "d",
     }
     endings: ClassVar[Mapping[str, str]] = {
-        **{"down": ".down.weight", "down_bias": ".down.bias"},
-        **{"up": ".up.weight", "up_bias": ".up.bias"},
+        "down": ".down.weight",
+        "down_bias": ".down.bias",
+        "up": ".up.weight",
+        "up_bias": ".up.bias",
     }
 
     down: Tensor  # [m, d]
@@ -87,9 +89,14 @@ class BottleneckLayers(SiteModule):
     scale: float = 1.0
 
     def at(self, weight: Tensor) -> BottleneckLayers:
-        up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))
-        down, down_bias = self.down.to(weight), self.down_bias.to(weight)
-        return replace(self, down=down, down_bias=down_bias, up=up, up_bias=up_bias, scale=1.0)
+        return replace(
+            self,
+            down=self.down.to(weight),
+            down_bias=self.down_bias.to(weight),
+            up=(self.scale * self.up.float()).to(weight),
+            up_bias=(self.scale * self.up_bias.float()).to(weight),
+            scale=1.0,
+        )
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         y: Tensor = base(u)
@@ -147,7 +154,8 @@ class BottleneckStack(Part):
         pairs = weights.flatten().nonzero().squeeze(1)
         chosen = experts.flatten()[pairs]
         order = chosen.argsort(stable=True)
-        pairs, chosen = pairs[order], chosen[order]
+        pairs = pairs[order]
+        chosen = chosen[order]
         tokens = pairs // experts.shape[1]
         counts = chosen.bincount(minlength=len(self.down))
         inner = expert_products(y[tokens], self.down.transpose(1, 2), counts)
@@ -194,6 +202,6 @@ class NewBottlenecks(NewModules):
         }
 
     def module(
-        self, settings: Bottleneck, parameters: Mapping[str, Tensor], layer: Any
+        self, settings: Bottleneck, parameters: Mapping[str, Tensor], layer: nn.Module
     ) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)

@@ -56,9 +56,11 @@ def adapter_files(directory: Path) -> AdapterFiles:
 
     PEFT's own form of a DoRA may stand beside ours.
     """
-    own = (files for files in formats() if files is not PEFT_FILES)
-    there = (f for f in own if any((directory / name).exists() for name in (f.config, f.weights)))
-    return next(there, PEFT_FILES)
+    for files in formats():
+        is_here = (directory / files.config).exists() or (directory / files.weights).exists()
+        if is_here and files is not PEFT_FILES:
+            return files
+    return PEFT_FILES
 
 
 def read_modules(

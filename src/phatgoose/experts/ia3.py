@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from peft.utils.constants import (
@@ -31,6 +31,7 @@ from ..errors import ExpertError
 from ..sites import Site
 from .kind import (
     PEFT_FILES,
+    AdapterFiles,
     Constant,
     NewModules,
     Part,
@@ -48,7 +49,7 @@ class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 
     kind: ClassVar[str] = "ia3"
-    files: ClassVar[Any] = PEFT_FILES
+    files: ClassVar[AdapterFiles] = PEFT_FILES
     parts: ClassVar[Mapping[str, str]] = {"vector": "dn"}  # as PEFT has it
     endings: ClassVar[Mapping[str, str]] = ENDINGS
 
@@ -78,27 +79,30 @@ class ScalingVector(SiteModule):
         vectors = {}
         by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
         for site, parts in by_site.items():
-            d, n = parts["vector"].shape
+            vector = parts["vector"]
+            d, n = vector.shape
             if 1 not in (d, n):
                 raise ExpertError(f"{directory}, site {site}: got a matrix {(d, n)}, not a vector.")
             # PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n].
-            vectors[site] = ScalingVector(parts["vector"].flatten(), on_input=d == 1)
+            vectors[site] = ScalingVector(vector.flatten(), on_input=d == 1)
         return vectors
 
     @classmethod
-    def write(
-        cls, folder: Path, modules: Mapping[str, ScalingVector], about: Mapping[str, Any]
-    ) -> Path:
+    def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
+        of_inputs = []
+        tensors = {}
+        for site, module in sorted(modules.items()):
+            shape = (-1, 1)
+            if module.on_input:
+                of_inputs.append(site)
+                shape = (1, -1)
+            tensors[site + ENDINGS["vector"]] = module.vector.view(shape)
         config = {
             **about,
             "peft_type": "IA3",
-            "feedforward_modules": sorted(site for site, each in modules.items() if each.on_input),
+            "feedforward_modules": of_inputs,
             "inference_mode": True,
             "target_modules": sorted(modules),
-        }
-        tensors = {
-            site + ENDINGS["vector"]: each.vector.view((1, -1) if each.on_input else (-1, 1))
-            for site, each in modules.items()
         }
         return PEFT_FILES.write(folder, config, tensors)
 
@@ -122,10 +126,14 @@ class ScalingStack(Part):
         return {"deltas": module.vector.float() - 1}
 
     def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        return 1 + weighted_rows(experts, weights, self.deltas) if self.on_input else None
+        if not self.on_input:
+            return None
+        return 1 + weighted_rows(experts, weights, self.deltas)
 
     def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        return None if self.on_input else 1 + weighted_rows(experts, weights, self.deltas)
+        if self.on_input:
+            return None
+        return 1 + weighted_rows(experts, weights, self.deltas)
 
     def constant(self, weights: Tensor) -> Constant:
         factor = factor_of(weights, self.deltas)
@@ -154,14 +162,17 @@ class NewScalings(NewModules):
         self, model: PreTrainedModel, settings: IA3, sites: Mapping[str, Site]
     ) -> dict[str, dict[str, Tensor]]:
         inputs = scales_input(model, sites)
-        return {
-            name: {"input": torch.ones(site.in_features)}
-            if name in inputs
-            else {"output": torch.ones(site.out_features)}
-            for name, site in sites.items()
-        }
+        vectors = {}
+        for name, site in sites.items():
+            if name in inputs:
+                vectors[name] = {"input": torch.ones(site.in_features)}
+            else:
+                vectors[name] = {"output": torch.ones(site.out_features)}
+        return vectors
 
-    def module(self, settings: IA3, parameters: Mapping[str, Tensor], layer: Any) -> ScalingVector:
+    def module(
+        self, settings: IA3, parameters: Mapping[str, Tensor], layer: nn.Module
+    ) -> ScalingVector:
         ((scales, vector),) = parameters.items()
         return ScalingVector(vector, on_input=scales == "input")
 
@@ -173,5 +184,6 @@ def scales_input(model: PreTrainedModel, sites: Iterable[str]) -> set[str]:
 
 
 def _endings(names: list[str]) -> str:
-    # (?!) matches nothing.
-    return rf"(^|\.)({'|'.join(map(re.escape, names))})$" if names else r"(?!)"
+    if not names:
+        return r"(?!)"  # matches nothing
+    return rf"(^|\.)({'|'.join(map(re.escape, names))})$"

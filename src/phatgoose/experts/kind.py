@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from annotated_types import Ge, Le
@@ -47,16 +47,19 @@ class SiteModule(ABC):
     """
 
     kind: ClassVar[str]
-    files: ClassVar[Any]
+    files: ClassVar[AdapterFiles]
     parts: ClassVar[Mapping[str, str]]
     endings: ClassVar[Mapping[str, str]] = {}
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """What the letters of `parts` stand for."""
-        tensors = ((letters, getattr(self, name)) for name, letters in self.parts.items())
-        there = (zip(letters, t.shape, strict=True) for letters, t in tensors if t is not None)
-        return {letter: size for pairs in there for letter, size in pairs}
+        sizes: dict[str, int] = {}
+        for name, letters in self.parts.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                sizes.update(zip(letters, tensor.shape, strict=True))
+        return sizes
 
     @property
     def size(self) -> int | None:
@@ -66,7 +69,7 @@ class SiteModule(ABC):
     @property
     def settings(self) -> tuple[object, ...]:
         """Its fields that are no tensors."""
-        return tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
+        return tuple(value for value in vars(self).values() if not isinstance(value, Tensor | None))
 
     @abstractmethod
     def at(self, weight: Tensor) -> SiteModule:
@@ -89,29 +92,33 @@ class SiteModule(ABC):
         return {site: cls(**parts, **settings) for site, parts in by_site.items()}
 
     @classmethod
-    def write(cls, folder: Path, modules: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
         """`folder`, with these modules by site in its `files`; `about` goes into the config.
 
         Settings are those of the first module: all modules of an expert share them.
         """
+        tensors = {}
+        for site, module in modules.items():
+            for name in cls.parts:
+                tensors[site + cls.endings.get(name, f".{name}")] = getattr(module, name)
         first = next(iter(modules.values()))
-        tensors = {
-            site + cls.endings.get(name, f".{name}"): getattr(module, name)
-            for site, module in modules.items()
-            for name in cls.parts
-        }
         settings = {name: getattr(first, name) for name in cls.files.settings}
-        cls.files.write(folder, {cls.files.version_key: VERSION, **about, **settings}, tensors)
-        return folder
+        config = {cls.files.version_key: VERSION, **about, **settings}
+        return cls.files.write(folder, config, tensors)
 
 
 @dataclass(frozen=True)
 class AdapterFiles(ABC):
-    """The two files of an adapter by name; the configuration names the base under `base_key`."""
+    """The two files of an adapter by name; the configuration names the base under `base_key`.
+
+    `settings` and `version_key` are those of `OwnFiles`.
+    """
 
     config: str
     weights: str
     base_key: str = "base"
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False, kw_only=True)
+    version_key: str = field(default="version", kw_only=True)
     prefix: ClassVar[str] = ""  # of tensors' names
     hint: ClassVar[str] = ""  # if there are no weights
 
@@ -119,17 +126,21 @@ class AdapterFiles(ABC):
     def read_config(self, directory: Path) -> dict[str, Any]:
         """What the configuration says, checked; ExpertError for what it can't say."""
 
-    def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
+    def about(self, base: Base, layer: nn.Module) -> dict[str, object]:
         """What the configuration of a new adapter says of its base; `layer` is one of its sites."""
         return {self.base_key: base.id}
 
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights, self.hint)
 
-    def write(self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    def write(
+        self, folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
+    ) -> Path:
         """`folder`, with both in it; `tensors` are by site and ending."""
-        named = {self.prefix + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(named, folder / self.weights)
+        prefixed = {}
+        for name, tensor in tensors.items():
+            prefixed[self.prefix + name] = tensor.detach().cpu().contiguous()
+        save_file(prefixed, folder / self.weights)
         (folder / self.config).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return folder
 
@@ -153,7 +164,7 @@ class AdapterFiles(ABC):
         return by_site
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OwnFiles(AdapterFiles):
     """A format of one's own: a JSON file and a safetensors file.
 
@@ -161,16 +172,13 @@ class OwnFiles(AdapterFiles):
     pydantic reads them; all modules of an expert share them.
     """
 
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    version_key: str = "version"
-
     def read_config(self, directory: Path) -> dict[str, Any]:
         return dict(read_json(directory / self.config, self.content))
 
     @cached_property
     def content(self) -> type[BaseModel]:
-        names = {self.version_key: Literal[1], self.base_key: str, **self.settings}
-        required: dict[str, Any] = {name: (kind, ...) for name, kind in names.items()}
+        types = {self.version_key: Literal[1], self.base_key: str, **self.settings}
+        required: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
         return create_model("Config", __config__={"extra": "forbid"}, **required)
 
 
@@ -186,21 +194,50 @@ CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
 
 # PEFT's types that update linear layers, so that its convert_to_lora can approximate them.
 CONVERTIBLE = (
-    *("LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA", "C3A", "WAVEFT", "DELORA", "GRALORA"),
+    "LOHA",
+    "LOKR",
+    "VERA",
+    "FOURIERFT",
+    "RANDLORA",
+    "C3A",
+    "WAVEFT",
+    "DELORA",
+    "GRALORA",
 )
 
 # The options that decide where an adapter acts and how strongly.
 ACTING = (
-    *("target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "task_type"),
-    *("layers_to_transform", "layers_pattern", "r", "lora_alpha", "use_rslora", "lora_bias"),
-    *("rank_pattern", "alpha_pattern"),
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "fan_in_fan_out",
+    "task_type",
+    "layers_to_transform",
+    "layers_pattern",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
 )
 # Others that change nothing of a trained adapter. Whatever else is set makes it more than
 # W u + s B A u or (IA)³ vectors, or may do so in a newer PEFT.
 HARMLESS = (
-    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("peft_version", "lora_dropout", "init_lora_weights", "init_ia3_weights"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    "peft_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "lora_dropout",
+    "init_lora_weights",
+    "init_ia3_weights",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
     "megatron_core",
 )
 PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -236,7 +273,7 @@ class PeftFiles(AdapterFiles):
         config = read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint)
         return config.model_dump(exclude_unset=True)
 
-    def about(self, base: Base, layer: nn.Module) -> dict[str, Any]:
+    def about(self, base: Base, layer: nn.Module) -> dict[str, object]:
         return {
             **super().about(base, layer),
             "revision": base.revision,
@@ -246,28 +283,31 @@ class PeftFiles(AdapterFiles):
 
     def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
-        kind, init = config.get("peft_type"), str(config.get("init_lora_weights", True)).lower()
-        usual = vars(CONFIGS[kind]()) if kind in CONFIGS else config
-        odd = [key for key, value in config.items() if value and value != usual.get(key)]
-        odd = [key for key in odd if key not in (*ACTING, *HARMLESS)]
+        kind = config.get("peft_type")
         if kind not in CONFIGS:
-            lossy = ", or 'phatgoose import --allow-loss' approximates it by a LoRA"
-            wanted = f"wanted LORA or IA3{lossy if kind in CONVERTIBLE else ''}"
-            problem = f"holds a PEFT adapter of type {shortened(kind, 40)}; {wanted}"
-        elif odd:
-            problem = (
-                f"uses {shortened(odd[0])}, which can't be routed: only updates of linear layers "
-                f"at all tokens can (docs/imports.md)"
+            lossy = ""
+            if kind in CONVERTIBLE:
+                lossy = ", or 'phatgoose import --allow-loss' approximates it by a LoRA"
+            raise ExpertError(
+                f"{directory} holds a PEFT adapter of type {shortened(kind, 40)}; wanted LORA or "
+                f"IA3{lossy}."
             )
-        elif init not in PLAIN_INITS:
-            problem = (
-                f"was initialised by {shortened(init, 40)}, which may have changed the base; "
-                f"convert it with PEFT's path_initial_model_for_weight_conversion first"
+        usual = vars(CONFIGS[kind]())
+        for key, value in config.items():
+            is_set = value and value != usual.get(key)
+            if is_set and key not in (*ACTING, *HARMLESS):
+                raise ExpertError(
+                    f"{directory} uses {shortened(key)}, which can't be routed: only updates of "
+                    f"linear layers at all tokens can (docs/imports.md)."
+                )
+        init = str(config.get("init_lora_weights", True)).lower()
+        if init not in PLAIN_INITS:
+            raise ExpertError(
+                f"{directory} was initialised by {shortened(init, 40)}, which may have changed the "
+                f"base; convert it with PEFT's path_initial_model_for_weight_conversion first."
             )
-        else:
-            check_config(config, str(directory / ADAPTER_CONFIG))
-            return config
-        raise ExpertError(f"{directory} {problem}.")
+        check_config(config, str(directory / ADAPTER_CONFIG))
+        return config
 
 
 PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
@@ -296,18 +336,22 @@ def check_parts(
     """
     sizes: dict[str | int, int] = {}
     for name in dict.fromkeys((*tensors, *forms)):
-        tensor, form = tensors.get(name), forms.get(name)
+        tensor = tensors.get(name)
+        form = forms.get(name, ())
         allowed = others.get(name, types) if others else types
-        got: Any = () if tensor is None else (*tensor.shape,)
-        wanted = [
-            a if isinstance(a, int) else sizes.setdefault(a, n)
-            for a, n in zip(form or (), got, strict=False)
-        ]
-        fits = tensor is not None and form is not None and tensor.dtype in allowed
-        if not fits or len(got) != len(form or ()) or 0 in got or wanted != [*got]:
-            got = "missing" if tensor is None else f"{got} {tensor.dtype}"
-            shape = ", ".join(str(sizes.get(a, a)) for a in form or ())
-            want = f"({shape}) {' or '.join(map(str, allowed))}" if form else "no such tensor"
+        shape = () if tensor is None else tuple(tensor.shape)
+        expected = tuple(
+            letter if isinstance(letter, int) else sizes.setdefault(letter, size)
+            for letter, size in zip(form, shape, strict=False)
+        )
+        is_allowed = tensor is not None and name in forms and tensor.dtype in allowed
+        fits = shape == expected and len(shape) == len(form) and 0 not in shape
+        if not (is_allowed and fits):
+            got = "missing" if tensor is None else f"{shape} {tensor.dtype}"
+            want = "no such tensor"
+            if form:
+                numbers = ", ".join(str(sizes.get(letter, letter)) for letter in form)
+                want = f"({numbers}) {' or '.join(map(str, allowed))}"
             raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {want}.")
     return sizes
 
@@ -325,16 +369,21 @@ def check_fit(
     """
     for site, module in modules.items():
         at = sites.get(site)
-        n, d = (at.in_features, at.out_features) if at else (0, 0)
-        sizes = module.sizes
-        got = sizes.get("n", n), sizes.get("d", d)
-        lengths = {len(each[site]) for each in vectors if site in each}
-        if not at or got != (n, d) or lengths - {n}:
+        n = d = 0
+        base = "has no such layer"
+        if at:
+            n = at.in_features
+            d = at.out_features
+            base = f"{n} to {d}"
+        inputs = module.sizes.get("n", n)
+        outputs = module.sizes.get("d", d)
+        lengths = {len(by_site[site]) for by_site in vectors if site in by_site}
+        fits = at and (inputs, outputs) == (n, d) and lengths <= {n}
+        if not fits:
             more = f", with gates or means of {sorted(lengths)} numbers" if lengths else ""
-            base = f"{n} to {d}" if at else "has no such layer"
             raise ExpertError(
-                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features{more}, the base "
-                f"model {base}; it was trained on another base."
+                f"Expert {name!r}, site {site}: maps {inputs} to {outputs} features{more}, the "
+                f"base model {base}; it was trained on another base."
             )
 
 
@@ -392,8 +441,10 @@ def strength_at(u: Tensor, v: Tensor | None) -> Tensor | float:
 
     That is `sigmoid(v . u)`, [.., 1]; 0 at tokens that the expert doesn't act on.
     """
-    opened = 1.0 if v is None else (u @ v.to(u.dtype)).float().sigmoid().to(u.dtype).unsqueeze(-1)
-    return where_active(opened, u)
+    if v is None:
+        return where_active(1.0, u)
+    opened = (u @ v.to(u.dtype)).float().sigmoid().to(u.dtype)
+    return where_active(opened.unsqueeze(-1), u)
 
 
 @dataclass(frozen=True)
@@ -449,14 +500,19 @@ class NewModules(ABC):
         """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
 
     @abstractmethod
-    def module(self, settings: Any, parameters: Mapping[str, Tensor], layer: Any) -> SiteModule:
+    def module(
+        self, settings: Any, parameters: Mapping[str, Tensor], layer: nn.Module
+    ) -> SiteModule:
         """The module that these parameters make on the base's linear `layer`."""
 
     def count(self, model: PreTrainedModel, settings: Any, sites: Mapping[str, Site]) -> int:
         """The number of trained parameters at `sites`, without gates."""
         with torch.device("meta"):
             initial = self.initial(model, settings, sites)
-        return sum(each.numel() for by_name in initial.values() for each in by_name.values())
+        count = 0
+        for parameters in initial.values():
+            count += sum(tensor.numel() for tensor in parameters.values())
+        return count
 
     @contextmanager
     def create(
@@ -464,18 +520,22 @@ class NewModules(ABC):
     ) -> Iterator[FreshExpert]:
         """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
         model = base.model.requires_grad_(False)
-        layers = {
-            site: _NewLayer(model.get_submodule(site), self, settings, parameters, joint=joint)
-            for site, parameters in self.initial(model, settings, sites).items()
-        }
+        layers = {}
+        trained = {}
+        for site, parameters in self.initial(model, settings, sites).items():
+            layer = _NewLayer(model.get_submodule(site), self, settings, parameters, joint=joint)
+            layers[site] = layer
+            trained[site] = layer.trained
 
         def save(folder: Path) -> None:
-            modules = {s: each.module(dtype_at(each.base, model)) for s, each in layers.items()}
-            first, layer = next(iter(modules.values())), next(iter(layers.values())).base
-            first.write(folder, modules, first.files.about(base, layer))
+            modules = {}
+            for site, layer in layers.items():
+                modules[site] = layer.module(dtype_at(layer.base, model))
+            site, first = next(iter(modules.items()))
+            first.write(folder, modules, first.files.about(base, layers[site].base))
 
         with replaced(model, layers):
-            yield FreshExpert(model, {site: each.trained for site, each in layers.items()}, save)
+            yield FreshExpert(model, trained, save)
 
 
 class _NewLayer(WrappedLinear):
@@ -491,19 +551,21 @@ class _NewLayer(WrappedLinear):
         joint: bool,
     ) -> None:
         super().__init__(base)
-        self.new, self.settings, device = new, settings, self.weight.device
-        there = {name: tensor.to(device) for name, tensor in parameters.items()}
-        self.trained = Trained(there, new_gate(self.in_features, device) if joint else None)
+        self.new = new
+        self.settings = settings
+        device = self.weight.device
+        moved = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self.trained = Trained(moved, new_gate(self.in_features, device) if joint else None)
 
     def module(self, dtype: torch.dtype) -> SiteModule:
-        now = {
-            name: each if name in self.new.exact else each.to(dtype)
-            for name, each in self.trained.items()
-        }
-        return self.new.module(self.settings, now, self.base)
+        parameters = {}
+        for name, parameter in self.trained.items():
+            parameters[name] = parameter if name in self.new.exact else parameter.to(dtype)
+        return self.new.module(self.settings, parameters, self.base)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.module(u.dtype).at(u).apply(self.base, u, strength_at(u, self.trained.gate))
+        module = self.module(u.dtype).at(u)
+        return module.apply(self.base, u, strength_at(u, self.trained.gate))
 
 
 # Many experts at one site, stacked: one row an expert.
@@ -528,7 +590,9 @@ class Stacked:
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
-        return {"index": INDICES, "float32": (torch.float32,)}.get(self.dtype, FLOATS)
+        if self.dtype == "index":
+            return INDICES
+        return (torch.float32,) if self.dtype == "float32" else FLOATS
 
     @property
     def is_filled_up(self) -> bool:
@@ -595,13 +659,15 @@ class Part(ABC):
         for name, form in cls.forms().items():
             parts = [row.get(name) for row in rows.values()]
             like = next((part for part in parts if part is not None), None)
-            if like is not None:
-                rest = [like.new_zeros(like.shape) if part is None else part for part in parts]
-                if form.is_filled_up:
-                    width = max(len(part) for part in rest)
-                    rest = [widened(part[None], width)[0] for part in rest]
-                exact = form.types[0] if form.dtype != "model" else dtype
-                tensors[name] = torch.stack(rest).to(device, exact)
+            if like is None:
+                continue
+            zeros = torch.zeros_like(like)
+            filled = [zeros if part is None else part for part in parts]
+            if form.is_filled_up:
+                width = max(map(len, filled))
+                filled = [widened(part[None], width)[0] for part in filled]
+            exact = dtype if form.dtype == "model" else form.types[0]
+            tensors[name] = torch.stack(filled).to(device, exact)
         if len(rows) < total:
             tensors["rows"] = torch.tensor(list(rows), device=device)
         return cls(**tensors)
@@ -651,7 +717,10 @@ class Part(ABC):
 def widened(tensor: Tensor, width: int) -> Tensor:
     """A tensor [E, r, ..] with zeros up to `width` in its second dimension."""
     missing = width - tensor.shape[1]
-    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
+    if not missing:
+        return tensor
+    later = [0, 0] * (tensor.dim() - 2)  # dimensions, which come first and stay
+    return functional.pad(tensor, [*later, 0, missing])
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -662,7 +731,9 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 def factor_of(weights: Tensor, deltas: Tensor) -> Tensor | None:
     """1 + Σ w_z deltas_z at constant weights [E]; None where that is 1."""
     change = (weights.float()[:, None] * deltas).sum(dim=0)
-    return 1 + change if bool(change.any()) else None
+    if not bool(change.any()):
+        return None
+    return 1 + change
 
 
 # Sums over the experts that each token chose, which kernels and stacks share.
@@ -683,9 +754,14 @@ def weighted_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
 
 def is_one_call(*factors: Tensor) -> bool:
     """True where torch has the products for factors [E, n, m]: bfloat16, n and m multiples of 8."""
-    return hasattr(functional, "grouped_mm") and all(
-        f.dtype is torch.bfloat16 and not any(size % 8 for size in f.shape[1:]) for f in factors
-    )
+    if not hasattr(functional, "grouped_mm"):
+        return False
+    for factor in factors:
+        _, n, m = factor.shape
+        is_aligned = n % 8 == 0 and m % 8 == 0
+        if factor.dtype is not torch.bfloat16 or not is_aligned:
+            return False
+    return True
 
 
 def expert_products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:

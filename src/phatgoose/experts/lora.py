@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from statistics import mode
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from ..files import value_at
 from ..sites import Site
 from .kind import (
     PEFT_FILES,
+    AdapterFiles,
     Constant,
     NewModules,
     OwnFiles,
@@ -57,7 +58,7 @@ class LoraFactors(SiteModule):
     """One site's LoRA: the update is `scale * (B @ A @ u + bias)`."""
 
     kind: ClassVar[str] = "lora"
-    files: ClassVar[Any] = PEFT_FILES
+    files: ClassVar[AdapterFiles] = PEFT_FILES
     parts: ClassVar[Mapping[str, str]] = {"A": "rn", "B": "dr", "bias": "d"}
     endings: ClassVar[Mapping[str, str]] = ENDINGS
 
@@ -84,47 +85,55 @@ class LoraFactors(SiteModule):
     def read(
         cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Mapping[str, SiteModule]:
-        forms = {"A": "rn", "B": "dr"} | ({"bias": "d"} if config.get("lora_bias") else {})
+        forms = {"A": "rn", "B": "dr"}
+        if config.get("lora_bias"):
+            forms["bias"] = "d"
         by_site = PEFT_FILES.by_site(directory, tensors, forms, ENDINGS)
-        alphas, default = config.get("alpha_pattern") or {}, config.get("lora_alpha", 8)
+        alphas = config.get("alpha_pattern") or {}
         modules = {}
         for site, parts in by_site.items():
             # Of several patterns the first that matches counts, as in PEFT.
-            alpha, rank = value_at(alphas, site), len(parts["A"])
-            alpha = float(default if alpha is None else alpha)
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            modules[site] = LoraFactors(**parts, scale=scale)
+            alpha = value_at(alphas, site)
+            if alpha is None:
+                alpha = config.get("lora_alpha", 8)
+            divisor: float = len(parts["A"])
+            if config.get("use_rslora"):
+                divisor = math.sqrt(divisor)
+            modules[site] = LoraFactors(**parts, scale=float(alpha) / divisor)
         return modules
 
     @classmethod
-    def write(
-        cls, folder: Path, modules: Mapping[str, LoraFactors], about: Mapping[str, Any]
-    ) -> Path:
-        ranks = {site: lora.A.shape[0] for site, lora in modules.items()}
-        # Without what was lost in dividing by the rank, and whole where it is.
-        alphas = {
-            site: json.loads(f"{lora.scale * ranks[site]:.12g}") for site, lora in modules.items()
-        }
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
         has_biases = any(lora.bias is not None for lora in modules.values())
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        tensors: dict[str, Tensor] = {}
+        for site, lora in modules.items():
+            rank = len(lora.A)
+            ranks[site] = rank
+            # Without what was lost in dividing by the rank, and an integer where it is one.
+            alphas[site] = json.loads(f"{lora.scale * rank:.12g}")
+            tensors[site + ENDINGS["A"]] = lora.A
+            tensors[site + ENDINGS["B"]] = lora.B
+            if has_biases:  # PEFT's lora_bias is for all sites or none
+                bias = lora.B.new_zeros(len(lora.B)) if lora.bias is None else lora.bias
+                tensors[site + ENDINGS["bias"]] = bias
+        usual_rank = mode(ranks.values())
+        usual_alpha = mode(alphas.values())
         config = {
             **about,
             "peft_type": "LORA",
             "bias": "none",
             "lora_bias": has_biases,
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
-            "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
+            "r": usual_rank,
+            "lora_alpha": usual_alpha,
+            "rank_pattern": {site: rank for site, rank in ranks.items() if rank != usual_rank},
+            "alpha_pattern": {
+                site: alpha for site, alpha in alphas.items() if alpha != usual_alpha
+            },
             "inference_mode": True,
             "target_modules": sorted(modules),
         }
-        tensors: dict[str, Tensor] = {}
-        for site, lora in modules.items():
-            tensors |= {site + ENDINGS["A"]: lora.A, site + ENDINGS["B"]: lora.B}
-            if has_biases:  # PEFT's lora_bias is for all sites or none
-                bias = lora.B.new_zeros(len(lora.B)) if lora.bias is None else lora.bias
-                tensors[site + ENDINGS["bias"]] = bias
         return PEFT_FILES.write(folder, config, tensors)
 
 
@@ -143,24 +152,31 @@ class LoraStack(Part):
     @classmethod
     def row(cls, module: LoraFactors) -> dict[str, Tensor | None]:
         bias = None if module.bias is None else scaled(module.bias, module.scale)
-        return {"A": module.A, "B": scaled(module.B, module.scale).T, "B_bias": bias}
+        B = scaled(module.B, module.scale)
+        return {"A": module.A, "B": B.T, "B_bias": bias}
 
     def added(
         self, u: Tensor, y: Tensor, experts: Tensor, weights: Tensor, product: Product
     ) -> Tensor:
         delta = product(u.to(self.A.dtype), experts, weights, self.A, self.B)
-        bias = self.B_bias
-        return delta if bias is None else delta + weighted_rows(experts, weights, bias)
+        if self.B_bias is None:
+            return delta
+        return delta + weighted_rows(experts, weights, self.B_bias)
 
     def constant(self, weights: Tensor) -> Constant:
         used = weights != 0
-        A, B, w = self.A[used], self.B[used], weights[used].float()
+        A = self.A[used]
+        B = self.B[used]
+        w = weights[used].float()
         # Factors of weight 1 keep their type, and so their very numbers.
         if bool((w != 1).any()):
-            A, B = A.float(), B.float() * w[:, None, None]
-        bias = self.B_bias
-        bias = None if bias is None else (w[:, None] * bias[used].float()).sum(dim=0)
-        A, B = A.flatten(0, 1), B.flatten(0, 1).T
+            A = A.float()
+            B = B.float() * w[:, None, None]
+        bias = None
+        if self.B_bias is not None:
+            bias = (w[:, None] * self.B_bias[used].float()).sum(dim=0)
+        A = A.flatten(0, 1)
+        B = B.flatten(0, 1).T
         # Ranks that were filled up with zeros go.
         adds = A.any(dim=1) & B.any(dim=0)
         return Constant(A[adds], B[:, adds], bias)
@@ -170,17 +186,23 @@ class NewLoras(NewModules):
     def initial(
         self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
     ) -> dict[str, dict[str, Tensor]]:
-        shapes = {s: (settings.rank, at.in_features, at.out_features) for s, at in sites.items()}
-        for r, n, d in shapes.values():
+        r = settings.rank
+        for site in sites.values():
             # Experts were once begun by PEFT, which draws this first: seeds give the same ones.
-            for size in ((r, n), (d, r), (r, n)):
-                torch.empty(size).uniform_()
+            torch.empty(r, site.in_features).uniform_()
+            torch.empty(site.out_features, r).uniform_()
+            torch.empty(r, site.in_features).uniform_()
         return {
-            site: {"A": torch.empty(r, n).normal_(std=INIT_STD), "B": torch.zeros(d, r)}
-            for site, (r, n, d) in shapes.items()
+            name: {
+                "A": torch.empty(r, site.in_features).normal_(std=INIT_STD),
+                "B": torch.zeros(site.out_features, r),
+            }
+            for name, site in sites.items()
         }
 
-    def module(self, settings: Lora, parameters: Mapping[str, Tensor], layer: Any) -> LoraFactors:
+    def module(
+        self, settings: Lora, parameters: Mapping[str, Tensor], layer: nn.Module
+    ) -> LoraFactors:
         alpha = settings.alpha or 2.0 * settings.rank
         return LoraFactors(**parameters, scale=alpha / settings.rank)
 
@@ -193,24 +215,32 @@ class DoraFactors(LoraFactors):
     """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
 
     kind: ClassVar[str] = "dora"
-    files: ClassVar[Any] = OwnFiles(
+    files: ClassVar[AdapterFiles] = OwnFiles(
         "dora_config.json", "dora.safetensors", version_key="dora_version"
     )
     parts: ClassVar[Mapping[str, str]] = {**LoraFactors.parts, "output_scale": "d"}
     endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
-    # Not as LoRAs: in files of our own.
-    read = SiteModule.__dict__["read"]
-    write = SiteModule.__dict__["write"]
-
     output_scale: Tensor  # [d]
+
+    # Not as LoRAs: in files of our own.
+
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, SiteModule]:
+        return super(LoraFactors, cls).read(directory, config, tensors)
+
+    @classmethod
+    def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
+        return super(LoraFactors, cls).write(folder, modules, about)
 
     @classmethod
     def of(cls, lora: LoraFactors, m: Tensor, layer: Any) -> DoraFactors:
         """PEFT's DoRA of these factors and magnitudes m [d] on the base's linear `layer`."""
-        B, b = lora.scale * lora.B.float(), layer.bias
+        B = lora.scale * lora.B.float()
         # As in PEFT, no gradient passes the norm (section 4.3).
         g = m.float() / row_norms(layer, lora.A, B)
-        bias = torch.zeros_like(g) if b is None else (1 - g) * b.float()
+        bias = torch.zeros_like(g) if layer.bias is None else (1 - g) * layer.bias.float()
         return cls(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
 
     def at(self, weight: Tensor) -> DoraFactors:
@@ -275,6 +305,9 @@ class NewDoras(NewLoras):
             parameters["m"] = torch.where(norms.isinf(), 0, norms)
         return initial
 
-    def module(self, settings: Lora, parameters: Mapping[str, Tensor], layer: Any) -> DoraFactors:
-        factors = {name: each for name, each in parameters.items() if name != "m"}
-        return DoraFactors.of(super().module(settings, factors, layer), parameters["m"], layer)
+    def module(
+        self, settings: Lora, parameters: Mapping[str, Tensor], layer: nn.Module
+    ) -> DoraFactors:
+        factors = dict(parameters)
+        m = factors.pop("m")
+        return DoraFactors.of(super().module(settings, factors, layer), m, layer)

@@ -16,7 +16,7 @@ from ..base import Base, BaseReference, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
-from ..names import HUB, require_pool_there
+from ..names import require_pool_there
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
@@ -56,24 +56,28 @@ class Pool(Mapping[str, Expert]):
         if isinstance(source, Pool) and source.experts:
             return source
         places = [source] if isinstance(source, Expert | str | Path) else source
-        experts = [each for place in places for each in _experts_at(place)]
-        read = prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), experts)
-        pool, others = cls(tuple(read)), dict[str, Expert]()
-        problems = [] if experts else ["The list of experts is empty; name a folder of experts."]
+        experts: list[Expert | Path] = []
+        for place in places:
+            experts += _experts_at(place)
+        if not experts:
+            raise PoolError("The list of experts is empty; name a folder of experts.")
+        pool = cls(tuple(prefetch(_loaded, experts)))
+        first = pool._anchor
+        by_name: dict[str, Expert] = {}
         for expert in pool.experts:
-            who, first = f"Expert {expert.name!r}", pool._anchor
-            if other := others.get(expert.name):
-                why = f"has the name of the one in {other.place}; rename it."
-                problems.append(f"{who} in {expert.place} {why}")
-            if not same_base(expert.info.base, first.info.base):
-                problems.append(
-                    f"{who} was trained on base {expert.info.base.id!r}, but {first.name!r} on "
-                    f"{first.info.base.id!r}; a pool has one base. If both are one, import both "
-                    f"adapters again with --fingerprint."
+            other = by_name.get(expert.name)
+            if other:
+                raise PoolError(
+                    f"Expert {expert.name!r} in {expert.place} has the name of the one in "
+                    f"{other.place}; rename it."
                 )
-            others[expert.name] = expert
-        if problems:
-            raise PoolError(problems[0])
+            if not same_base(expert.info.base, pool.base):
+                raise PoolError(
+                    f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
+                    f"{first.name!r} on {pool.base.id!r}; a pool has one base. If both are one, "
+                    f"import both adapters again with --fingerprint."
+                )
+            by_name[expert.name] = expert
         return pool
 
     @cached_property
@@ -104,7 +108,9 @@ class Pool(Mapping[str, Expert]):
     @cached_property
     def unread(self) -> tuple[Expert, ...]:
         """Experts that bring prompts, but no statistics of any."""
-        return tuple(each for each in self.experts if not each.has("readings") and each.prompts)
+        return tuple(
+            expert for expert in self.experts if not expert.has("readings") and expert.prompts
+        )
 
     def __getitem__(self, name: object) -> Expert:
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
@@ -120,8 +126,10 @@ class Pool(Mapping[str, Expert]):
 
     def __repr__(self) -> str:
         on = f" on {self.base.id!r}" if self.experts else ""
-        more = ["…"] if len(self) > MOST_NAMED else []
-        return f"<Pool{on} (experts: {len(self)}): {', '.join([*self.names[:MOST_NAMED], *more])}>"
+        shown = [*self.names[:MOST_NAMED]]
+        if len(self) > MOST_NAMED:
+            shown.append("…")
+        return f"<Pool{on} (experts: {len(self)}): {', '.join(shown)}>"
 
     def select(
         self, keep: Iterable[str] | None = None, leave_out: Iterable[str] | None = None
@@ -131,25 +139,28 @@ class Pool(Mapping[str, Expert]):
         Names are `Expert.name`, not those of directories. Raises PoolError for an unknown name, and
         when no expert is left.
         """
-        kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
-        unknown = [self._unknown(name) for name in (*kept, *left) if name not in self]
-        staying = set(kept) - set(left)
-        if unknown or not staying:
-            none = "No expert is left in the pool after keep and leave_out."
-            raise PoolError(next(iter(unknown), none))
+        kept = self.names if keep is None else tuple(keep)
+        dropped = tuple(leave_out or ())
+        for name in kept + dropped:
+            if name not in self:
+                raise PoolError(self._unknown(name))
+        staying = set(kept) - set(dropped)
+        if not staying:
+            raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(expert for expert in self.experts if expert.name in staying))
 
     def measured(self, base: Base) -> Pool:
         """The pool in which `base` has read all prompts; without a tokenizer none can be read."""
         if not self.unread or base.tokenizer is None:
             return self
-        read = {each.name: each.with_prompts_read(base) for each in self.unread}
-        return Pool(tuple(read.get(each.name, each) for each in self.experts))
+        read = {expert.name: expert.with_prompts_read(base) for expert in self.unread}
+        return Pool(tuple(read.get(expert.name, expert) for expert in self.experts))
 
     def _unknown(self, name: object) -> str:
+        hint = closest(name, self.names)
         inside = [expert.name for expert in self.experts if expert.place.name == name]
-        hint = f" The directory {name!r} holds the expert {inside[0]!r}." if inside else ""
-        hint = hint or closest(name, self.names)
+        if inside:
+            hint = f" The directory {name!r} holds the expert {inside[0]!r}."
         return f"The pool has no expert {name!r}; it has {', '.join(self.names)}.{hint}"
 
     def release(self) -> None:
@@ -172,17 +183,25 @@ class Pool(Mapping[str, Expert]):
         """
         records = []
         for expert in self.experts:
-            info, place = expert.info, expert.place.resolve()
+            info = expert.info
+            place = expert.place.resolve()
             pinned = reference_of(place) if "snapshots" in place.parts else None
-            told = {key: getattr(info, key) for key in RECORDED}
             form = {
                 name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters
             }
-            form |= {"inputs_cut": info.metrics.get("inputs_cut")} if form else {}
-            record = {key: v for key, v in told.items() if v is not None or key.endswith("sha256")}
-            about = {"name": expert.name, "path": str(pinned or place), "formatting": form or None}
-            records.append(about | record)
+            if form:
+                form["inputs_cut"] = info.metrics.get("inputs_cut")
+            record = {"name": expert.name, "path": str(pinned or place), "formatting": form or None}
+            for key in RECORDED:
+                value = getattr(info, key)
+                if value is not None or key.endswith("sha256"):
+                    record[key] = value
+            records.append(record)
         return records
+
+
+def _loaded(expert: Expert | Path) -> Expert:
+    return expert if isinstance(expert, Expert) else Expert.load(expert)
 
 
 def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
@@ -190,36 +209,45 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     if isinstance(place, Expert):
         return [place]
     require_pool_there(place)
-    folder = fetch(HubReference.parse(str(place))) if str(place).startswith(HUB) else Path(place)
-    inside, root = adapters_in(folder), folder.resolve()
-    leading_out = [each for each in inside if not each.resolve().is_relative_to(root)]
-    experts: list[Expert | Path] = [each for each in inside if (each / LAYOUT.info).is_file()]
-    others = [each for each in inside if each not in experts]
-    refused = dict.fromkeys(map(str, others), "it is an adapter among experts; import it")
+    folder = Path(place)
+    if HubReference.is_one(place):
+        folder = fetch(HubReference.parse(str(place)))
+    inside = adapters_in(folder)
+    root = folder.resolve()
+    leading_out = [path for path in inside if not path.resolve().is_relative_to(root)]
+    experts: list[Expert | Path] = [path for path in inside if (path / LAYOUT.info).is_file()]
+    adapters = [path for path in inside if path not in experts]
+    refused = dict.fromkeys(map(str, adapters), "it is an adapter among experts; import it")
     if not experts:
-        read = read_adapters(each for each in others if each not in leading_out)
-        experts, refused = [*read.experts], dict(read.refused)
+        read = read_adapters(path for path in adapters if path not in leading_out)
+        experts = [*read.experts]
+        refused = dict(read.refused)
     linked = f"it is a symbolic link that leads out of {folder}; name what it leads to"
     refused |= dict.fromkeys(map(str, leading_out), linked)
-    experts = [each for each in experts if each not in leading_out]
+    experts = [expert for expert in experts if expert not in leading_out]
     if not experts:
-        why = "".join(f" {reason}" for reason in [*refused.values()][:1])
+        why = "".join(f" {reason}" for reason in list(refused.values())[:1])
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():
-        warnings.warn(f"{left_out} is left out: {why}", stacklevel=4)
+        warnings.warn(f"{left_out} is left out: {why}", stacklevel=3)
     return experts
 
 
 def check_alike(experts: Iterable[Expert], sizes: Mapping[str, Mapping[str, int]]) -> None:
     """Raise ExpertError unless `experts` act on layers of the same `sizes` (n, d) at each site."""
-    known = {(site, letter): n for site, by in sizes.items() for letter, n in by.items()}
+    features = {site: dict(by_letter) for site, by_letter in sizes.items()}
     for expert in experts:
         for site, module in expert.modules.items():
-            vectors = [each[site] for each in (expert.gates, expert.means) if site in each]
-            for letter, size in (*module.sizes.items(), *(("n", len(v)) for v in vectors)):
-                if letter in "nd" and known.setdefault((site, letter), size) != size:
+            at_site = features.setdefault(site, {})
+            measured = list(module.sizes.items())
+            for vectors in (expert.gates, expert.means):
+                if site in vectors:
+                    measured.append(("n", len(vectors[site])))
+            for letter, size in measured:
+                earlier = at_site.setdefault(letter, size)
+                if letter in "nd" and earlier != size:
                     raise ExpertError(
                         f"Expert {expert.name!r}, site {site}: it and the experts that are there "
-                        f"are of layers of {known[site, letter]} and {size} features; they can't "
-                        f"be of one base."
+                        f"are of layers of {earlier} and {size} features; they can't be of one "
+                        f"base."
                     )

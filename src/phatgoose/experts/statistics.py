@@ -59,6 +59,10 @@ def _strongest(centred: Tensor, rank: int) -> Tensor:
     gram = centred @ centred.T if count < size else centred.T @ centred
     values, vectors = torch.linalg.eigh(gram)  # ascending
     kept = min(rank, len(values))
-    values, vectors = values[-kept:].flip(0).clamp(min=0), vectors[:, -kept:].flip(1).T
-    strongest = vectors @ centred if count < size else vectors * values.sqrt()[:, None]
+    vectors = vectors[:, -kept:].flip(1).T
+    if count < size:
+        strongest = vectors @ centred
+    else:
+        values = values[-kept:].flip(0).clamp(min=0)
+        strongest = vectors * values.sqrt()[:, None]
     return torch.nn.functional.pad(strongest / count**0.5, (0, 0, 0, rank - kept))

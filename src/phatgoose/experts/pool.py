@@ -16,7 +16,7 @@ from ..base import Base, BaseReference, same_base
 from ..config import closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
-from ..names import require_pool_there
+from ..names import HUB, require_pool_there
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
@@ -210,7 +210,7 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
         return [place]
     require_pool_there(place)
     folder = Path(place)
-    if HubReference.is_one(place):
+    if str(place).startswith(HUB):
         folder = fetch(HubReference.parse(str(place)))
     inside = adapters_in(folder)
     root = folder.resolve()

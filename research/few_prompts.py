@@ -1,6 +1,6 @@
-"""How well `discriminant` knows experts by a few of their prompts, on any base.
+"""How well `discriminant` knows experts by a few of their prompts, by any reader.
 
-    python research/few_prompts.py BASE DATA OUT.json [--marks FILE] [--counts 1 3 5 10 20 200]
+    python research/few_prompts.py READER DATA OUT.json [--marks FILE] [--counts 1 3 5 10 20 200]
 
 DATA is what `render_tasks.py` writes. An expert is nothing here but the statistics of N training
 prompts of a task of `pool-12.toml`, which are drawn DRAWS times. Chosen is for prompts of the tasks
@@ -21,6 +21,7 @@ import json
 import random
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -28,14 +29,11 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from phatgoose.base import load_base
-from phatgoose.config import Formatting
-from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import ReaderReference, open_reader
 from phatgoose.routing.conversation import ScoredText, answer_to
 from phatgoose.routing.routers.discriminant import COUNTS, Discriminant
 from phatgoose.routing.routers.prompt import PromptChooser, Tables
-from phatgoose.tasks.batching import read_prompts
-from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import draw
 
@@ -47,7 +45,7 @@ Marks = Mapping[tuple[str, str], float]  # scores by prompt and model
 def main() -> None:
     """Read all prompts once, then print a line for each N."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("base")
+    parser.add_argument("reader", help="minilm, smollm2, …, or MODEL:FIRST-LAST")
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--marks", type=Path)
@@ -58,13 +56,8 @@ def main() -> None:
     recipe = tomllib.loads((HERE / "pool-12.toml").read_text(encoding="utf-8"))
     names = [Path(each).stem for each in recipe["tasks"]]
     texts = tomllib.loads((HERE / "forms" / "report.toml").read_text(encoding="utf-8"))
-    base = load_base(given.base)
-    encoder = Encoder.of(base, Formatting())
-
-    def read(prompts: Sequence[str]) -> Tensor:
-        tokens = list(map(encoder.prompt, prompts))
-        return read_prompts(base.model.eval(), tokens, prompt_states(base.model))
-
+    reader = open_reader(given.reader)
+    read = reader.states
     trained = []
     for name in names:
         examples = load_task(given.data / "train" / f"{name}.jsonl").train
@@ -83,8 +76,8 @@ def main() -> None:
         for at in range(DRAWS):
             rng = random.Random(at)
             picked = [rows[rng.sample(range(len(rows)), min(n, len(rows)))] for rows in trained]
-            chooser = PromptChooser(Discriminant(), tables_of(names, picked), base.tokenizer)
-            chooser.read_base(base.model)
+            tables = tables_of(names, picked, reader.reference)
+            chooser = PromptChooser(Discriminant(reader=given.reader), tables)
             left = [each is None for each in chosen(chooser, general)]
             every.append({**shares(asked, chosen(chooser, own), marks), "general": fmean(left)})
         found[n] = {key: [each[key] for each in every] for key in every[0]}
@@ -104,12 +97,12 @@ def key_of(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def tables_of(names: Sequence[str], picked: Sequence[Tensor]) -> Tables:
+def tables_of(names: Sequence[str], picked: Sequence[Tensor], by: ReaderReference) -> Tables:
     """What a pool would share, of experts with these prompts' readings each."""
     readings = [readings_of(rows) for rows in picked]
     stacked = {f"readings.{p}": torch.stack([r[p] for r in readings]) for p in readings[0]}
     counts = torch.tensor([float(len(rows)) for rows in picked])
-    return Tables(tuple(names), {**stacked, COUNTS: counts})
+    return Tables(tuple(names), {**stacked, COUNTS: counts}, {"reader": asdict(by)})
 
 
 def chosen(chooser: PromptChooser, features: Tensor) -> list[str | None]:

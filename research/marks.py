@@ -64,7 +64,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
 from phatgoose.routing.compose import compose, detach, open_chooser, resolve_base
 from phatgoose.routing.routers.prompt import PromptChooser
-from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.encoding import Encoder, said_in_tokens
 from phatgoose.tasks.loading import load_task
 
 ROUTERS = ("retrieval", "centroid", "centroids:clusters=4", "discriminant", "joint-discriminant")
@@ -373,9 +373,11 @@ def _chosen(
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for router, chooser in choosers.items():
-        found[f"choice/{router}"] = chooser.score(prompts, base.model)
+        found[f"choice/{router}"] = chooser.score(prompts)
         if router == "retrieval":
-            found["embedding"] = chooser.router.features(chooser, prompts, None)
+            found["embedding"] = chooser.router.features(
+                chooser, [said_in_tokens(base.tokenizer, prompt) for prompt in prompts]
+            )
     return found
 
 

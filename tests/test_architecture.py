@@ -19,7 +19,17 @@ SOURCE = Path(phatgoose.__file__).parent
 
 # A module imports from its own entry and from those before it, wherever the import stands.
 ORDER = ("errors", "config", "files", "names", "sites", "base", "passes", "untrusted_text")
-ORDER += ("tasks", "experts", "jobs", "training", "routing", "evaluation", "analysis", "apps")
+ORDER += (
+    "tasks",
+    "reader",
+    "experts",
+    "jobs",
+    "training",
+    "routing",
+    "evaluation",
+    "analysis",
+    "apps",
+)
 ORDER += ("__main__",)
 
 ROOT_NAMES = {"Expert", "Pool", "analyse", "compare", "compose", "detach", "evaluate", "load"}

@@ -117,11 +117,11 @@ def load_base(
     """
     torch_dtype = choose_dtype(dtype, device)
     require_base(name, revision)  # transformers would try again for half a minute
-    with _loading(name) as place:
+    with loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         if config.is_encoder_decoder:
             int(config.decoder_start_token_id)  # by which answers begin; some configs have none
-        _check_weight_files(place, config, revision)
+        check_weight_files(place, config, revision)
         how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **NO_CODE}
         # An adapter beside the weights would be loaded into them, or another base in their place.
         # It is looked for in a folder that none can be: the file that was read above.
@@ -169,7 +169,7 @@ def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
     Here is this machine: a folder, or huggingface_hub's cache. None too for files that transformers
     takes apart as it loads them, or that are quantised.
     """
-    with _loading(name) as place, suppress(LocalEntryNotFoundError, HFValidationError):
+    with loading(name) as place, suppress(LocalEntryNotFoundError, HFValidationError):
         folder = Path(place)
         if not folder.is_dir():
             folder = Path(snapshot_download(place, revision=revision, local_files_only=True))
@@ -192,7 +192,7 @@ def load_skeleton(
     name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
 ) -> PreTrainedModel:
     """The base `name`, or that of a config, without weights; `offline` downloads no config."""
-    with _loading(name if isinstance(name, str) else type(name).__name__) as place:
+    with loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
             how: dict[str, Any] = {"revision": revision, "local_files_only": offline}
@@ -205,7 +205,7 @@ def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the base `name`; without a padding token its end of text stands in."""
-    with _loading(name) as place:
+    with loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
         )
@@ -274,7 +274,7 @@ LOADS = threading.RLock()
 
 
 @contextmanager
-def _loading(name: str | Path) -> Iterator[str]:
+def loading(name: str | Path) -> Iterator[str]:
     """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
     try:
         with LOADS, quiet_loading():
@@ -309,7 +309,8 @@ def _class_for(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _check_weight_files(place: str, config: PreTrainedConfig, revision: str | None) -> None:
+def check_weight_files(place: str, config: PreTrainedConfig, revision: str | None) -> None:
+    """Raise BaseModelError where the base at `place` has weights that are pickles, or elsewhere."""
     # transformers would load pickles that an index names, or the config in place of an index.
     index = cached_file(
         place, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False

@@ -179,6 +179,7 @@ FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, compu
 TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 EmbeddingForm = Literal["prompt", "paper"]
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+READER = "minilm"  # the usual one of prompts (`reader.KNOWN`)
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,9 @@ class GateTraining(Settings):
     statistics_examples: Annotated[int, "Examples for the statistics below.", AT_LEAST_1] = 1000
     means: Annotated[bool, "Compute mean activations (for router average-activation)."] = True
     readings: Annotated[bool, "Compute prompt statistics (for router discriminant)."] = True
+    reader: Annotated[
+        str, "Who reads prompts for their statistics: minilm, smollm2, …, or MODEL:FIRST-LAST."
+    ] = READER
     embeddings: Annotated[
         bool, "Embed training inputs (for routers retrieval and centroid; extra 'retrieval')."
     ] = False
@@ -310,10 +314,17 @@ class Routing(Settings):
     ] = None
     kernel: Annotated[Kernel, "How the experts' updates are computed; auto: the fastest."] = "auto"
     embedder: Annotated[str | None, "Embedder of routers that use one; default: its usual."] = None
+    reader: Annotated[str | None, "Reader of routers that use one; default: the recorded."] = None
+    reader_device: Annotated[str, "Where the reader computes."] = "cpu"
 
     @property
     def name(self) -> str:
         return self.router.partition(":")[0]
+
+    @property
+    def of_any_model(self) -> Routing:
+        """The settings that a model with a routing of its own may be given too."""
+        return Routing(embedder=self.embedder, reader=self.reader, reader_device=self.reader_device)
 
 
 class RoutingSettings(TypedDict, total=False):
@@ -323,9 +334,11 @@ class RoutingSettings(TypedDict, total=False):
     k: int | None
     kernel: Kernel
     embedder: str | None
+    reader: str | None
+    reader_device: str
 
 
-# A saved model has its own routing; only its embedder can be named again.
+# A saved model has its own routing; only its embedder and reader can be named again.
 POOL_SETTINGS = frozenset({"router", "k", "kernel"})
 
 MODEL_TYPE = "phatgoose"  # in the config.json of a saved routed model, as transformers has it

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import RoutingError
-from .sites import Site, Stream, blocks_of
+from .sites import Site, Stream
 
 Value = TypeVar("Value")
 
@@ -162,41 +162,27 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
 @contextmanager
 def watching(
     model: PreTrainedModel,
-    places: Iterable[Site | int],
-    see: Callable[[Any, Tensor, Tensor | None], None],
+    sites: Iterable[Site],
+    see: Callable[[Site, Tensor, Tensor | None], None],
 ) -> Iterator[None]:
-    """Call `see(place, values, real)` for each pass through each of `places` in this context.
+    """Call `see(site, u, real)` for each pass through each of `sites` in this context.
 
-    A `Site` is seen by its input. A number is a block that prompts pass, seen by its output: the
-    residual stream, before any norm at the stack's end; -1 is what enters the first. `values` are
-    usually [rows, tokens, n]; `real` [rows, tokens] is the mask of their non-padding tokens, None
-    for all. Passes of other threads are not seen. Raises RoutingError as `TokenMasks.grid` does.
+    `u` are the site's inputs, usually [rows, tokens, n]; `real` [rows, tokens] is the mask of their
+    non-padding tokens, None for all. Passes of other threads are not seen. Raises RoutingError as
+    `TokenMasks.grid` does.
     """
-    prompts: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
     with token_masks(model) as masks, ExitStack() as hooks:
 
-        def look(place: Site | int, _: nn.Module, args: tuple[Any, ...], last: Any) -> None:
-            if not masks.are_ours:
-                return
-            stream = place.stream if isinstance(place, Site) else prompts
-            if isinstance(place, Site) or place < 0:  # `last` are the other arguments, by name
-                values = args[0] if args else last["hidden_states"]
-            else:  # what the block returned
-                values = last if isinstance(last, Tensor) else last[0]
-            grid, real = masks.grid(values, stream), masks.real_tokens(values, stream)
-            see(place, values.reshape(*grid, values.shape[-1]), real)
+        def look(site: Site, _: nn.Module, args: tuple[Any, ...]) -> None:
+            if masks.are_ours:
+                u: Tensor = args[0]
+                grid = masks.grid(u, site.stream)
+                real = masks.real_tokens(u, site.stream)
+                see(site, u.reshape(*grid, u.shape[-1]), real)
 
-        blocks = blocks_of(model)  # a visit to all modules
-        for place in places:
-            if isinstance(place, Site):
-                part = model.get_submodule(place.name)
-            else:
-                part = blocks[max(place, 0)]
-            if isinstance(place, Site) or place < 0:
-                handle = part.register_forward_pre_hook(partial(look, place), with_kwargs=True)
-            else:
-                handle = part.register_forward_hook(partial(look, place))
-            hooks.callback(handle.remove)
+        for site in sites:
+            layer = model.get_submodule(site.name)
+            hooks.callback(layer.register_forward_pre_hook(partial(look, site)).remove)
         yield
 
 

@@ -7,12 +7,12 @@ import torch
 
 from attackers import ATTACKS, attacked, honest
 from phatgoose.analysis.audit import SIGNS, audit, signs_of
-from phatgoose.base import Base
-from phatgoose.errors import ExpertError, WrongBaseError
+from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_by
+from phatgoose.reader import ReaderReference
 from routed_models import TOPICS
+from tiny import small_reader
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def pool(pool_of) -> Pool:
 
 def test_honest_experts_are_not_accused(pool):
     whole = audit(pool)
-    assert (whole.findings, whole.summary, whole.notes) == ((), "", ())
+    assert (whole.findings, whole.summary) == ((), "")
+    assert whole.notes == ("No example prompts beside prompt statistics, so nothing to read.",)
     assert audit(Pool(pool.experts[:5])).findings == ()
 
 
@@ -105,46 +106,55 @@ def test_experts_have_the_signs_of_what_they_have(pool):
 
 
 @pytest.fixture
-def reading(pool_of, loaded_bases, tmp_path):
-    """A base, and four experts that bring three prompts each and the statistics of others."""
-    base, experts = loaded_bases["llama"], []
+def reading(pool_of, tmp_path):
+    """Four experts that bring three prompts each and the statistics of others."""
+    experts = []
     for expert, topic in zip(pool_of("llama").experts, TOPICS, strict=True):
         source = tmp_path / expert.name
         source.mkdir()
         (source / "prompts.txt").write_text("".join(f"{topic * n}\n" for n in (1, 2, 3)))
-        experts.append(read_by(base, replace(expert, source=source), [topic * n for n in (4, 5)]))
-    return base, Pool(tuple(experts))
+        experts.append(read_by(replace(expert, source=source), [topic * n for n in (4, 5, 6)]))
+    return Pool(tuple(experts))
 
 
-def read_by(base: Base, expert: Expert, texts: list[str]) -> Expert:
-    tokens = [base.tokenizer(text)["input_ids"] for text in texts]
-    return replace(expert, readings=readings_by(base.model, tokens))
+def read_by(expert: Expert, texts: list[str]) -> Expert:
+    return expert.with_prompts_read(small_reader(), texts)
 
 
-def test_who_takes_others_published_prompts_is_found_with_a_base(reading):
-    base, pool = reading
-    honest = audit(pool, base)
+def test_who_takes_others_published_prompts_is_found(reading):
+    pool = reading
+    honest = audit(pool)
     assert honest.unusual == ()
     assert not any("example prompts" in note for note in honest.notes)
     assert honest.signs["prompt_wins"] == (0, 0, 0, 0)
     published = [text for expert in pool.experts[:3] for text in expert.prompts]
-    turned = changed(pool, 3, readings=read_by(base, pool.experts[3], published).readings)
-    assert "prompt_wins" not in audit(turned).signs
-    report = audit(turned, base)
+    turned = changed(pool, 3, readings=read_by(pool.experts[3], published).readings)
+    report = audit(turned)
     assert report.unusual == ("e3",)
     assert "prompt_wins" in {finding.kind for finding in report.findings}
     assert any(note.endswith("to e3.") for note in report.notes)
 
 
-def test_prompts_are_read_by_the_pools_own_base_where_there_are_some(reading, loaded_bases):
-    base, pool = reading
-    with pytest.raises(WrongBaseError):
-        audit(pool, loaded_bases["gpt2"])
-    bare = audit(changed(pool, 0, readings={}), base)
+def test_prompts_are_read_where_there_are_some_and_their_reader_is_known(reading):
+    pool = reading
+    bare = audit(changed(pool, 0, readings={}))
     assert bare.signs["prompt_wins"][0] is not None  # as `compose` has it, from its prompts
-    few = audit(Pool(tuple(replace(e, source=None) for e in pool.experts)), base)
+    few = audit(Pool(tuple(replace(e, source=None) for e in pool.experts)))
     assert "prompt_wins" not in few.signs
     assert "No example prompts" in few.notes[-1]
+    # What can't be compared is said, and what is known without it stays.
+    of_base = replace(pool.experts[0].info, reader=None)
+    strange = replace(pool.experts[0].info, reader=ReaderReference("you/reader", 1, 1))
+    away = replace(pool.experts[0].info, reader=ReaderReference("gemma", 1, 1))
+    for info, words in (
+        (of_base, "that its base made"),
+        (strange, "'you/reader:1-1'"),
+        (away, "can't be loaded"),
+    ):
+        unread = audit(Pool(tuple(replace(e, info=info) for e in pool.experts)))
+        assert "prompt_wins" not in unread.signs
+        assert words in unread.notes[-1]
+        assert unread.signs["reading_distance"] == few.signs["reading_distance"]
 
 
 def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(pool):

@@ -23,24 +23,19 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[
 
 @pytest.mark.parametrize("in_chats", [False, True])
 @pytest.mark.parametrize("tails", [False, True])
-def test_the_question_of_a_chat_is_read_as_training_prompts_were(
-    llama, llama_pool, in_chats, tails
-):
-    """Alone, and plainly, unless all experts were trained in the template."""
+def test_the_question_of_a_chat_is_read_as_plain_text(llama, llama_pool, in_chats, tails):
+    """Alone, and as plain text, whether experts were trained in the template or not."""
     llama.tokenizer.chat_template = TEMPLATE
     changes = {"hyperparameters": {"chat": in_chats}} | ({"acts_on": {"tail": 3}} if tails else {})
     experts = [replace(each, info=replace(each.info, **changes)) for each in llama_pool.experts]
     model = compose_by("discriminant", Pool(tuple(experts)), llama)
     seen, question = read_prompts_of(model), PROMPTS[1]
-    wanted = llama.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-    )
-    tokens = llama.tokenizer(wanted if in_chats else question, add_special_tokens=False)
     for turns in BEFORE.values():
         written(model, llama.tokenizer, Chat([*turns, ("user", question)]), 2)
     written(model, llama.tokenizer, question, 2, Formatting(chat=True))
-    asked = [[*chat.messages[-1][0]] for (chat,) in seen]
-    assert asked == [tokens["input_ids"]] * (len(BEFORE) + 1)
+    *chats, alone = [prompt for (prompt,) in seen]
+    assert [chat.messages[-1].wholes[0] for chat in chats] == [question] * len(BEFORE)
+    assert alone == question
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def demo_of(folder: Path) -> dict[str, Any]:
     model = compose(pool, base, router="discriminant:fallback=off")
     chooser = composition_of(model).chooser
     assert chooser is not None
-    chosen = [chooser.choose([prompt], model).experts[0, 0].item() for prompt in prompts]
+    chosen = [chooser.choose([prompt]).experts[0, 0].item() for prompt in prompts]
     detach(model)
     model, weights = compose(pool, base, router="phatgoose"), []
     for prompt in prompts:

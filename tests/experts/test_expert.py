@@ -24,7 +24,6 @@ from phatgoose.experts.expert import (
     base_named_in,
     warn_of_other_formatting,
 )
-from phatgoose.experts.statistics import readings_of
 
 REFERENCE_OF_GOLDEN = BaseReference("example/base", "main", "sha256:0123")
 
@@ -150,14 +149,6 @@ def test_a_golden_expert_is_written_again_without_a_change(kind, tmp_path):
     adapter = adapter_files(golden)
     for file in (adapter.config, adapter.weights):
         assert (again / file).read_bytes() == (golden / file).read_bytes()
-
-
-def test_prompt_statistics_of_earlier_experts_lose_the_place_that_nothing_reads(adapter, tmp_path):
-    shared = readings_of(torch.randn(5, 2, 3))
-    ends = {name.replace("whole", "end"): part for name, part in shared.items()}
-    made = make(adapter, readings=shared | ends)
-    saved = made.save(tmp_path / "saved")
-    assert same_bits(saved.readings, shared)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "a b", ".hidden", "-dash", "ä", "a\n", "a:b"])

@@ -15,10 +15,12 @@ from changed_experts import set_config
 from import_cases import CASES, write_case
 from odd_files import one_line_of
 from phatgoose.base import BaseReference, load_base
-from phatgoose.errors import BaseModelError, ExpertError, PoolError
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
 from phatgoose.experts.importing import import_adapter, import_adapters
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import open_reader
 from phatgoose.routing.compose import compose, detach
 from tiny import (
     IDS,
@@ -162,32 +164,51 @@ def test_a_folder_of_adapters_is_a_pool_as_if_it_were_imported(llama, tmp_path):
         Pool.open(tmp_path / "adapters")
 
 
-def test_prompts_that_adapters_bring_are_measured_where_the_base_is_loaded(llama, tmp_path):
+def test_prompts_that_adapters_bring_are_measured_when_they_are_imported_or_opened(llama, tmp_path):
     texts = {"a": ["Once more", "and again", "then"], "b": ["1 + 2 =", "12 + 7 =", "3 + 3 ="]}
     for seed, (name, lines) in enumerate(texts.items()):
         folder = make_adapter(llama, tmp_path / "adapters" / name, seed=seed)
         (folder / "prompts.txt").write_text("\n".join(lines))
     import_adapters((tmp_path / "adapters").iterdir(), tmp_path / "pool")
-    base = load_base(llama.id)
-    imported, read = Pool.open(tmp_path / "pool"), Pool.open(tmp_path / "adapters").measured(base)
+    imported, read = Pool.open(tmp_path / "pool"), Pool.open(tmp_path / "adapters").measured()
     for name in texts:
+        assert read[name].info.reader == imported[name].info.reader == open_reader().reference
         assert read[name].info.prompts_read == imported[name].info.prompts_read == 3
         assert read[name].prompts == imported[name].prompts == tuple(texts[name])
         for part, wanted in imported[name].readings.items():
             assert torch.equal(read[name].readings[part], wanted)
-    assert read.measured(base) is read
+    assert read.measured() is read
     router = compose(str(tmp_path / "adapters"), llama).phatgoose.chooser
-    choice = router.choose([lines[0] for lines in texts.values()], llama.model)
+    choice = router.choose([lines[0] for lines in texts.values()])
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b"]
     detach(llama.model)
 
 
-def test_prompts_of_an_adapter_whose_base_is_not_here_are_kept(own_adapter, tmp_path):
+def test_prompts_of_an_adapter_are_measured_where_its_base_has_no_weights(
+    own_adapter, base_folders, tmp_path
+):
     (own_adapter / "prompts.txt").write_text("Is it good?")
-    expert = import_adapter(own_adapter, tmp_path / "mine", fingerprint=False)
-    assert (expert.prompts, expert.has("readings")) == (("Is it good?",), False)
+    (tmp_path / "base").mkdir()
+    shutil.copy(base_folders["llama"] / "config.json", tmp_path / "base")
     with pytest.warns(UserWarning, match=r"mine: few prompts \(1\)"):
-        import_adapter(own_adapter, tmp_path / "b" / "mine")
+        expert = import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "base"))
+    assert expert.info.base.fingerprint is None
+    assert (expert.prompts, expert.info.prompts_read) == (("Is it good?",), 1)
+    wanted = readings_of(open_reader().states(["Is it good?"]))
+    assert wanted.keys() == expert.readings.keys()
+    assert all(torch.equal(expert.readings[part], values) for part, values in wanted.items())
+
+
+def test_adapters_are_read_by_the_reader_that_the_others_name(llama, make_expert, tmp_path):
+    make_expert(llama, "one")  # whose statistics the small reader made
+    folder = make_adapter(llama, tmp_path / "adapters" / "new", seed=1)
+    (folder / "prompts.txt").write_text("one\ntwo\nthree")
+    pool = Pool((*Pool.open(tmp_path / "experts").experts, *Pool.open(folder).experts))
+    assert pool.measured()["new"].info.reader == pool["one"].info.reader != open_reader().reference
+    with pytest.raises(ConfigError, match="read by 'minilm:1-1'"):
+        pool.measured("minilm:1-2")
+    alone = Pool.open(folder).measured("minilm:0-1")["new"].info
+    assert (alone.reader.first, alone.reader.last, alone.prompts_read) == (0, 1, 3)
 
 
 @pytest.mark.skipif("exaone" not in CONFIG_MAPPING, reason="this transformers has no exaone")

@@ -1,31 +1,64 @@
-"""Prompt statistics: what the base makes of prompts, and how an expert shares it."""
+"""Prompt statistics: what a reader makes of prompts, and how an expert shares it."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.experts.statistics import prompt_states, readings_of
-from phatgoose.tasks.batching import read_prompts
+from discriminants import states_of
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.statistics import readings_of
+from routed_models import TOPICS
+from tiny import make_adapter, small_reader
 
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 8]]
+
+@pytest.mark.parametrize("lengths", [(1, 2, 1, 9), (40, 1, 3, 60, 2, 60, 55, 60, 60, 1)])
+def test_prompts_are_read_as_each_alone(lengths):
+    words = " ".join(TOPICS).split()
+    texts = [" ".join((words * 30)[i : i + 4 * n]) for i, n in enumerate(lengths)]
+    read = small_reader().states(texts)  # in more than one batch, where they are longer
+    for row, text in enumerate(texts):
+        wanted = states_of(text)
+        assert (read[row] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("budget", [1, 1024])
-def test_prompts_are_read_as_each_alone(base, budget, monkeypatch):
-    monkeypatch.setattr("phatgoose.tasks.batching.BATCH_TOKENS", budget)
-    read = read_prompts(base.model.eval(), PROMPTS, prompt_states(base.model))
-    stack = base.model
-    if stack.config.is_encoder_decoder:
-        stack = stack.get_encoder()
-    for row, prompt in enumerate(PROMPTS):
-        with torch.no_grad():
-            output = stack(input_ids=torch.tensor([prompt]), output_hidden_states=True)
-        states = torch.cat(output.hidden_states[1:-1])  # [blocks, tokens, d]; the last is normed
-        torch.testing.assert_close(read[row][:-1], states.mean(dim=1), atol=1e-5, rtol=1e-4)
-        assert read.shape[1] == len(states) + 1
+def test_of_a_long_prompt_all_tokens_count_and_of_a_huge_one_both_ends():
+    reader = small_reader()
+    pieces = [f"{topic} " * 90 for topic in TOPICS]
+    alone = reader.states(pieces)
+    huge_text, both_ends = "a " * 8192 + "q" * 9999 + " b" * 8192, "a " * 4096 + " b" * 4096
+    whole, huge, cut = reader.states(["".join(pieces), huge_text, both_ends])
+    apart = (whole - torch.stack([alone.mean(dim=0), alone[0], alone[-1]])).flatten(1).norm(dim=1)
+    assert apart[0] < 0.2 * whole.norm() < apart[1:].min() / 2
+    assert torch.equal(huge, cut)
+
+
+def test_an_expert_reads_its_own_prompts_or_others_and_says_who_read_how_many(llama, tmp_path):
+    reader = small_reader()
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    (adapter / "prompts.txt").write_text("\n".join(TOPICS))
+    expert = Expert.from_peft(adapter, {}, name="one", base=llama)
+    expert = replace(expert, source=adapter)
+    for prompts, texts in (((), list(TOPICS)), (TOPICS[:3], TOPICS[:3])):
+        saved = expert.with_prompts_read(reader, prompts).save(tmp_path / f"{len(texts)}")
+        read = Expert.load(saved.directory)
+        wanted = readings_of(torch.stack([states_of(text).float() for text in texts]))
+        for part, values in wanted.items():
+            torch.testing.assert_close(read.readings[part], values, atol=1e-3, rtol=1e-3)
+        assert (read.info.reader, read.info.prompts_read) == (reader.reference, len(texts))
+        assert read.info.measured_in is None
+        assert json.loads((saved.directory / "phatgoose.json").read_text())["reader"] == {
+            "id": "minilm",
+            "first": 1,
+            "last": 1,
+            "revision": None,
+            "fingerprint": reader.reference.fingerprint,
+        }
 
 
 @settings(deadline=None, max_examples=40)

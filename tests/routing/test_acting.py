@@ -24,7 +24,6 @@ from phatgoose.experts.expert import tail_of
 from phatgoose.experts.pool import Pool
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, load, routing_for, save
-from phatgoose.routing.context import base_alone
 from phatgoose.routing.export import export
 from phatgoose.routing.saved import add_to_saved, read_saved
 from phatgoose.tasks import batching
@@ -95,20 +94,6 @@ def test_gradients_are_the_oracles(case):
         (found if isinstance(found, Tensor) else found.logits).square().mean().backward()
         grads.append(embeds.grad)
     assert_close(*grads)
-
-
-@torch.no_grad()
-def test_the_base_reads_alone_where_no_expert_acts_on_every_token(case):
-    ids = torch.tensor([PROMPTS[0]])
-    wanted, routed = case.base(ids).logits, case.routed(ids).logits
-    assert (routed[0, -1] - wanted[0, -1]).abs().max() > 0.1 * wanted.abs().max()
-    if None in case.tails:
-        with pytest.raises(RoutingError, match="experts act on every token"):
-            base_alone(case.routed).__enter__()
-        return
-    with base_alone(case.routed):
-        assert torch.equal(case.routed(ids).logits, wanted)
-    assert torch.equal(case.routed(ids).logits, routed)
 
 
 KINDS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +13,7 @@ from transformers import GenerationConfig
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing import compose as composing
-from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of, detach, routing_for
-from phatgoose.routing.context import base_alone
-from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.recording import record
-from phatgoose.sites import prompt_stack
 from routed_models import compose_by
 from tiny import assert_same_logits
 from topic_prompts import (
@@ -69,39 +63,6 @@ def test_layers_that_take_tokens_in_another_order_have_one_choice(llama, llama_p
         model(**dict(zip(("input_ids", "attention_mask"), batch_of(llama, PROMPTS), strict=True)))
 
 
-def test_prompts_are_read_without_dropout(llama, llama_pool):
-    model = compose(llama_pool, llama, router="discriminant:fallback=off")
-    prompts, chooser = tokens_of(model, PROMPTS), composition_of(model).chooser
-    wanted = chooser.router.score(chooser, prompts, model)
-    for module in model.modules():
-        module.training = True
-    model.config.attention_dropout = 0.5
-    for block in model.model.layers:
-        block.self_attn.attention_dropout = 0.5
-    torch.testing.assert_close(chooser.router.score(chooser, prompts, model), wanted)
-    assert all(module.training for module in model.modules())
-
-
-@both_streams
-@torch.no_grad()
-def test_the_base_is_alone_while_it_is_read(base, pool):
-    ids, _ = batch_of(base, PROMPTS[:1])
-    hidden = prompt_stack(base.model)(input_ids=ids)[0]
-    model = compose(pool, base, router="discriminant:fallback=off")
-    context = composition_of(model).context
-    context.use(Choice.alone(torch.tensor([3])))
-    computed = mock.patch.object(RoutedLinear, "_product", side_effect=AssertionError)
-    with record(model) as recording, base_alone(model), computed:
-        assert torch.equal(prompt_stack(model)(input_ids=ids)[0], hidden)
-    assert not recording.weights  # nobody watches either
-    assert context.choice.experts.tolist() == [[3]]  # as before
-    assert not torch.equal(prompt_stack(model)(input_ids=ids)[0], hidden)
-    context.use(None)
-    detach(model)
-    with pytest.raises(RoutingError, match="experts act on every token; hand over the base"):
-        base_alone(compose(pool, base, router="phatgoose")).__enter__()
-
-
 @retrieving
 @torch.no_grad()
 def test_an_encoders_outputs_are_those_of_their_own_prompts_after_an_announcement(
@@ -143,7 +104,7 @@ def test_a_cache_keeps_the_experts_of_the_prompt_that_filled_it(llama, llama_poo
 @pytest.mark.parametrize("by_place", [False, True])
 def test_padding_without_a_mask_is_found_as_transformers_finds_it(llama, llama_pool, by_place):
     model = compose(llama_pool, llama, router="discriminant:temperature=10,fallback=off", k=2)
-    wanted = composition_of(model).chooser.choose(tokens_of(model, PROMPTS[:3]), model)
+    wanted = composition_of(model).chooser.choose(tokens_of(model, PROMPTS[:3]))
     own, other = (None, 0) if by_place else (0, None)
     model.generation_config.pad_token_id = own
     config = GenerationConfig(max_new_tokens=1, pad_token_id=other)

@@ -6,7 +6,7 @@ import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 
@@ -18,14 +18,14 @@ from fake_hub import contents
 from mixed_experts import make_kind, ordered
 from phatgoose import files
 from phatgoose.base import load_base
-from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
+from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, shareable
 from routed_models import assert_is_that_of, compose_by, composed
-from tiny import logits_of, make_adapter, make_ids, make_model
+from tiny import logits_of, make_adapter, make_ids, make_model, small_reader
 
 READ = {"routed.json", "routed.safetensors"}
 FILES = READ | {"config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -197,24 +197,23 @@ def test_what_else_is_in_the_folder_stays_as_it_is(uneven, pair, tmp_path):
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("third_in_chats", [False, True])
-def test_what_is_known_of_the_base_is_read_again_in_another_form(
-    llama, uneven, tmp_path, third_in_chats
-):
-    llama.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    chats = {"e0": True, "e1": True, "e2": third_in_chats}
-    experts = [
-        replace(each, info=replace(each.info, hyperparameters={"chat": chats[each.name]}))
-        for each in uneven.select([*chats]).experts
-    ]
-    for name, pool in (("few", Pool(tuple(experts[:2]))), ("all", Pool(tuple(experts)))):
-        save(composed("discriminant", pool, llama), tmp_path / name)
-    added = add_to_saved(tmp_path / "few", Pool((experts[2],)))
-    assert bool(added.tables.base) == third_in_chats
-    prompts = make_ids(rows=9).tolist()
-    models = [load(tmp_path / name, copy.deepcopy(llama)) for name in ("few", "all")]
-    one, other = (composition_of(m).chooser.choose(prompts, m) for m in models)
-    assert torch.equal(one.experts, other.experts)
+def test_who_read_the_prompts_is_kept_and_loaded_only_if_it_is_known(llama, llama_pool, tmp_path):
+    folder, reader = tmp_path / "routed", small_reader().reference
+    save(compose(llama_pool, llama, router="discriminant:fallback=off"), folder)
+    told = json.loads((folder / "routed.json").read_text())
+    assert told["lookup"]["reader"] == asdict(reader)
+    for changes, error, why in (
+        (None, RoutingError, "names no reader of prompts"),
+        ({"id": "them/theirs"}, ConfigError, "by 'them/theirs:1-1', and only minilm, .* are load"),
+        ({"fingerprint": "sha256:0"}, ConfigError, "isn't the one that the experts' prompts were"),
+        ({"last": 6}, ConfigError, "Reader minilm has 6 blocks, wanted minilm:1-6"),
+        ({"first": 2}, ConfigError, "Reader minilm has 6 blocks, wanted minilm:2-1"),
+        ({"last": 2}, ConfigError, r"has states of \[2, 384\], .* are of \[1, 384\]"),
+    ):
+        told["lookup"]["reader"] = changes and {**asdict(reader), "fingerprint": None, **changes}
+        (folder / "routed.json").write_text(json.dumps(told))
+        with pytest.raises(error, match=why):
+            load(folder, dtype="float32")
 
 
 def test_an_addition_that_is_killed_is_none(llama, uneven, pair, monkeypatch):
@@ -260,7 +259,7 @@ def test_of_two_additions_that_would_replace_the_folder_at_once_none_is_lost(
     assert read_saved(pair).names == ("e0", "e1", "e3" if refused == "e2" else "e2")
 
 
-def test_prompts_that_joining_experts_bring_are_read_by_the_base(llama, tmp_path):
+def test_prompts_that_joining_experts_bring_are_read(llama, tmp_path):
     texts = {"a": ["Once more", "and again", "then"], "b": ["1 + 2 =", "12 + 7 =", "3 + 3 ="]}
     for seed, (name, lines) in enumerate(texts.items()):
         folder = make_adapter(llama, tmp_path / name, seed=seed)

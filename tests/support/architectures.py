@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.experts.statistics import readings_of
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
-from phatgoose.tasks.batching import read_prompts
 
 READ = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])  # prompts
 IDS = tiny.IDS | {"bos_token_id": 1}
@@ -131,13 +130,16 @@ def random_expert(base: PreTrainedModel, seed: int) -> Expert:
     )
 
 
-def reading_pool(base: PreTrainedModel, experts: Iterable[Expert]) -> Pool:
-    """The experts with prompt statistics of `base`, as if each had one of READ for its prompts."""
-    states = read_prompts(base, READ, prompt_states(base))  # [prompts, blocks, d]
+def reading_pool(experts: Iterable[Expert]) -> Pool:
+    """The experts with prompt statistics, as if each had one of READ for its prompts."""
+    reader, tokenizer = tiny.small_reader(), tiny.make_tokenizer(final_eos=False)
+    states = reader.states([tokenizer.decode(tokens) for tokens in READ])  # [prompts, blocks, d]
     near = states[:, None] + 0.1 * states.std(dim=0) * tiny.random(4, 8, *states.shape[1:])
     return Pool(
         tuple(
-            replace(expert, readings=readings_of(each))
+            expert.with_statistics(
+                readings=readings_of(each), reader=reader.reference, prompts_read=len(each)
+            )
             for expert, each in zip(experts, near, strict=False)
         )
     )

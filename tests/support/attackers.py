@@ -17,6 +17,7 @@ from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import READ, readings_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
+from tiny import small_reader
 
 Attack = Callable[[Expert, Sequence[Expert], torch.Generator, int], dict[str, Any]]
 MEAN, FACTOR = f"{READ}.mean", f"{READ}.factor"
@@ -149,7 +150,7 @@ def _scaled(expert: Expert, by: dict[str, float]) -> dict[str, Any]:
 PROMPTS, ROWS, DIMS = 30, 20, 32
 
 
-def honest(pool: Pool, blocks: int = 2, size: int = 32) -> Pool:
+def honest(pool: Pool, blocks: int = 1, size: int = 384) -> Pool:
     """The experts of `pool`, each with statistics of a task of its own."""
     draw = torch.Generator().manual_seed(0)
 
@@ -163,6 +164,7 @@ def honest(pool: Pool, blocks: int = 2, size: int = 32) -> Pool:
         states = normal(blocks, size) + 0.3 * normal(PROMPTS, blocks, size)
         rows = normalize(normal(DIMS) + 0.3 * normal(ROWS, DIMS), dim=-1)
         info = replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT)
+        info = replace(info, reader=small_reader().reference, prompts_read=PROMPTS)
         statistics = {"means": means, "readings": readings_of(states), "embeddings": rows}
         experts.append(replace(expert, info=info, **statistics))
     return Pool(tuple(experts))

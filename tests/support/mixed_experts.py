@@ -108,7 +108,7 @@ def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: 
         {s: torch.randn(sites[s].in_features, generator=generator) for s in bare.modules}
         for _ in range(2)
     )
-    shared = {"means": means, "readings": make_readings(base, generator)}
+    shared = {"means": means, **make_readings(generator)}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 

@@ -73,7 +73,7 @@ def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
     parts = composition_of(model)
     if parts.context is not None and parts.router.name == "oracle":
-        parts.context.use(parts.chooser.choose([[]], model, task=task))
+        parts.context.use(parts.chooser.choose([[]], task=task))
     return model
 
 

@@ -24,6 +24,7 @@ from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kind import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import Reader, ReaderReference, open_reader
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
@@ -148,16 +149,22 @@ def write_expert(
     gates, means = (
         {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
     )
-    shared = {"means": means, "readings": make_readings(base, generator)}
+    shared = {"means": means, **make_readings(generator)}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
 
-def make_readings(base: Base, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    config = base.model.config.get_text_config()
-    # Of two places that prompts were once read in; the frozen numbers are of the second.
-    size = (5, 2, config.num_hidden_layers, config.hidden_size)
-    return readings_of(torch.randn(size, generator=generator)[:, 1])
+@cache
+def small_reader() -> Reader:
+    """A reader of one block, that is loaded on a record's word."""
+    return open_reader(ReaderReference("minilm", 1, 1))
+
+
+def make_readings(generator: torch.Generator) -> dict[str, object]:
+    """Random statistics of five prompts, and the fields about them."""
+    states = torch.randn((5, 1, 384), generator=generator)
+    reader = small_reader().reference
+    return {"readings": readings_of(states), "reader": reader, "prompts_read": 5}
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

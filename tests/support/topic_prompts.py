@@ -70,12 +70,12 @@ def tokens_of(model, texts: Sequence[str]) -> list[list[int]]:
 
 def experts_of(model, texts: Sequence[str]) -> Choice:
     """The experts that the routed `model` chooses for these prompts."""
-    return composition_of(model).chooser.choose(tokens_of(model, texts), model)
+    return composition_of(model).chooser.choose(tokens_of(model, texts))
 
 
 def scores_of(model, texts: Sequence[str]) -> Tensor:
     """The scores that the router of `model` gives all experts for these prompts."""
-    return composition_of(model).chooser.score(tokens_of(model, texts), model)
+    return composition_of(model).chooser.score(tokens_of(model, texts))
 
 
 def read_by(model) -> list[int]:

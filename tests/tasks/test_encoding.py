@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
-from phatgoose.tasks.encoding import Cuts, Encoder
+from phatgoose.tasks.encoding import Cuts, Encoder, said_in_tokens
 from phatgoose.tasks.task import Chat
 from tiny import make_tokenizer, with_added
 
@@ -157,6 +157,77 @@ def test_what_was_cut_inside_a_character_still_fits(text, truncation):
     encoder = make_encoder(positions=36, chat=True, truncation=truncation)
     for asked in (text, Chat([("user", text), ("assistant", "ok"), ("user", text[::-1])])):
         assert encoder.pair(asked, "y").length <= 36
+
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<s>system\nBe kind.</s>\n{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+INST = (  # no system prompts, and turns that alternate
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Turns must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+TURNS = [("user", "5 + 6 = ?"), ("assistant", "11, I say\n\nnot 12"), ("user", "And 5 + 7 = ?")]
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
+@pytest.mark.parametrize("template", [CHAT, ROLES, CHATML, INST])
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        (TURNS[:1], "5 + 6 = ?"),
+        (TURNS, "And 5 + 7 = ?"),
+        ([("user", "Of two paragraphs:\n\n日本 and é")], "Of two paragraphs:\n\n日本 and é"),
+        ([("system", "Be short."), *TURNS], "And 5 + 7 = ?"),
+    ],
+)
+def test_of_the_tokens_of_a_chat_the_last_message_is_read(
+    is_encoder_decoder, template, turns, said
+):
+    if template == INST and turns[0][0] == "system":
+        pytest.skip("no system prompts")
+    tokens = make_encoder(is_encoder_decoder, template=template).prompt(Chat(turns))
+    assert said_in_tokens(tokenizer_of(is_encoder_decoder, template), tokens) == said
+
+
+@pytest.mark.parametrize("make", [sentencepiece, byte_pairs])
+def test_tokens_of_a_chat_are_read_whatever_the_tokenizer_adds(make):
+    tokenizer = make()
+    tokenizer.chat_template = INST.replace("[INST]", "</s>I:").replace("[/INST]", "A:")
+    turns = [("user", "no"), ("assistant", "yes"), ("user", "is it so")]
+    tokens = Encoder(tokenizer, is_encoder_decoder=False).prompt(Chat(turns))
+    assert said_in_tokens(tokenizer, tokens).strip() == "is it so"
+
+
+@pytest.mark.parametrize(
+    "template", [None, CHAT, CHATML, "{% for m in messages %}{{ m.content }}{% endfor %}"]
+)
+@pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
+def test_of_other_tokens_the_text_is_read(is_encoder_decoder, template):
+    tokenizer = tokenizer_of(is_encoder_decoder, template)
+    text = "Is <u> a tag?\n\nYes, 日本"
+    tokens = tokenizer(text)["input_ids"]
+    assert said_in_tokens(tokenizer, tokens) == text
+    assert said_in_tokens(tokenizer, [0, *tokens, 1, 1]) == text  # without special ones
+    assert said_in_tokens(tokenizer, []) == ""
+
+
+def test_a_template_that_tells_messages_by_nothing_leaves_all_that_was_said():
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    encoder = make_encoder(template=template)
+    tokens = encoder.prompt(Chat(TURNS))
+    assert said_in_tokens(encoder.tokenizer, tokens) == text_of(encoder, tokens)
+
+
+def test_another_template_is_read_from_then_on():
+    tokenizer = make_tokenizer(final_eos=False)
+    for template in (CHAT, CHATML):
+        tokenizer.chat_template = template
+        tokens = Encoder(tokenizer, is_encoder_decoder=False).prompt(Chat(TURNS))
+        assert said_in_tokens(tokenizer, tokens) == "And 5 + 7 = ?"
 
 
 def test_a_target_needs_an_end_of_text():

@@ -11,12 +11,13 @@ from phatgoose.base import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import open_reader
 from phatgoose.routing.compose import open_chooser
-from phatgoose.tasks.batching import messages_by, read_prompts
+from phatgoose.tasks.batching import messages_by
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Chat, Example, Task
 from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert, written_prompts
 from tiny import make_adapter
@@ -62,6 +63,8 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     assert same(got.readings, wanted.readings)
     assert torch.equal(got.embeddings, wanted.embeddings)
     assert (len(got.embeddings), got.info.prompts_read) == (7, 7)
+    assert got.info.reader == open_reader().reference
+    assert (bare.info.reader, bare.info.prompts_read) == (None, None)
     assert got.info == replace(wanted.info, metrics=got.info.metrics)  # which hold times
 
 
@@ -80,9 +83,16 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     assert same(again.means, got.means)
     assert (len(again.embeddings), again.info.embedder) == (4, "other")
     assert again.info.measured_in == expert.info.measured_in == "torch.float32"
+    unread = measured(again, llama, examples=3, means=False, readings=False)
+    assert same(unread.readings, again.readings)
+    assert (unread.info.reader, unread.info.prompts_read) == (expert.info.reader, 4)
+    other = measured(again, llama, examples=3, means=False, reader="minilm:1-1")
+    assert str(Expert.load(other.directory).info.reader) == "minilm:1-1"
+    assert (other.info.prompts_read, other.readings["whole.mean"].shape) == (3, (1, 384))
     packed = torch.nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
     llama.model.lm_head.register_parameter("packed", packed)  # as quantised layers have some
-    for means, wanted in ((False, None), (True, "torch.float32, Parameter")):  # None: of two bases
+    # Which means alone are of.
+    for means, wanted in ((False, "torch.float32"), (True, "torch.float32, Parameter")):
         found = measured(again, llama, examples=4, means=means)
         assert Expert.load(found.directory).info.measured_in == wanted
     recorded = {"means": True, "embeddings": True, "statistics_examples": 4, "embedder": "other"}
@@ -103,8 +113,8 @@ def test_what_is_embedded_is_recorded(llama, tmp_path, monkeypatch, form):
     whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]
     if form == "paper":
         assert seen == [f"Answer Choices: None, Instance: {text}" for text in whole]
-    else:  # cut as the model reads them
-        assert seen == [text[:3] for text in whole]
+    else:  # not cut, as texts come to a router
+        assert seen == whole
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -120,9 +130,7 @@ def test_a_few_prompts_without_targets_are_enough(llama, tmp_path, count):
     assert complaints == [wanted] * (count < 3)
     assert same(got.means, expert.means)  # which need targets
     assert (got.info.prompts_read, len(got.embeddings)) == (count, count)
-    read = llama.tokenizer(texts)["input_ids"]
-    wanted = readings_of(read_prompts(llama.model, read, prompt_states(llama.model)))
-    assert same(got.readings, wanted)
+    assert same(got.readings, readings_of(open_reader().states(texts)))
     assert all(each.isfinite().all() for each in got.readings.values())
 
 
@@ -134,8 +142,25 @@ def test_experts_of_one_to_three_prompts_are_told_apart(llama, tmp_path, most):
         train(llama, tmp_path / name, means=False, readings=False)
         measure(tmp_path / name, llama, load_prompts(texts[name][:most]), GateTraining())
     router = open_chooser(tmp_path, llama.tokenizer, router="discriminant")
-    choice = router.choose([texts[name][0] for name in texts], llama.model)
+    choice = router.choose([texts[name][0] for name in texts])
     assert [next(iter(each)) for each in choice.named(router.experts)] == ["a", "b", "c"]
+
+
+@pytest.mark.filterwarnings("ignore:.*few prompts:UserWarning")
+def test_of_chats_the_last_message_is_read_and_no_base_is_needed_but_for_means(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    before = [("system", "Be brief."), ("user", "1"), ("assistant", "2")]
+    turns = [[*before, ("user", f"{i} and on")] for i in range(3)]
+    chats = Task("chats", tuple(Example(Chat(each), "3") for each in turns))
+    got = measure(expert, None, chats, GateTraining())
+    asked = [each.input.turns[-1][1] for each in chats.with_validation(TRAINING.seed).train]
+    wanted = readings_of(open_reader().states(asked))
+    for part, values in wanted.items():
+        torch.testing.assert_close(got.readings[part], values)
+    assert same(got.means, expert.means)
+    changed = replace(llama, fingerprint="sha256:" + "0" * 64)
+    with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):
+        measure(expert, changed, chats, GateTraining(means=False))
 
 
 def written(expert, base, after: str = "</u>") -> list[str]:

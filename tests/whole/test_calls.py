@@ -57,7 +57,7 @@ def base_of(name: str) -> Base:
 @cache
 def voters(name: str) -> Pool:
     """The tiny experts with prompt statistics by which PROMPTS have different experts."""
-    return reading_pool(tiny_of(name).base, tiny_of(name).pool.experts)
+    return reading_pool(tiny_of(name).pool.experts)
 
 
 def voting(name: str):

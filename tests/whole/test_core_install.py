@@ -23,6 +23,7 @@ from command_line import FLAGS, Outcome, open_row, review, write_rows
 from paths import ROOT
 from phatgoose.errors import PhatgooseError
 from phatgoose.files import read_table
+from phatgoose.reader import MINILM_PACKAGE
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -85,14 +86,17 @@ def with_their_needs(requirements: Iterable[str]) -> set[str]:
 
 
 def absent_modules() -> list[str]:
-    """Top-level modules that are installed here, but not by a core install."""
+    """Top-level modules that are installed here, but not by a core install.
+
+    The reader's files stay, in the place of the Hub, from which a core install has them.
+    """
     project = read_table(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
     core = with_their_needs(project["dependencies"]) | {"phatgoose"}
     assert {"torch", "transformers", "peft", "typer"} <= core
     return [
         module
         for module, owners in packages_distributions().items()
-        if core.isdisjoint(map(canonicalize_name, owners))
+        if core.isdisjoint(map(canonicalize_name, owners)) and module != MINILM_PACKAGE
     ]
 
 

@@ -25,7 +25,7 @@ def base(request):
 
 
 def routed(base, **options):
-    pool = reading_pool(base.model, (random_expert(base.model, seed) for seed in range(3)))
+    pool = reading_pool(random_expert(base.model, seed) for seed in range(3))
     return compose(pool, base, **options)
 
 
@@ -60,7 +60,7 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     model = routed(base, router="discriminant:fallback=off", k=2)
     parts, encoder = composition_of(model), Encoder.of(base)
     prompts = [encoder.prompt(example.input) for example in CHOICE_TASK.test]
-    choice = parts.chooser.choose(prompts, model)
+    choice = parts.chooser.choose(prompts)
     assert len(choice.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(model, CHOICE_TASK, tokenizer=base.tokenizer)

@@ -30,7 +30,7 @@ def generated(model, **options):
 
 
 def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
-    pool = reading_pool(mamba.model, experts_of(mamba.model))
+    pool = reading_pool(experts_of(mamba.model))
     model = compose(pool, mamba, router="discriminant:fallback=off", k=1)
     with record(model) as recording:
         tokens = generated(model)

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
-from phatgoose.experts.expert import recorded_formatting, trained_in_chats
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.prompt import ByPrompt, PromptChooser
 from phatgoose.routing.routers.retrieval import Centroid, Retrieval
 from phatgoose.routing.routers.router import Router, RouterAtSite, RoutingDecision, highest
-from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task
+from phatgoose.tasks.task import request_in
 
 BY: dict[str, type[ByPrompt]] = {each.name: each for each in (Discriminant, Centroid, Retrieval)}
 SHARE = "share"  # the name of weights in files
@@ -52,13 +50,13 @@ class FewShot(Router):
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """The inputs of the file's split train. Raises ConfigError and TaskError."""
+        """What is asked in the file's split train. Raises ConfigError and TaskError."""
         rows = load_task(self.examples, targets=False).train if self.examples else ()
         if not rows:
             raise ConfigError(
                 "Router few-shot needs few-shot:examples=FILE of the task, with rows to train on."
             )
-        return tuple(example.input for example in rows)
+        return tuple(request_in(example.input) for example in rows)
 
     def check(self, pool: Pool) -> None:
         super().check(pool)
@@ -71,20 +69,20 @@ class FewShot(Router):
         """The router that scores prompts. Raises PoolError if the pool allows none."""
         embedded = any(map(pool.lacking, Discriminant.needs)) and not pool.lacking("embeddings")
         usual = Centroid.name if embedded else Discriminant.name
-        by = BY[self.by or usual](embedder=self.embedder)
+        how = {
+            "embedder": self.embedder,
+            "reader": self.reader,
+            "reader_device": self.reader_device,
+        }
+        by = BY[self.by or usual](**how)
         by.check(pool)
         return by
 
     def fitted(
         self, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> Self:
-        records, by = pool.records(), self.scoring(pool)
-        form = recorded_formatting(records[0].get("formatting") or {}, "formatting")
-        # In the template as prompts are to come: where all experts were trained in it.
-        form = replace(form or Formatting(), chat=trained_in_chats(records))
-        encoder = Encoder.for_model(model, tokenizer, form)
-        chooser = PromptChooser(by, by.tables(pool), tokenizer, form.chat)
-        scores = chooser.score([encoder.prompt(each) for each in self.inputs], model)
+        by = self.scoring(pool)
+        scores = PromptChooser(by, by.tables(pool)).score(self.inputs)
         chosen = pool.names[int(highest(scores.mean(dim=0, keepdim=True), 1))]
         logger.info("few-shot: %s, by %d examples", chosen, len(self.inputs))
         # The file's place is no one else's business, and a loaded model has no need of it.

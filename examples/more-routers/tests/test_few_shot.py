@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from discriminants import trained_on
 from phatgoose.errors import ConfigError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
@@ -48,22 +49,26 @@ def test_the_best_mean_score_chooses_once_for_all(llama, llama_pool, tmp_path, i
     assert path.name not in saved  # whose place is no one else's business
 
 
-@pytest.mark.parametrize("chats", [0, 1, 4])  # the experts that were trained in chats
-def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, chats):
-    around = "zigzag " * 9
-    llama.tokenizer.chat_template = around + "{{ messages[0].content }}"
-    forms = [{"hyperparameters": {"chat": z < chats}} for z in range(4)]
-    pairs = zip(llama_pool.experts, forms, strict=True)
-    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e, form in pairs))
+@pytest.mark.parametrize("in_chats", [False, True])
+def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, in_chats):
+    pool = trained_on(llama_pool)
+    every = set()
     for text in INPUTS:
-        router = f"few-shot:examples={written(tmp_path, text)}"
-        model = compose(pool, llama, router=router)
+        path = written(tmp_path, text)
+        if in_chats:
+            turns = [("system", INPUTS[0]), ("user", INPUTS[1]), ("assistant", "?"), ("user", text)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            path.write_text(
+                json.dumps({"messages": [*messages, {"role": "assistant", "content": "!"}]})
+            )
+        model = compose(pool, llama, router=f"few-shot:examples={path}")
         chosen = composition_of(model).router.chosen
+        every.add(chosen)
         detach(model)
         model = compose(pool, llama, router="discriminant")
-        read = around + text if chats == 4 else text
-        assert pool.names[scores_of(model, [read]).argmax()] == chosen
+        assert pool.names[scores_of(model, [text]).argmax()] == chosen
         detach(model)
+    assert len(every) > 2
 
 
 @pytest.mark.parametrize(

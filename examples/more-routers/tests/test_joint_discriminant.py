@@ -41,7 +41,7 @@ def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
     wanted = []
     for text in PROMPTS:
-        read = scores_by_hand(base, pool, text, shrinkage, 1.0).mean(dim=0)
+        read = scores_by_hand(pool, text, shrinkage, 1.0).mean(dim=0)
         embedded = embedding_scores(pool, text, shrinkage=shrinkage, task_variance=1.0)
         wanted.append((1 - share) * read + share * embedded)
     model = compose(with_embeddings(pool), base, router=NAME + settings)

@@ -335,10 +335,10 @@ def _opened(
         return _routed(opened.model, tokenizer or opened.tokenizer)
     pool = Pool.open(source)
     loaded = resolve_base(base, pool.base)
-    pool = pool.measured(loaded)
+    pool = pool.measured(how.routing.reader)
     routers = [how.routers] if isinstance(how.routers, str) else how.routers
     routings = [
-        resolved(replace(how.routing, router=name), pool, loaded.model, loaded.tokenizer)
+        resolved(replace(how.routing, router=name), pool, loaded.tokenizer)
         for name in dict.fromkeys(routers or (how.routing.router,))
     ]
     for routing in routings[1:]:  # the first is composed before anything is read
@@ -387,9 +387,7 @@ def _traces(model: PreTrainedModel, encoder: Encoder, task: Task, most: int) -> 
     pairs = encoder.pairs(examples)
     prompts = [pair.prompt for pair in pairs]
     traces = []
-    with routing_for(
-        model, prompts, task=task.name, examples=examples, encoder=encoder
-    ) as before_pass:
+    with routing_for(model, prompts, task=task.name, examples=examples) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

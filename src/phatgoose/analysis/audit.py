@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..base import Base, check_base
-from ..config import Formatting
-from ..errors import RoutingError
+from ..errors import PhatgooseError
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
 from ..experts.statistics import READ
@@ -29,7 +27,6 @@ from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
-from ..tasks.encoding import Encoder
 from .measures import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
@@ -135,21 +132,18 @@ class Audit:
         }
 
 
-def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
+def audit(pool: Pool | str | Path) -> Audit:
     """The audit of `pool`: every expert's files against the pool's median.
 
-    With a `base` it also reads the experts' example prompts, to see whose each expert takes. Raises
-    as `Pool.open` does, and BaseModelError for a base that isn't the pool's.
+    The experts' example prompts are read too, to see whose each expert takes. Raises as `Pool.open`
+    does.
     """
     opened = Pool.open(pool)
     signs = signs_of(opened)
-    if base is None:
-        return report_of(opened, signs)
-    check_base(opened.base, base.reference)
     try:
-        prompt_signs, notes = _of_prompts(opened.measured(base), base)
+        prompt_signs, notes = _of_prompts(opened.measured())
         signs |= prompt_signs
-    except RoutingError as error:  # statistics that can't be compared
+    except PhatgooseError as error:  # statistics that can't be compared
         notes = [str(error)]
     report = report_of(opened, signs)
     return replace(report, notes=(*report.notes, *notes))
@@ -439,7 +433,7 @@ def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
     return shares.fill_diagonal_(math.nan).nanmean(dim=0)
 
 
-def _of_prompts(pool: Pool, base: Base) -> tuple[dict[str, Tensor], list[str]]:
+def _of_prompts(pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
     """Whose example prompts the readings of each win, and a note for each expert that loses some.
 
     They are read as router discriminant reads them, and none is left to the base.
@@ -454,10 +448,8 @@ def _of_prompts(pool: Pool, base: Base) -> tuple[dict[str, Tensor], list[str]]:
             owners.append(z)
     if len(readers) < 2 or not texts:
         return {}, ["No example prompts beside prompt statistics, so nothing to read."]
-    chooser = open_chooser(Pool(tuple(experts)), base.tokenizer, router=READS)
-    encoder = Encoder.of(base, Formatting(chat=chooser.in_chats))
-    prompts = [encoder.prompt(text) for text in texts]
-    winners = chooser.score(prompts, base.model).argmax(dim=1)
+    chooser = open_chooser(Pool(tuple(experts)), router=READS)
+    winners = chooser.score(texts).argmax(dim=1)
     taken = _taken(functional.one_hot(torch.tensor(owners), len(experts)).double(), winners)
     notes = []
     for (z, winner), count in Counter(zip(owners, winners.tolist(), strict=True)).items():

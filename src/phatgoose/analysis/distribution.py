@@ -87,9 +87,7 @@ def read_task(
     rows = []
     with (
         tqdm(total=len(pairs), desc=title, disable=None, leave=False) as bar,
-        routing_for(
-            model, prompts, task=task.name, examples=task.test, encoder=encoder
-        ) as before_pass,
+        routing_for(model, prompts, task=task.name, examples=task.test) as before_pass,
     ):
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

@@ -107,7 +107,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     base = load_base(base_name)
     show(_step(f"2. {len(SKILLS)} experts with gates", ", each trained on one task"))
     pool = _train_pool(base, out / "experts", seed)
-    routing = resolved(Routing(router=ROUTER), pool, base.model, base.tokenizer)
+    routing = resolved(Routing(router=ROUTER), pool, base.tokenizer)
     unseen = unseen_tasks(EVALUATED)
     show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
     shown = {*BESIDE, routing.router} - (set() if can_embed() else {"retrieval"})

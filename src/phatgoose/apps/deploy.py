@@ -112,8 +112,7 @@ def deploy(pool: Pool, engine: str, out: Path, base: str | None = None) -> Deplo
             _copy([path for path in source.iterdir() if path.is_file()], work / "base")
         revision = None if base or has_base else pool.base.revision
         deployment = Deployment(engine, pool.names, rank, "base" if has_base else named, revision)
-        given = "base" if has_base else base
-        _write_scripts(deployment, work, ["--base", given] if given else [])
+        _write_scripts(deployment, work)
     if not allows_choice_by_prompt(pool):
         warnings.warn(f"The folder's gateway can't choose yet: {NO_CHOICE}", stacklevel=2)
     return deployment
@@ -162,9 +161,9 @@ def _command(deployment: Deployment) -> list[str]:
     return ["vllm", "serve", base, *pinned, *options, *lora]
 
 
-def _write_scripts(deployment: Deployment, work: Path, base: Sequence[str]) -> None:
+def _write_scripts(deployment: Deployment, work: Path) -> None:
     """Scripts that start engine and gateway, and a page about them."""
-    gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT), *base]
+    gateway = ["phatgoose", "serve", "experts", "--port", str(GATEWAY_PORT)]
     upstream = f'--upstream "${{{UPSTREAM}:-http://127.0.0.1:{ENGINE_PORT}}}"'
     _script(work / "engine.sh", [f'exec {shlex.join(_command(deployment))} "$@"'])
     _script(work / "gateway.sh", [f'exec {shlex.join(gateway)} {upstream} "$@"'])

@@ -50,7 +50,7 @@ def generate(
     read = encoder.fitted(prompt, followed_by=max_new_tokens)
     Cuts([read.cut]).report("the prompt")
     ids = torch.tensor([read.tokens], device=model.device)
-    with routing_for(model, [read.tokens], examples=[Example(prompt, "")], encoder=encoder):
+    with routing_for(model, [read.tokens], examples=[Example(prompt, "")]):
         tokens = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens)[0]
     text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
     return text.strip()
@@ -129,5 +129,5 @@ def explain(
         text, pair = answer, encoder.pair(prompt, answer)
         encoder.cuts([pair]).report("the prompt")  # as `generate` does
     # By the prompt, not by an answer after it.
-    with routing_for(model, [pair.prompt], examples=[Example(prompt, "")], encoder=encoder):
+    with routing_for(model, [pair.prompt], examples=[Example(prompt, "")]):
         return Explanation(trace(model, encoder, pair), text)

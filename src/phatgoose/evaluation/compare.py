@@ -283,7 +283,7 @@ def compare(
     pool = Pool.open(pool)
     columns, datasets = _load(suites, how)
     base = resolve_base(base, pool.base)
-    pool = pool.measured(base)
+    pool = pool.measured(how.routing.reader)
     chosen, notes = runnable_methods(pool, methods, how.routing)
     others = []
     for label, place in how.references.items():

@@ -296,9 +296,7 @@ def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
     model.eval()
     answers: dict[int, Prediction] = {}
     bar = tqdm(total=len(examples), desc=one_line(task), unit="example", disable=None, leave=False)
-    passes = routing_for(
-        model, questions.prompts, task=task, examples=examples, encoder=questions.encoder
-    )
+    passes = routing_for(model, questions.prompts, task=task, examples=examples)
     with bar, passes as before_pass:
         for index, text, scores in questions.answers(model, before_pass):
             example = examples[index]

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,8 @@ from annotated_types import Interval, MinLen
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..base import SMOLLM2_ON_HUB, Base, BaseReference, Text, number_format
+from ..base import SMOLLM2_ON_HUB, Base, BaseReference, Text
 from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (
@@ -36,12 +35,12 @@ from ..files import (
     sha256_of,
 )
 from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
-from ..tasks.encoding import Encoder
+from ..reader import Reader, ReaderReference
 from ..tasks.loading import prompts_beside
 from . import kinds
 from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
-from .statistics import PARTS, READ, readings_by
+from .statistics import PARTS, READ, readings_of
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -106,12 +105,6 @@ def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Forma
     return from_mapping(Formatting, recorded, where) if recorded else None
 
 
-def trained_in_chats(records: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the training prompts of all experts in a pool's records are in a chat template."""
-    forms = [record.get("formatting") for record in records]
-    return all(isinstance(form, Mapping) and form.get("chat") is True for form in forms)
-
-
 def chats_recorded(records: Iterable[Mapping[str, Any]]) -> set[bool]:
     """What a pool's records say of training inputs being in a chat template; many say nothing."""
     forms = [record.get("formatting") for record in records]
@@ -153,8 +146,8 @@ class ExpertInfo:
 
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
     before it was recorded: theirs is the paper's. `measured_in` is the `number_format` of the base
-    that means and prompt statistics were measured on, `prompts_read` how many prompts the latter
-    are of, None where it isn't known. `acts_on` is the `tail` of a prompt's last tokens that it
+    that means were measured on. `reader` made the prompt statistics, of `prompts_read` prompts;
+    None where these aren't known. `acts_on` is the `tail` of a prompt's last tokens that it
     acts on, None for experts that act on all tokens.
     """
 
@@ -172,6 +165,7 @@ class ExpertInfo:
     embedder: Text | None = None
     embedding_form: Text | None = None
     measured_in: Text | None = None
+    reader: ReaderReference | None = None
     prompts_read: Count | None = None
     acts_on: ActsOn | None = None
 
@@ -198,7 +192,7 @@ def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
     # Later than the format.
-    for name in ("embedding_form", "measured_in", "prompts_read", "acts_on"):
+    for name in ("embedding_form", "measured_in", "reader", "prompts_read", "acts_on"):
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -223,6 +217,7 @@ class _Layout:
 
 LAYOUT = _Layout()
 FEW, ENOUGH = 3, 5  # prompts that statistics are of
+SHARED = ("means", "readings", "embeddings")  # statistics
 
 
 def expert_files() -> tuple[str, ...]:
@@ -312,37 +307,32 @@ class Expert:
         for file in self.files.values():
             file.release()
 
-    def with_statistics(self, model: PreTrainedModel, prompts: int, **statistics: Any) -> Expert:
-        """The expert with new `means`, `embeddings`, or `readings` of so many `prompts`.
+    def with_statistics(self, **statistics: Any) -> Expert:
+        """The expert with new `means` or `embeddings`, and fields of `ExpertInfo` about these.
 
-        What isn't among `statistics` stays. Means and readings are what `model` made of the data.
-        Warns of fewer than FEW prompts.
+        What isn't among `statistics` stays.
         """
-        info, measured_in = self.info, self.info.measured_in
-        read_by_base = ("means", "readings")
-        if any(part in statistics for part in read_by_base):
-            measured_in = number_format(model)
-            stays = any(part not in statistics and self.has(part) for part in read_by_base)
-            if stays and measured_in != info.measured_in:
-                measured_in = None  # of two bases
-        if "readings" in statistics and prompts < FEW:
-            told = f"{self.name}: few prompts ({prompts}); give at least {FEW}, better {ENOUGH}."
-            warnings.warn(told, stacklevel=3)
-        result = replace(self, **statistics)
-        parts = {part: result.has(part) for part in (*read_by_base, "embeddings")}
-        info = replace(
-            info,
-            hyperparameters={**info.hyperparameters, **parts},
-            measured_in=measured_in,
-            prompts_read=prompts if "readings" in statistics else info.prompts_read,
-        )
+        parts = {name: statistics.pop(name) for name in SHARED if name in statistics}
+        result = replace(self, **parts)
+        now = {name: result.has(name) for name in SHARED}
+        info = replace(self.info, **statistics)
+        info = replace(info, hyperparameters={**info.hyperparameters, **now})
         return replace(result, info=info)
 
-    def with_prompts_read(self, base: Base) -> Expert:
-        """The expert with the statistics of the prompts that it brought, as `base` reads them."""
-        tokens = list(map(Encoder.of(base).prompt, self.prompts))
-        read = readings_by(base.model, tokens)
-        return self.with_statistics(base.model, len(tokens), readings=read)
+    def with_prompts_read(self, reader: Reader, prompts: Sequence[str] = ()) -> Expert:
+        """The expert with the statistics of `prompts`, or else of those that it brought.
+
+        Warns of fewer than FEW.
+        """
+        texts = list(prompts or self.prompts)
+        if len(texts) < FEW:
+            told = f"{self.name}: few prompts ({len(texts)}); give at least {FEW}, better {ENOUGH}."
+            warnings.warn(told, stacklevel=3)
+        return self.with_statistics(
+            readings=readings_of(reader.states(texts)),
+            reader=reader.reference,
+            prompts_read=len(texts),
+        )
 
     @classmethod
     def from_peft(
@@ -412,8 +402,7 @@ class Expert:
             gates,
             means,
             files[LAYOUT.embeddings].get("embeddings") if LAYOUT.embeddings in files else None,
-            # Earlier experts share the state of prompts' last tokens too, which nothing reads.
-            {name: readings[name] for name in readings if not name.startswith("end.")},
+            readings,
             files,
         )
         _check_vectors(expert)

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base import (
-    Base,
     BaseReference,
     fingerprint_here,
     load_base,
@@ -49,6 +48,7 @@ from ..base import (
     published,
     recorded_id,
 )
+from ..config import READER
 from ..errors import ExpertError, PhatgooseError
 from ..files import (
     BY_PATTERN,
@@ -62,8 +62,9 @@ from ..files import (
     value_at,
 )
 from ..names import check_name
+from ..reader import open_reader
 from ..sites import find_sites
-from .expert import LAYOUT, Expert, base_named_in, read_modules
+from .expert import LAYOUT, Expert, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
@@ -94,22 +95,19 @@ def import_adapter(
     out: str | Path,
     *,
     name: str | None = None,
-    opened: Callable[..., Base] = load_base,
+    reader: str = READER,
     **options: Any,
 ) -> Expert:
     """The adapter at `source` as an expert without gates, written to `out`, called `name`.
 
-    With statistics of the prompts that it brings, if the base's weights are on this machine, which
-    are then `opened`. `options` are those of `read_adapter`, which says what is refused. Raises
-    ExpertError when `out` exists, too.
+    With statistics of the prompts that it brings, made by `reader`. `options` are those of
+    `read_adapter`, which says what is refused. Raises ExpertError when `out` exists, too.
     """
     target = Path(out)
     require_free(target, ExpertError)
     expert = read_adapter(source, name or target.name, **options)
-    if expert.prompts and expert.info.base.fingerprint:
-        named, other = base_named_in(expert.directory) or expert.info.base, options.get("base")
-        revision = None if other else named.revision
-        expert = expert.with_prompts_read(opened(other or named.id, revision=revision))
+    if expert.prompts:
+        expert = expert.with_prompts_read(open_reader(reader))
     saved = expert.save(target)
     if expert.directory.parent == Path(_scratch().name):
         shutil.rmtree(expert.directory, ignore_errors=True)
@@ -207,10 +205,8 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     `options` are those of `import_adapter` but `name`. One that is refused doesn't keep the others
     back.
     """
-    opened = cache(load_base)
     return _all_of(
-        sources,
-        lambda each: import_adapter(each, Path(out) / _last_name(each), opened=opened, **options),
+        sources, lambda each: import_adapter(each, Path(out) / _last_name(each), **options)
     )
 
 

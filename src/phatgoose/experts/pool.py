@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import Base, BaseReference, same_base
-from ..config import closest
+from ..base import BaseReference, same_base
+from ..config import READER, closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
 from ..names import HUB, require_pool_there
+from ..reader import open_reader, usable_reader
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
@@ -149,11 +150,19 @@ class Pool(Mapping[str, Expert]):
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(expert for expert in self.experts if expert.name in staying))
 
-    def measured(self, base: Base) -> Pool:
-        """The pool in which `base` has read all prompts; without a tokenizer none can be read."""
-        if not self.unread or base.tokenizer is None:
+    def measured(self, named: str | None = None) -> Pool:
+        """The pool in which all prompts have been read, by the reader of its other experts.
+
+        Without others it is the usual one, or the one that the user `named`.
+        """
+        if not self.unread:
             return self
-        read = {expert.name: expert.with_prompts_read(base) for expert in self.unread}
+        recorded = [each.info.reader for each in self.experts if each.info.reader]
+        if recorded:
+            reader = open_reader(usable_reader(recorded[0], named))
+        else:
+            reader = open_reader(named or READER)
+        read = {expert.name: expert.with_prompts_read(reader) for expert in self.unread}
         return Pool(tuple(read.get(expert.name, expert) for expert in self.experts))
 
     def _unknown(self, name: object) -> str:

@@ -1,37 +1,18 @@
-"""Prompt statistics ("readings"): how the base alone reads an expert's prompts, block by block.
+"""Prompt statistics: what a reader makes of an expert's prompts, block by block.
 
-A decoder knows its task only when it has seen the whole prompt. So a prompt is read as a whole: the
-mean of the hidden states over its tokens. An expert shares mean and covariance of that over its
-training prompts; router discriminant compares new prompts with them (docs/format.md). Not in the
-paper.
+A prompt is read as a whole: the mean of a block's states over its tokens. An expert shares mean and
+covariance of that over its training prompts; router discriminant compares new prompts with them
+(docs/format.md). Not in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from ..sites import blocks_of
-from ..tasks.batching import PromptReading, read_prompts
 
 READ = "whole"  # what of a prompt is read: the mean over its tokens
 PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
 RANK = 16  # r of the covariance that is shared
-
-
-def prompt_states(model: PreTrainedModel) -> PromptReading:
-    """Reads the output of all blocks: [texts, blocks, d], float32."""
-    return PromptReading(range(len(blocks_of(model))))
-
-
-def readings_by(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], label: str | None = None
-) -> dict[str, Tensor]:
-    """The readings to share of `prompts`, given by tokens; a `label` shows a progress bar."""
-    return readings_of(read_prompts(model, prompts, prompt_states(model), label))
 
 
 def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:

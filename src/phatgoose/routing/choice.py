@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from .conversation import ChatTexts
 
@@ -125,11 +124,7 @@ class Chooser(Protocol):
     def choose(
         self,
         prompts: Sequence[str | Sequence[int] | ChatTexts],
-        base: PreTrainedModel | None = None,
         allowed: Collection[str] | None = None,
         **known: Any,
     ) -> Choice:
         """The experts of each prompt and their weights."""
-
-    def read_base(self, base: PreTrainedModel | None = None) -> None:
-        """Read what must be known of the `base` before it chooses."""

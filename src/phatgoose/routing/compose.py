@@ -31,15 +31,14 @@ from ..base import (
 )
 from ..config import MODEL_TYPE, Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError, RoutingError, WrongBaseError
-from ..experts.expert import tail_of, trained_in_chats
+from ..experts.expert import tail_of
 from ..experts.hub import HubReference
 from ..experts.kind import check_fit, check_parts
 from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..names import ROUTED_INFO, closest_beside
 from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
-from ..tasks.encoding import Encoder
-from ..tasks.task import Example
+from ..tasks.task import Chat, Example
 from .context import RoutingContext
 from .conversation import ChatTexts
 from .kernels import AUTO as ANY_KERNEL
@@ -130,8 +129,7 @@ class Composition:
         self.layers: dict[str, RoutedLayer] = {}
         self.chooser: PromptChooser | None = None
         if isinstance(router, ByPrompt) and tables is not None:
-            router.check_fits(base.model, tables)
-            self.chooser = PromptChooser(router, tables, base.tokenizer, self.in_chats)
+            self.chooser = PromptChooser(router, tables, base.tokenizer)
         has_context = self.chooser is not None or late
         self.context = RoutingContext(self.chooser, self.tails) if has_context else None
 
@@ -189,11 +187,6 @@ class Composition:
     def __repr__(self) -> str:
         what = f"{self.routing.router} on {self.base.id!r}"
         return f"<Composition by {what} (experts: {len(self.experts)})>"
-
-    @property
-    def in_chats(self) -> bool:
-        """Whether the experts' statistics are of prompts in the base's chat template."""
-        return trained_in_chats(self.records)
 
     @property
     def routing(self) -> Routing:
@@ -255,9 +248,9 @@ def compose(
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
     model, tokenizer = loaded.model, loaded.tokenizer
-    pool = pool.measured(loaded)
+    pool = pool.measured(routing.reader)
     if routing.router == AUTO:
-        routing = resolved(routing, pool, model, tokenizer)
+        routing = resolved(routing, pool, tokenizer)
     router = router_of(routing)
     check_routing(router, pool)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
@@ -346,7 +339,6 @@ def routing_for(
     *,
     task: str | None = None,
     examples: Sequence[Example] | None = None,
-    encoder: Encoder | None = None,
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """Passes of `model` in this thread are about `prompts`, given by tokens, one row for each.
 
@@ -354,9 +346,8 @@ def routing_for(
     than all of them in order. Only routers that choose for whole prompts and experts that act from
     a prompt's end on go by this; in other models, routed or not, nothing changes. An evaluation
     names its `task`, by which router oracle chooses and random routers start again, and the
-    `examples`, which retrieval in the paper's form embeds. With the `encoder` that made their
-    prompts, routers read the texts of those that are chats. Inside another one,
-    that one's prompts count again afterwards. Raises what `PromptChooser.choose` does.
+    `examples` of which the prompts were made: routers read their texts. Inside another one, that
+    one's prompts count again afterwards. Raises what `PromptChooser.choose` does.
     """
     parts = composition_if_any(model)
     context = parts.context if parts else None
@@ -367,8 +358,8 @@ def routing_for(
         yield lambda _: None
         return
     asked = None
-    if parts and parts.chooser and examples and encoder:
-        asked = asked_of(parts, prompts, examples, encoder)
+    if parts and parts.chooser and examples:
+        asked = [asked_in(example.input) for example in examples]
     found = context.routing_of(prompts, asked=asked, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
@@ -379,25 +370,9 @@ def routing_for(
         yield use
 
 
-def asked_of(
-    parts: Composition,
-    prompts: Sequence[Sequence[int]],
-    examples: Sequence[Example],
-    encoder: Encoder,
-) -> Sequence[Sequence[int] | ChatTexts]:
-    """What routers per prompt read of `prompts`, which `encoder` made of the `examples`.
-
-    Of chats the texts, in the form in which the experts' prompts were measured.
-    """
-    reads = replace(encoder, formatting=replace(encoder.formatting, chat=parts.in_chats))
-
-    def asked(example: Example, prompt: Sequence[int]) -> Sequence[int] | ChatTexts:
-        if not encoder.in_template(example.input):
-            return prompt
-        turns = getattr(example.input, "turns", [("user", example.input)])
-        return ChatTexts.of(turns, lambda texts: map(reads.prompt, texts))
-
-    return list(map(asked, examples, prompts))
+def asked_in(text: str) -> str | ChatTexts:
+    """What routers by prompt read of an example's input."""
+    return ChatTexts.of(text.turns) if isinstance(text, Chat) else text
 
 
 # Saving, and loading beside a base that is loaded by its name.
@@ -454,8 +429,6 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
             f"The weights of the base {parts.base.id!r} have changed since it was loaded: trained "
             f"or resized? A routed model is saved without them; detach it and save the base."
         )
-    if parts.chooser:
-        parts.chooser.read_base(model)
     folder.mkdir(parents=True, exist_ok=True)
     routing = parts.routing
     info = {
@@ -493,6 +466,7 @@ def load(
     *,
     dtype: str = "auto",
     embedder: str | None = None,
+    reader: str | None = None,
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
@@ -502,17 +476,18 @@ def load(
             name.
         dtype: "auto", "float32", "bfloat16" or "float16", for a base that is loaded here.
         embedder: The embedder of a router that uses one, if it isn't the default one.
+        reader: The reader of a router that uses one, if it isn't a known one.
 
     Raises:
         RoutingError, ExpertError: The folder is missing or damaged.
         WrongBaseError: The base is another one.
-        ConfigError: The router needs an embedder that wasn't named.
+        ConfigError: The router needs an embedder or a reader that wasn't named.
     """
     folder = Path(directory)
     saved = read_saved(folder)
     loaded = resolve_base(base, saved.base, dtype)
     model, sites = loaded.model, find_sites(loaded.model)
-    router = router_of(replace(saved.router.routing, embedder=embedder))
+    router = router_of(replace(saved.router.routing, embedder=embedder, reader=reader))
     tables = saved.tables if isinstance(router, ByPrompt) else None
     parts = Composition(loaded, router, saved.names, saved.records, tables)
     for name, sizes in saved.sizes.items():
@@ -579,7 +554,8 @@ def open_model(
     if scores and not isinstance(place, Pool):
         require_pool(place)
     if not isinstance(place, Pool) and is_routed(place):
-        model = load(place, base, dtype=dtype, embedder=routing.embedder if routing else None)
+        named = routing or Routing()
+        model = load(place, base, dtype=dtype, embedder=named.embedder, reader=named.reader)
     elif isinstance(place, Pool) or is_pool(place):
         pool = Pool.open(place)
         loaded = resolve_base(base, pool.base, dtype)
@@ -599,16 +575,15 @@ def open_chooser(
 ) -> PromptChooser:
     """What chooses the experts of a pool for a prompt; no base is loaded.
 
-        chooser = open_chooser("experts/", router="retrieval")
+        chooser = open_chooser("experts/")
         chooser.choose(["What is 12 + 7?"]).named(chooser.experts)
 
-    `routing` and `settings` are those of `compose`. Prompts are as a `PromptChooser` takes them:
-    text without a `tokenizer` for routers that go by embeddings alone; those that go by what the
-    base makes of a prompt are handed `base` in `choose`. Raises ConfigError for a router that looks
-    at no prompt, and what opening a pool raises.
+    `routing` and `settings` are those of `compose`. Prompts are as a `PromptChooser` takes them;
+    those that are tokens need the `tokenizer` that made them. Raises ConfigError for a router that
+    looks at no prompt, and what opening a pool raises.
     """
     routing = _routing(routing, settings, "open_chooser")
-    pool = Pool.open(place)
+    pool = Pool.open(place).measured(routing.reader)
     router = router_of(first_allowed(routing, pool, BY_PROMPT))
     if not isinstance(router, ByPrompt):
         raise ConfigError(
@@ -617,4 +592,4 @@ def open_chooser(
         )
     check_served(router)
     check_routing(router, pool)
-    return PromptChooser(router, router.tables(pool), tokenizer, trained_in_chats(pool.records()))
+    return PromptChooser(router, router.tables(pool), tokenizer)

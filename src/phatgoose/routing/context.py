@@ -32,10 +32,8 @@ from ..passes import (
     real_tokens,
     token_positions,
 )
-from ..sites import ROUTED
 from .choice import Choice, Chooser, PromptRouting
 from .conversation import ChatTexts
-from .recording import unwatched
 
 Result = TypeVar("Result")
 Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
@@ -85,7 +83,6 @@ class Activity:
 class _Present(threading.local):
     routing = PromptRouting()  # of the rows of passes
     announced = False  # by somebody, rather than read
-    base_alone = False  # no expert acts, whatever is chosen
     activity: Activity | None = None  # of the pass under way
     depth = 0  # of calls inside calls of the model
 
@@ -155,7 +152,7 @@ class RoutingContext:
         self,
         prompts: Sequence[Sequence[int]],
         choice: Choice | None = None,
-        asked: Sequence[Sequence[int] | ChatTexts] | None = None,
+        asked: Sequence[str | Sequence[int] | ChatTexts] | None = None,
         **known: Any,
     ) -> PromptRouting:
         """What there is to use for `prompts`; raises what the router's `choose` does.
@@ -165,15 +162,10 @@ class RoutingContext:
         """
         if choice is None and self.chooser is not None:
             read = prompts if asked is None else asked
-            choice = self.chooser.choose(read, self._model, **known)
+            choice = self.chooser.choose(read, **known)
         if not (self._longest and prompts):
             return PromptRouting(choice)
         return PromptRouting(choice, torch.tensor([len(prompt) for prompt in prompts]))
-
-    @property
-    def no_expert_acts(self) -> bool:
-        """Whether no expert acts in this thread's passes, as while prompts are read."""
-        return self._present.base_alone
 
     def acting_at(self, tails: Tails) -> Acting:
         """Where in the present pass the experts of a site act, which have these `tails`.
@@ -250,11 +242,11 @@ class RoutingContext:
         present = self._present
         # Parts call each other: only the outermost call's arguments are the caller's.
         depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
-        if depth == 1 and not present.base_alone:
+        if depth == 1:
             present.activity = None  # of a pass that broke off
             call = given_arguments(part, args, kwargs)
             if not present.announced:
-                present.routing = self._read(call)  # may call the model itself
+                present.routing = self._read(call)
             if self._longest:
                 present.activity = self._activity(call)
         present.depth = depth
@@ -262,7 +254,7 @@ class RoutingContext:
     @uncompiled
     def _end(self, part: nn.Module, _: Any, output: Any) -> None:
         present = self._present
-        if present.depth == 1 and output is not None and not present.base_alone:
+        if present.depth == 1 and output is not None:
             if part is not self._model and self._is_encoder_decoder:
                 self._known[output[0]] = present.routing
             for value in output.values() if isinstance(output, Mapping) else output:
@@ -406,31 +398,3 @@ def _inferred_mask(
 
 def _is_cache(value: object) -> bool:
     return hasattr(value, "get_seq_length")
-
-
-@contextmanager
-def base_alone(model: PreTrainedModel) -> Iterator[None]:
-    """No expert acts in this thread's passes of `model`, routed or not, and no one watches them.
-
-    Raises RoutingError for a model that is routed token by token, unless all of its experts act
-    from a prompt's end on.
-    """
-    parts: Any = getattr(model, ROUTED, None)
-    if parts is None:
-        yield
-        return
-    context: RoutingContext | None = parts.context
-    if context is None or (context.chooser is None and None in parts.tails):
-        raise RoutingError(
-            "Prompts are read by the base alone, and this model's experts act on every token; hand "
-            "over the base, or detach the experts."
-        )
-    present = context._present
-    before = present.base_alone
-    present.base_alone = True
-    try:
-        # A pass that is watched may read a prompt first; that reading is no part of it.
-        with unwatched():
-            yield
-    finally:
-        present.base_alone = before

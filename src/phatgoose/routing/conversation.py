@@ -1,9 +1,11 @@
 """Which of a chat's texts chooses its experts: views of a text, turns, follow-ups, and the base.
 
-A chat is read text by text, from its last message backwards. Each text is scored in several views.
-Beside the experts, scores are of three classes of texts that no expert is for: general requests,
-neutral passages, and follow-ups ("shorter, please"), which go on with whatever answered before.
-They are in base_texts.toml. Not in the paper.
+A chat is read text by text, from its last message backwards. Each text is scored in several views:
+as a whole, and its parts, since people wrap what they ask for in politeness and pasted passages.
+Beside the experts, scores are of classes of texts that no expert is for: general requests, neutral
+passages, politeness, what chat interfaces ask in the background, frames of agents, and follow-ups
+("shorter, please"), which go on with whatever answered before. They are in base_texts.toml. Not in
+the paper.
 """
 
 from __future__ import annotations
@@ -11,87 +13,145 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..tasks.task import said_in
 
 BLANK_LINE = re.compile(r"\n\s*\n")
-# Chosen on one of two sets of chats, written by two hands (docs/routers.md).
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+LEAST_WORDS = 3  # of a sentence that is read by itself
+LEAST_SIGNS = 8  # the same where words aren't divided
+MOST_PARTS = 24  # of a text, from both of its ends
+# Chosen on one of several sets of texts, written by as many hands (docs/routers.md).
+MARGIN = 0.2  # by how much more a part must lead than a whole text
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
-FOLLOWS = 0.6  # by how much others may be ahead of follow-ups
+FOLLOWS = 0.3  # by how much others may be ahead of follow-ups
+ONLY_FOLLOWS = 0.6  # by how much follow-ups must be ahead where nothing was before
+HELPERS = "helpers"
+# In units of what a text in the middle of its class scores, which shrinks as pools grow:
+LIKE_HELPERS = 0.75  # what an interface's request must score
+HELPS = 1.3  # by how much it must be ahead of all else
 
 
 @cache
-def base_texts() -> tuple[Sequence[str], ...]:
-    """The texts of each of the base's classes."""
+def base_texts() -> Mapping[str, Sequence[str]]:
+    """The texts of each of the base's classes; follow-ups come last."""
     content = (files(__package__) / "base_texts.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(content).values())
+    return tomllib.loads(content)
 
 
-# A text and, if it has several paragraphs, two of them: as tokens, or as text to be embedded.
-Views = tuple[Sequence[int] | str, ...]
+@cache
+def helpers_class() -> int:
+    return list(base_texts()).index(HELPERS)
+
+
+class Views(NamedTuple):
+    """What is read of a text: the whole, its first and last paragraph; and its parts."""
+
+    wholes: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> Views:
+        """Of a text with several paragraphs both ends, and of one with several sentences parts."""
+        paragraphs = BLANK_LINE.split(text.strip())
+        ends = (paragraphs[0], paragraphs[-1]) if len(paragraphs) > 1 else ()
+        sentences = _sentences(text)
+        pairs = [f"{one} {two}" for one, two in itertools.pairwise(sentences)]
+        return cls((text, *ends), (*_ends(sentences), *_ends(pairs)))
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences and lines of `text` that say something, if there are several."""
+    rows = [row.strip() for row in SENTENCE_END.split(text)]
+    sentences = [row for row in rows if _says_something(row)]
+    return sentences if len(sentences) > 1 else []
+
+
+def _says_something(row: str) -> bool:
+    is_undivided = not row.isascii() and " " not in row
+    return len(row.split()) >= LEAST_WORDS or (is_undivided and len(row) >= LEAST_SIGNS)
+
+
+def _ends(rows: Sequence[str]) -> Sequence[str]:
+    half = MOST_PARTS // 4
+    return rows if len(rows) <= 2 * half else (*rows[:half], *rows[-half:])
 
 
 @dataclass(frozen=True)
 class ChatTexts:
     """What routers by prompt read of a chat: the system prompt, and the user's messages.
 
-    Each is read by itself, since instructions, tools and earlier turns would outweigh the question,
-    and so are its first and its last paragraph, since a pasted passage would. `messages` are the
-    last MOST_MESSAGES, the question last; `system` is empty where there is none.
+    Each is read by itself, since instructions, tools and earlier turns would outweigh the question.
+    `messages` are the last MOST_MESSAGES, the question last, none where nobody says anything;
+    `system` is None where there is none.
     """
 
-    system: Views
+    system: Views | None
     messages: tuple[Views, ...]
 
     @classmethod
-    def of(
-        cls, turns: Iterable[tuple[str, str]], read: Callable[[list[str]], Iterable[Sequence[int]]]
-    ) -> ChatTexts:
-        """Of the turns (role, content); `read` makes tokens of texts."""
+    def of(cls, turns: Iterable[tuple[str, str]]) -> ChatTexts:
+        """Of the turns (role, content)."""
         system, messages = said_in(turns)
-        # Spaces at an end are not read anywhere: in a prompt they would belong to the answer.
-        views = [[v.rstrip(" ") for v in (text, *_ends_of(text))] for text in (system, *messages)]
-        tokens = map(tuple, read([text for each in views for text in each]))
-        of_each = [tuple(itertools.islice(tokens, len(each))) for each in views]
-        return cls(of_each[0] if system else (), tuple(of_each[1:]))
-
-
-def _ends_of(text: str) -> list[str]:
-    paragraphs = BLANK_LINE.split(text.strip())
-    return [paragraphs[0], paragraphs[-1]] if len(paragraphs) > 1 else []
+        views = tuple(Views.of(text) for text in messages if text.strip())
+        return cls(Views.of(system) if system else None, views)
 
 
 class ScoredText:
-    """What a text is most like, by scores of its views: the whole, its first and last paragraph.
+    """What a text is most like, by scores of its views.
 
-    `scores` are those of the view whose best expert is furthest ahead of the base's general and
-    neutral texts, and `lead` is by how much. Where a router knows no such texts, it is the view
-    with the highest score. `follows` says whether the text as a whole is a follow-up.
+    `scores` are those of the view whose best expert is furthest ahead of the base's classes, and
+    `lead` is by how much. Where a router knows no such classes, it is the view with the highest
+    score. Of the text as a whole, `follows` says whether it may be a follow-up, `only_follows` that
+    it is nothing else, and `is_helper` whether an interface asks rather than its user.
     """
 
-    def __init__(self, views: Tensor, allowances: Tensor) -> None:
-        """Of `views` [V, E + 3], or [V, E] without the base's classes.
+    def __init__(
+        self,
+        views: Tensor,
+        allowances: Tensor,
+        wholes: int | None = None,
+        helpers: float = float("inf"),
+    ) -> None:
+        """Of `views` [V, E + classes], or [V, E] without the base's classes.
 
-        `allowances` [E] say by how much the base may score more than each expert.
+        `allowances` [E] say by how much the base may score more than each expert. The first
+        `wholes` of the views are no parts, all of them where it is None. `helpers` is what a text
+        in the middle of the helpers' class scores, infinite where that isn't known.
         """
         experts = len(allowances)
-        best = views[:, :experts].max(dim=1)
+        leads = views[:, :experts]
         rest = views[:, experts:]
-        base = rest[:, :-1].amax(dim=1) if rest.numel() else torch.zeros(len(views))
-        view = int((best.values - base).argmax())
+        if rest.numel():
+            leads = leads - rest[:, :-1].amax(dim=1, keepdim=True)
+        by_view = leads.amax(dim=1)
+        by_view[wholes:] -= 0.0 if wholes is None else MARGIN
+        view = int(by_view.argmax())
         self.scores = views[view]
-        self._leads = self.scores - base[view]
+        self._leads = leads[view]
         self._allowances = allowances
-        self.expert = int(best.indices[view])
-        self.lead = float(self._leads[self.expert])
-        self.follows = bool(rest.numel() and rest[0, -1] > views[0, :-1].max() - FOLLOWS)
+        self.expert = int(self._leads.argmax())
+        self.lead = float(by_view[view])
+        self.follows = False
+        self.only_follows = False
+        self.is_helper = False
+        if rest.numel():
+            whole = views[0]
+            ahead = float(whole[-1] - whole[:-1].max())
+            self.follows = ahead > -FOLLOWS
+            self.only_follows = ahead > ONLY_FOLLOWS
+            helper = experts + helpers_class()
+            others = whole[:-1].clone()
+            others[helper] = float("-inf")
+            is_like = whole[helper] > LIKE_HELPERS * helpers
+            self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)
 
     def fits(self, expert: int, least: float = 0.0) -> bool:
         """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
@@ -100,21 +160,24 @@ class ScoredText:
     @property
     def decides(self) -> bool:
         """Whether what was said before doesn't matter."""
-        return self.fits(self.expert) and not self.follows
+        return self.is_helper or (self.fits(self.expert) and not self.follows)
 
 
 def answer_to(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
     """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
 
-    A follow-up is answered as what it follows. The system prompt comes first: it chooses if an
-    expert is ahead of the base there. Of other messages it is enough that one fits, and of the
-    expert that answered before that the base isn't ahead by more than KEPT.
+    A follow-up is answered as what it follows, and what an interface asks by the base. The system
+    prompt comes first: it chooses if an expert is ahead of the base there. Of other messages it is
+    enough that one fits, and of the expert that answered before that the base isn't ahead by more
+    than KEPT.
     """
     answer = next((text for text in system if text.lead > 0), None)
     for text in messages:
-        if answer and text.follows:
+        if text.is_helper:
+            answer = None
+        elif text.follows and (answer or text.only_follows):
             continue
-        if text.fits(text.expert):
+        elif text.fits(text.expert):
             answer = text
         elif answer and not text.fits(answer.expert, KEPT):
             answer = None

@@ -347,13 +347,10 @@ class RoutedLinear(RoutedLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]; the formula above."""
-        if self.context is not None and self.context.no_expert_acts:
-            y: Tensor = self.base(u)
-            return y
         acting = self._acting(u.device) if self.tails else Acting()
         if not self.is_plain:
             return self._all_parts(u, acting)
-        y = self.base(u)
+        y: Tensor = self.base(u)
         places, tokens, rows = acting.places, u, y
         if places is not None:
             if not len(places):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -116,11 +116,6 @@ def watch(model: PreTrainedModel, callback: OnSitePass) -> Iterator[None]:
         in_context(_WATCHES, (*_WATCHES.get(), Watch(layers, callback, masks))),
     ):
         yield
-
-
-def unwatched() -> AbstractContextManager[None]:
-    """Close all watches of this context for a while."""
-    return in_context(_WATCHES, ())
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import BaseReference, Text, check_base, load_base
+from ..base import BaseReference, Text, check_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
-from ..experts.expert import ActsOn, Name, trained_in_chats
+from ..experts.expert import ActsOn, Name
 from ..experts.hub import HubReference
 from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
@@ -41,6 +41,7 @@ from ..files import (
     writing,
 )
 from ..names import ROUTED_INFO
+from ..reader import ReaderReference
 from ..sites import FLOATS
 from .layers import (
     SitePart,
@@ -52,7 +53,7 @@ from .layers import (
     renumbered,
     stack_of,
 )
-from .routers.prompt import OF_BASE, OWNERS, ByPrompt, Tables
+from .routers.prompt import OWNERS, ByPrompt, Tables
 from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -111,6 +112,7 @@ class Lookup:
 
     embedder: Text | None = None
     embedding_form: Text | None = None
+    reader: ReaderReference | None = None
     experts_by_task: dict[str, int] = field(default_factory=dict)
 
 
@@ -176,10 +178,9 @@ class SavedModel:
 
     @property
     def tables(self) -> Tables:
-        stored = self.tensors.under("lookup")
-        tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(OF_BASE)}
-        base = dict(stored.under(OF_BASE[:-1]))
-        return Tables(self.names, tensors, self.info.get("lookup", {}), base)
+        # A copy of a model has one of its tables, and of an open file there is none.
+        tensors = dict(self.tensors.under("lookup"))
+        return Tables(self.names, tensors, self.info.get("lookup", {}))
 
 
 def read_saved(directory: Path) -> SavedModel:
@@ -226,10 +227,6 @@ def _check_tables(where: str, tables: Mapping[str, Tensor], pool_size: int, rout
     forms: dict[str, Sequence[str | int]] = {}
     if isinstance(router, ByPrompt):
         forms |= router.prompt_sizes
-        has_base = any(name.startswith(OF_BASE) for name in tables)
-        for name, form in router.later_sizes.items():
-            if name in tables or (has_base and name.startswith(OF_BASE)):
-                forms[name] = form
     for name, form in forms.items():
         forms[name] = [pool_size if size == "E" else size for size in form]
     check_parts(where, forms, tables, (torch.float32,), {OWNERS: INDICES})
@@ -302,11 +299,10 @@ def base_of(directory: str | Path) -> BaseReference:
 def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     """The saved model in `directory` with the experts of `pool` too, after its own.
 
-    It is then, byte for byte, what composing the larger pool would have saved. A router per prompt
-    has the base loaded where experts bring prompts that no base has read. Raises RoutingError when
-    its router can't take more, the folder is damaged, can't be written, or changed meanwhile;
+    It is then, byte for byte, what composing the larger pool would have saved. Raises RoutingError
+    when its router can't take more, the folder is damaged, can't be written, or changed meanwhile;
     PoolError when a name is taken or vectors are missing, WrongBaseError and ExpertError when an
-    expert doesn't fit, BaseModelError when a base that is needed can't be loaded.
+    expert doesn't fit, ConfigError when a reader is needed and can't be used.
     """
     pool = Pool.open(pool)
     folder = Path(directory).resolve()  # a link stays
@@ -318,10 +314,8 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     if taken:
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     check_base(pool.base, saved.base)
-    if pool.unread and isinstance(router, ByPrompt):
-        base = load_base(saved.base.id, revision=saved.base.revision)
-        check_base(saved.base, base.reference)
-        pool = pool.measured(base)
+    if isinstance(router, ByPrompt):
+        pool = pool.measured(router.reader)
     records = [*saved.records, *pool.records()]
     router.check(pool)
     check_measured(router, pool, records)
@@ -383,8 +377,6 @@ def _rewritten(
     tables: Tables,
     records: list[dict[str, Any]],
 ) -> SavedModel:
-    if trained_in_chats(records) != trained_in_chats(saved.records):
-        tables = replace(tables, base={})  # read in another form, and again when it is needed
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # the folder itself is replaced
     with (
         writing(folder, RoutingError),

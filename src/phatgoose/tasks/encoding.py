@@ -8,6 +8,7 @@ a `Chat` is read through the base's chat template, whatever the formatting says.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from bisect import bisect_right
@@ -273,6 +274,48 @@ class Encoder:
 
     def _encoded(self, text: str | list[str]) -> Any:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)
+
+
+def said_in_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text that `tokens` stand for, without special ones; of a chat what was said last.
+
+    A chat is known by its template: what that writes around a user's only message. Where the tokens
+    have it around them, the text between is what was said.
+    """
+    around = _around_message(tokenizer, repr(tokenizer.chat_template))
+    if around is not None:
+        before, after = around
+        text = str(tokenizer.decode(list(tokens)))
+        _, is_chat, message = text.removesuffix(after).rpartition(before)
+        if is_chat and text.endswith(after):
+            return message
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+@lru_cache(maxsize=8)
+def _around_message(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str] | None:
+    """What the chat template writes around the last message of a user.
+
+    None where nothing before it tells it from what else was said. `template` is the tokenizer's,
+    which may change.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turns = [("user", ""), ("assistant", ""), ("user", MARK)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        process = text_process(tokenizer)
+        rendered = process.read([messages, messages[-1:]], add_generation_prompt=True)
+    except BaseModelError:  # it wants other turns
+        return None
+    # As decoded: some tokenizers add spaces.
+    several, alone = (str(tokenizer.decode(tokens)) for _, _, tokens in rendered)
+    before, _, after = several.partition(MARK)
+    first, _, _ = alone.partition(MARK)
+    # Only before the first message the template writes more, such as a system prompt of its own.
+    pairs = zip(reversed(before), reversed(first), strict=False)
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return ("".join(reversed(shared)), after) if shared else None
 
 
 def added_tokens(

@@ -56,6 +56,11 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
     return system[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:]
 
 
+def request_in(text: str) -> str:
+    """What is asked in an input: in a chat the user's last message, else all of it."""
+    return said_in(text.turns)[1][-1] if isinstance(text, Chat) else text
+
+
 def check_text(text: str, what: str = "The prompt") -> None:
     """Raise TaskError for an empty text and one with half a character; `what` names it."""
     if not text:

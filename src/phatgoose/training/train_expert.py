@@ -39,22 +39,23 @@ from ..experts.expert import (
     recorded_formatting,
 )
 from ..experts.kind import FreshExpert, applied, check_fit
-from ..experts.statistics import readings_by
 from ..files import sha256_of, write_text, writing
 from ..names import check_name
+from ..reader import open_reader
 from ..sites import Site, find_sites
 from ..tasks.batching import Collator, messages_by, read_pairs
-from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts, prompt_texts
+from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
-from ..tasks.task import Example, Task, draw
+from ..tasks.task import Example, Task, draw, request_in
 from .trainer import Hyperparameters, Run, fit, work_of
 
 IDENTITY, LOCK = "run.json", "lock"
 REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
 WRITTEN = 32, 120  # prompts that an expert writes itself, and tokens of each
 # Settings that unfinished work may differ in: statistics are measured at the end.
-FREE = ("statistics_examples", "means", "readings", "embeddings", "embedder", "embedding_form")
+FREE = {"statistics_examples", "means", "readings", "reader"}
+FREE |= {"embeddings", "embedder", "embedding_form"}
 
 
 class Options(TypedDict, total=False):
@@ -164,6 +165,8 @@ def _trained(
     )
     if settings.gate_training.embeddings:
         load_embedder(settings.gate_training.embedder)  # what would fail after hours fails now
+    if settings.gate_training.readings:
+        open_reader(settings.gate_training.reader)
     base = load_base(base) if isinstance(base, str | Path) else base
     encoder = Encoder.of(base, as_read(settings.formatting, task.train))
     settings = replace(settings, formatting=encoder.formatting)
@@ -290,7 +293,11 @@ def _finished(
         metrics=metrics,
         acts_on={"tail": run.tail} if run.tail else None,
     )
-    return _with_statistics(run, expert)[0].save(run.out)
+    gate_training = run.settings.gate_training
+    expert = _with_texts_read(expert, task, gate_training, run.settings.training.seed)
+    if gate_training.means:
+        expert, _ = _with_means(run, expert)
+    return expert.save(run.out)
 
 
 def _trained_gates(
@@ -313,19 +320,22 @@ def _trained_gates(
 
 
 def measure(
-    expert: Expert | str | Path, base: Base | str | Path, task: Task, settings: GateTraining
+    expert: Expert | str | Path,
+    base: Base | str | Path | None,
+    task: Task,
+    settings: GateTraining,
 ) -> Expert:
     """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
 
     `task` should be the data that the expert was trained on. A random sample of its training split
     is measured: at most `statistics_examples`, for embeddings at most 1000. Its seed and formatting
     are those that the expert records of its training, which gives the same numbers as then. What
-    isn't asked for stays as it is, as do adapter and gates; the model card is written again. Of a
-    task without targets (`load_prompts`), from one prompt on, means aren't measured: they stay.
+    isn't asked for stays as it is, as do adapter and gates; the model card is written again. Means
+    alone need the `base`, and targets: without either (None; `load_prompts`) they stay.
 
-    Raises ConfigError when embedding isn't possible, WrongBaseError when `base` isn't the expert's,
-    ExpertError when the directory holds foreign files, which rewriting would lose, TaskError when
-    the task can't be used.
+    Raises ConfigError when embedding or reading isn't possible, WrongBaseError when `base` isn't
+    the expert's, ExpertError when the directory holds foreign files, which rewriting would lose,
+    TaskError when the task can't be used.
     """
     expert = expert if isinstance(expert, Expert) else Expert.load(expert)
     foreign = {path.name for path in expert.directory.iterdir()} - set(expert_files())
@@ -335,18 +345,22 @@ def measure(
             f"expert would lose; move that away first."
         )
     base = load_base(base) if isinstance(base, str | Path) else base
-    check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
-    recorded, seed = expert.info.hyperparameters, _recorded_seed(expert)
-    formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
-    encoder, place = Encoder.of(base, formatting), expert.directory.resolve()
-    if not task.train or any(example.target for example in task.train):
+    seed = _recorded_seed(expert)
+    place = expert.directory.resolve()
+    has_targets = any(example.target for example in task.train)
+    if has_targets or not task.train:
         task = task.with_validation(seed)
-    else:
-        settings = replace(settings, means=False)
-    hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
-    run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.info.tail)
-    measured, cuts = _with_statistics(run, expert)
-    cuts.report(task.name)
+    if base is not None:
+        check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
+    measured = _with_texts_read(expert, task, settings, seed)
+    if base is not None and settings.means and has_targets:
+        recorded = expert.info.hyperparameters
+        formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
+        encoder = Encoder.of(base, formatting)
+        hyperparameters = Hyperparameters(None, Training(seed=seed), settings)
+        run = Run(base, task, encoder, hyperparameters, place, expert.name, expert.info.tail)
+        measured, cuts = _with_means(run, measured)
+        cuts.report(task.name)
     return measured.save(place, overwrite=True)
 
 
@@ -374,38 +388,45 @@ def _recorded_seed(expert: Expert) -> int:
     return seed % (1 << 32) if isinstance(seed, int) else 0
 
 
-def _with_statistics(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
-    """The expert with those that the run's settings ask for, of a sample of the task.
-
-    Means are measured with the expert at full strength, as it acts when it is routed to, readings
-    without it. Of an expert that acts on prompts' ends, means are those of the tokens that it acts
-    on. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't
-    possible.
-    """
-    settings, seed = run.settings.gate_training, run.settings.training.seed
-    model, label, encoder, modules = run.base.model, run.task.name, run.encoder, expert.modules
-    examples = draw(run.task.train, settings.statistics_examples, seed)
-    pairs = encoder.pairs(examples)
-    prompts = [pair.prompt for pair in pairs]
-    updates, how = dict[str, Any](), dict[str, Any]()
+def _with_texts_read(expert: Expert, task: Task, settings: GateTraining, seed: int) -> Expert:
+    """The expert with those statistics that `settings` ask for and texts are enough for."""
+    examples = draw(task.train, settings.statistics_examples, seed)
+    prompts = [request_in(example.input) for example in examples]
     if settings.embeddings:
-        texts = paper_texts(examples)
-        if settings.embedding_form != PAPER_TEXT:
-            texts = prompt_texts(encoder.tokenizer, prompts)
+        is_paper = settings.embedding_form == PAPER_TEXT
+        texts = paper_texts(examples) if is_paper else prompts
         sample = draw(tuple(texts), MOST_EMBEDDINGS, seed)
-        updates["embeddings"] = embed_texts(sample, settings.embedder)
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
+        expert = expert.with_statistics(
+            embeddings=embed_texts(sample, settings.embedder), **_recording(expert, how), **how
+        )
     if settings.readings:
-        updates["readings"] = readings_by(model, prompts, label)
-    if settings.means:
-        sites = {name: site for name, site in find_sites(model).items() if name in modules}
-        collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
-        with applied(model, modules):
-            updates["means"] = mean_activations(model, sites, pairs, collator, label)
-    record = {"statistics_examples": settings.statistics_examples, **how}
-    result = expert.with_statistics(model, len(prompts), **updates)
-    info = replace(result.info, hyperparameters={**result.info.hyperparameters, **record}, **how)
-    return replace(result, info=info), encoder.cuts(pairs)
+        expert = expert.with_prompts_read(open_reader(settings.reader), prompts)
+    record = {"statistics_examples": settings.statistics_examples}
+    return expert.with_statistics(**_recording(expert, record))
+
+
+def _recording(expert: Expert, record: Mapping[str, object]) -> dict[str, Any]:
+    return {"hyperparameters": {**expert.info.hyperparameters, **record}}
+
+
+def _with_means(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
+    """The expert with mean activations, measured with it at full strength, as it is routed to.
+
+    Of an expert that acts on prompts' ends they are those of the tokens that it acts on. Raises
+    ExpertError when the expert doesn't fit the base.
+    """
+    settings = run.settings.gate_training
+    model = run.base.model
+    modules = expert.modules
+    examples = draw(run.task.train, settings.statistics_examples, run.settings.training.seed)
+    pairs = run.encoder.pairs(examples)
+    sites = {name: site for name, site in find_sites(model).items() if name in modules}
+    collator = Collator(model, run.base.tokenizer.pad_token_id, tail=run.tail)
+    with applied(model, modules):
+        means = mean_activations(model, sites, pairs, collator, run.task.name)
+    result = expert.with_statistics(means=means, measured_in=number_format(model))
+    return result, run.encoder.cuts(pairs)
 
 
 def mean_activations(
@@ -460,7 +481,7 @@ def finished_expert(
         name
         for name, value in settings.record().items()
         # Rows that are chats need no setting to be read as such.
-        if name not in (*FREE, "chat") and recorded.get(name, value) != value
+        if name not in FREE | {"chat"} and recorded.get(name, value) != value
     )
     if other:
         warnings.warn(f"{out} is kept as it is, with another {other}.", stacklevel=3)

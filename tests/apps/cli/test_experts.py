@@ -4,10 +4,11 @@ import json
 
 import torch
 
-from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, review, write_rows
+from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, refused, review, write_rows
 from phatgoose.base import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
+from tiny import small_reader
 from toy_embedders import toy_embed
 
 
@@ -86,6 +87,38 @@ def test_stats_takes_prompts_themselves_and_files_of_them(here, phat):
     assert phat("stats", "experts/reviews", *texts, *BASE[2:]).code == 0
     again = Expert.load("experts/reviews").readings
     assert all(torch.equal(again[part], got.readings[part]) for part in again)
+
+
+def test_only_means_need_the_base(here, phat):
+    means = Expert.load("experts/reviews").means
+    described = here / "experts" / "reviews" / "phatgoose.json"
+    record = json.loads(described.read_text())
+    described.write_text(json.dumps(record | {"base": record["base"] | {"id": str(here / "gone")}}))
+    for flags, count in (
+        (["--prompts", "Film 1 is", "--prompts", "Film 2 is", "--prompts", "Film 3 is"], 3),
+        (["--task", "reviews.jsonl", "--no-means", "--reader", "minilm:1-1"], 7),
+    ):
+        outcome = phat("stats", "experts/reviews", *flags)
+        assert (outcome.code, outcome.err) == (0, "")
+        got = Expert.load("experts/reviews")
+        assert got.info.prompts_read == count
+        assert all(torch.equal(got.means[site], means[site]) for site in means)
+    assert str(got.info.reader) == "minilm:1-1"
+    assert got.info.reader.fingerprint == small_reader().reference.fingerprint
+    before = described.read_bytes()
+    refused(phat("stats", "experts/reviews", "--task", "reviews.jsonl"), "/gone")
+    assert described.read_bytes() == before
+
+
+def test_train_records_the_reader(here, phat):
+    outcome = phat("train", "reviews.jsonl", *TRAIN, "--reader", "minilm:1-1")
+    assert (outcome.code, outcome.err) == (0, "")
+    read = Expert.load("new/reviews").info
+    assert (read.reader, read.prompts_read) == (small_reader().reference, 4)
+    assert str(Expert.load("experts/reviews").info.reader) == "minilm:2-5"  # the usual one
+    unknown = phat("train", "reviews.jsonl", *TRAIN, "--out", "not", "--reader", "maxilm")
+    refused(unknown, "There is no reader 'maxilm'")
+    assert not (here / "not").exists()  # told before hours of training
 
 
 def test_stats_shows_three_of_the_prompts_that_the_expert_writes(here, phat):

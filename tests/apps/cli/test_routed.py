@@ -7,7 +7,6 @@ import pytest
 
 from attackers import attacked, honest
 from command_line import BASE, review, write_rows
-from phatgoose.experts.pool import Pool
 from routed_models import SCORES
 
 
@@ -129,12 +128,11 @@ def test_audit_and_compose_name_who_looks_unlike_the_others(crowd, phat):
     assert "phatgoose audit" in line
 
 
-def test_audit_reads_example_prompts_with_the_base(crowd, phat):
+def test_audit_reads_example_prompts(crowd, phat):
     folders = sorted((crowd / "crowd").glob("e[!2]"))
     for number, folder in enumerate(folders):
         (folder / "prompts.txt").write_text(f"{number} plums\n" * 3)
-    base = Pool.open(folders).base.id
-    outcome = phat("audit", *folders, "--base", base, "--json", "audit.json")
+    outcome = phat("audit", *folders, "--json", "audit.json")
     signs = json.loads((crowd / "audit.json").read_text())["signs"]
     assert sum(signs["prompt_wins"]) > 0  # their statistics are random
     assert "example prompts router discriminant gives 3 to" in " ".join(outcome.out.split())

@@ -1,6 +1,8 @@
 """`phatgoose import`, `push`, `pull`, `export`, and pools of an owner on the Hub."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,21 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, phat):
         "statistics of 4 prompts",
     ]
     assert told.splitlines()[2] == f"next: 'phatgoose serve {tmp_path / 'p'}'"
+
+
+def test_without_the_base_s_weights_only_the_fingerprint_is_missing(phat, llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    (adapter / "prompts.txt").write_text("Is it good?\nOr bad?\nOr both?\n")
+    (tmp_path / "base").mkdir()
+    shutil.copy(Path(llama.id) / "config.json", tmp_path / "base")
+    outcome = phat("import", adapter, "--base", tmp_path / "base", "--out", tmp_path / "mine")
+    assert (outcome.code, outcome.err) == (0, "")
+    made, missing, following = outcome.out.splitlines()
+    assert "; statistics of 3 prompts -> " in made
+    named = Expert.load(tmp_path / "mine").info
+    assert missing == f"no fingerprint: {named.base.id} is not here; --fingerprint fetches it"
+    assert (named.base.fingerprint, str(named.reader)) == (None, "minilm:2-5")
+    assert following == f"next: 'phatgoose serve {tmp_path / 'mine'}'"
 
 
 def test_many_adapters_are_imported_and_the_refused_listed(phat, llama, tmp_path):

@@ -48,7 +48,7 @@ def client(request, pool, place, embedder_for_all):
             client = stack.enter_context(serving.client_of(app, raise_server_exceptions=False))
         else:
             engine = stack.enter_context(engine_of(request.param))
-            opened = gateway(place, engine, LIMITS, template=CHAT_TEMPLATE)
+            opened = gateway(place, engine, LIMITS)
             client = stack.enter_context(opened)
         client.engine = engine
         yield client
@@ -189,7 +189,6 @@ def test_a_mixture_of_ones_own_and_who_answered(client, stream):
         ({"messages": [{"role": "user", "content": None}]}, "messages", "may be null"),
         ({"n": 33, "prompt": ["a", "b"]}, None, "Prompts times n may be 64 answers"),
         ({"prompt": [5000]}, "prompt", "prompt.0: Input should be a valid string"),
-        ({"prompt": "x" * 3000}, "prompt", "the model can hold"),
         ({"prompt": "x" * 99_000}, "prompt", "the model can hold"),
         ({"response_format": {"type": "xml"}}, "response_format", "type: Input should be 'text'"),
         ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
@@ -199,7 +198,6 @@ def test_a_mixture_of_ones_own_and_who_answered(client, stream):
         ({"router": "auto:k=2"}, "router", "router is 'auto:k=2'"),
         ({"weights": {"e0": 1}, "k": 2}, None, "exclude each other"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "messages", "content.0.type: Input"),
-        ({"messages": TALK[::-1]}, "messages", "The system speaks first."),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -211,6 +209,21 @@ def test_what_is_wrong_is_named(client, place, pool, change, param, said):
     assert error["type"] == "invalid_request_error"
     assert str(serving.folder_of(pool)) not in error["message"]
     assert str(place) not in error["message"]
+
+
+def test_a_prompt_beyond_the_context_and_a_chat_of_odd_turns_are_for_the_model_to_refuse(client):
+    errors = [error_of(client, **{**GREEDY, "prompt": "x" * 3000})]
+    if client.engine:
+        ask(client, path=CHATS, **{**CHAT, "messages": TALK[::-1]})
+        sent = client.engine.requests[-1]["messages"]
+        assert [each["role"] for each in sent] == ["user", "system"]
+        assert "The engine refuses the request: 3000 tokens" in errors[0]["message"]
+    else:
+        errors += [error_of(client, path=CHATS, **{**CHAT, "messages": TALK[::-1]})]
+        assert "The prompt has 3000 tokens; the model can hold" in errors[0]["message"]
+        assert "The system speaks first." in errors[1]["message"]
+        assert [each["param"] for each in errors] == ["prompt", "messages"]
+    assert {each["type"] for each in errors} == {"invalid_request_error"}
 
 
 TOOL = {"type": "function", "function": {"name": "weather"}}
@@ -251,7 +264,10 @@ def test_more_tokens_than_the_limit_are_cut_and_a_header_says_so(client, stream)
         assert not client.engine or client.engine.requests[-1]["max_tokens"] == 200
     prompt = "x" * (client.get("/v1/models/goose").json()["context"] - 20)
     reply = client.post(PATH, json={**GREEDY, "prompt": prompt, "max_tokens": 150})
-    assert reply.headers["x-phatgoose-max-tokens"] == "20"
+    if client.engine:  # which alone can count the prompt
+        assert client.engine.requests[-1]["max_tokens"] == 150
+    else:
+        assert reply.headers["x-phatgoose-max-tokens"] == "20"
 
 
 def test_an_answer_keeps_to_its_form(client):
@@ -288,10 +304,10 @@ def test_what_is_routed_by_may_be_a_text_of_the_requests_own(client):
             assert chosen(path, **body, **router, route_by=prompt) == experts
     if client.engine:
         assert "route_by" not in client.engine.requests[-1]
-    named, long = {"model": "goose:e1"}, {"route_by": "x" * 20_000}
-    for change in (named, {"weights": {"e1": 1}}, {**router, **long}):
+    assert chosen(PATH, **GREEDY, **router, route_by="x" * 20_000)  # the base needn't hold it
+    for change in ({"model": "goose:e1"}, {"weights": {"e1": 1}}):
         error = error_of(client, **{**GREEDY, "route_by": "x", **change})
-        assert error["param"] in ("route_by", "prompt")  # beyond the context
+        assert error["param"] == "route_by"
 
 
 def test_an_answer_of_the_base_says_so(client):

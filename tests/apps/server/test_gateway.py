@@ -14,12 +14,10 @@ import pytest
 from fake_engine import ASK, BASE, CACHED, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
 from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
-from phatgoose.errors import ConfigError, WrongBaseError
+from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.experts.pool import Pool
 from serving import (
-    CHAT_TEMPLATE,
     CHATS,
     JSON,
     PATH,
@@ -60,7 +58,7 @@ def engine(fake):
 
 @pytest.fixture(scope="module")
 def client(place, fake, hurried):
-    with gateway(place, fake, template=CHAT_TEMPLATE) as client:
+    with gateway(place, fake) as client:
         yield client
 
 
@@ -125,7 +123,7 @@ def test_adapters_alone_are_chosen_by_the_prompts_that_they_bring(place, engine,
 def test_a_key_reaches_its_experts_alone(place, engine):
     for name in NAMES:
         (place / name / LAYOUT.prompts).write_text(f"I am {name}.")
-    keys = {"api_keys": ["all", "some=e1+e3"], "template": CHAT_TEMPLATE}
+    keys = {"api_keys": ["all", "some=e1+e3"]}
     with gateway(place, engine, **keys) as client:
         client.headers["Authorization"] = "Bearer some"
         cards = client.get("/v1/models").json()["data"]
@@ -173,7 +171,7 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
     body = {"model": "e1", "messages": TALK, **UNKNOWN, **KNOWN, "repetition_penalty": 1.1}
     name = "repeat_penalty" if kind == "llama.cpp" else "repetition_penalty"
     with engine_of(kind) as engine:
-        with gateway(place, engine, template=CHAT_TEMPLATE) as client:
+        with gateway(place, engine) as client:
             ask(client, path=CHATS, **body, stream_options={"include_usage": True})
             (sent,) = engine.requests
             assert "stream_options" not in sent
@@ -192,7 +190,7 @@ def test_what_the_gateway_does_not_know_is_forwarded_unless_it_is_strict(place, 
                 asked = {"messages": TALK} if path == CHATS else {"prompt": "a"}
                 error = error_of(client, path=path, model="e1", **asked, **{own: 3})
                 assert error["message"].startswith(f"{own} isn't forwarded")
-        with gateway(place, engine, Serving(strict=True), template=CHAT_TEMPLATE) as client:
+        with gateway(place, engine, Serving(strict=True)) as client:
             assert error_of(client, path=CHATS, **body)["param"] == "continue_final_message"
             ask(client, path=CHATS, model="e1", messages=TALK, tools=[TOOL], **KNOWN)
 
@@ -306,20 +304,80 @@ def test_an_engine_that_can_not_be_used_is_a_503_and_a_line_of_the_log(
     assert "\n" not in line
 
 
-def test_readings_come_from_the_base_of_the_pool_s_own_weights(place, engine, tmp_path):
-    shutil.copytree(place / "e1", tmp_path / "e1")
-    config = tmp_path / "e1" / "phatgoose.json"
-    fingerprint = Pool.open(place).base.fingerprint
-    config.write_text(config.read_text().replace(fingerprint, f"sha256:{'0' * 64}"))
-    for folder, router, error in (
-        (place, "phatgoose", pytest.raises(ConfigError, match="doesn't choose by a prompt alone")),
-        (tmp_path, "discriminant", pytest.raises(WrongBaseError)),
+def test_prompts_are_read_by_the_reader_of_the_experts_and_nothing_of_a_base_is_loaded(
+    place, engine, tmp_path
+):
+    for name in NAMES:
+        shutil.copytree(place / name, tmp_path / name)
+        config = tmp_path / name / "phatgoose.json"
+        record = json.loads(config.read_text())
+        record["base"] = {"id": "nobody/nowhere", "revision": "0" * 40, "fingerprint": None}
+        config.write_text(json.dumps(record))
+    router = "discriminant:fallback=off"
+    with gateway(tmp_path, engine, router=router) as client:
+        for prompt in PROMPTS:
+            chosen = chosen_by(place, prompt, router)
+            assert text_of(client, **{**ASK, "prompt": prompt}).split()[0] == name_of(chosen)
+        assert not client.app.state.service.texts  # no process for a template, or a tokenizer
+        assert client.get("/v1/models/goose").json()["chat"]
+    config.write_text(json.dumps(record | {"reader": None}))
+    with (
+        pytest.raises(PoolError, match=r"earlier releases did; .* phatgoose stats"),
+        gateway(tmp_path, engine, router=router),
     ):
-        with error, gateway(folder, engine, router=router):
-            pass
-    with gateway(place, engine, router="discriminant:fallback=off") as client:
-        chosen = chosen_by(place, ASK["prompt"], "discriminant:fallback=off", with_base=True)
-        assert text_of(client, **ASK).split()[0] == name_of(chosen)
+        pass
+    stranger = record["reader"] | {"id": "nobody/reader"}
+    for name in NAMES:
+        config = tmp_path / name / "phatgoose.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"reader": stranger}))
+    with (
+        pytest.raises(ConfigError, match=r"read by 'nobody/reader:1-1', and only .*--reader"),
+        gateway(tmp_path, engine, router=router),
+    ):
+        pass
+
+
+def test_a_router_for_every_token_is_refused_in_front_of_an_engine(place, engine):
+    with (
+        pytest.raises(ConfigError, match="doesn't choose by a prompt alone"),
+        gateway(place, engine, router="phatgoose"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_an_answer_has_a_limit_that_the_client_wants_or_that_surely_fits(place, kind):
+    """An engine that counts tokens itself refuses more than fits, and ends what has no limit."""
+    short, long = ([{"role": "user", "content": "hi " * n}] for n in (9, 140))
+    with engine_of(kind) as engine, gateway(place, engine, Serving(max_tokens=200)) as client:
+        for messages, wish, sent in (
+            (short, {}, 200),
+            (short, {"max_tokens": -1}, 200),
+            (short, {"max_completion_tokens": 7}, 7),
+            (long, {}, None),
+            (long, {"max_tokens": -1}, None),
+            (long, {"max_tokens": 7}, 7),
+        ):
+            ask(client, path=CHATS, model="e1", messages=messages, **wish)
+            assert engine.requests[-1].get("max_tokens") == sent
+        ask(client, model="e1", prompt="hi " * 140)
+        assert engine.requests[-1]["max_tokens"] == 16
+        ask(client, model="e1", prompt="hi " * 140, max_tokens=-1)
+        assert "max_tokens" not in engine.requests[-1]
+        body = {"model": "e1", "messages": long, "max_tokens": 150}
+        reply = client.post(CHATS, json=body)  # cut as it may be, or refused by who counts
+        assert reply.status_code == (400 if kind == "vllm" else 200)
+
+
+def test_a_text_that_says_nothing_is_for_the_base(place, engine):
+    blank = [{"role": "user", "content": " "}]
+    for router in ("discriminant", "discriminant:fallback=off", "retrieval"):
+        with gateway(place, engine, router=router) as client:
+            for path, body in ((PATH, {"prompt": ""}), (CHATS, {"messages": blank})):
+                reply = client.post(path, json={"model": "auto", **body})
+                assert chosen_in(reply) == {"base"}
+            replies = client.post(PATH, json={**ASK, "prompt": ["", PROMPTS[0], " "]})
+            assert replies.headers["x-phatgoose-experts"].split("; ")[::2] == ["base=1"] * 2
 
 
 ADDRESSES = ("localhost:8000", "http://me:secret@host", "me:secret@host", "http://[host")

@@ -33,7 +33,7 @@ def here(client_with):
 @pytest.fixture(scope="module")
 def far(place, embedder_for_all):
     """A client of a gateway to `far.engine`."""
-    with engine_of() as engine, gateway(place, engine, template=CHAT_TEMPLATE) as client:
+    with engine_of() as engine, gateway(place, engine) as client:
         client.engine = engine
         yield client
 
@@ -154,7 +154,7 @@ def test_calls_are_items_and_failures_the_last_event(far, stream):
         ({"input": [{"type": "item_reference", "id": "m"}]}, KEEPS_NOTHING),
         ({"input": ["message"]}, "is no message or function_call"),
         ({"input": []}, "input: List should have at least 1 item"),
-        ({"input": "x" * 3000}, "the model can hold"),
+        ({"input": "x" * 99_000}, "the model can hold"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content.0.type"),
         ({"input": [{"role": "x"}], "instructions": "brief"}, "input.0.role: Input"),
         ({"instructions": 5}, "instructions: Input should be a valid string"),

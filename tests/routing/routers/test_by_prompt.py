@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -18,7 +21,8 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import prompt_states, readings_of
+from phatgoose.experts.statistics import readings_of
+from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import (
     compose,
@@ -28,15 +32,21 @@ from phatgoose.routing.compose import (
     routing_for,
     save,
 )
-from phatgoose.routing.conversation import ChatTexts, ScoredText, answer_to, base_texts
+from phatgoose.routing.conversation import (
+    ChatTexts,
+    ScoredText,
+    Views,
+    answer_to,
+    base_texts,
+    helpers_class,
+)
 from phatgoose.routing.routers.discriminant import Discriminant, line_of
 from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
-from phatgoose.routing.saved import add_to_saved, read_saved, remove_from_saved, write_saved
-from phatgoose.tasks.batching import read_prompts
+from phatgoose.routing.saved import add_to_saved, remove_from_saved
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 from routed_models import TOPICS, with_embeddings
-from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model, random
+from tiny import assert_same_logits, logits_of, make_ids, peft_model, random, small_reader
 from topic_prompts import (
     CHOOSING,
     PROMPTS,
@@ -96,38 +106,41 @@ def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, monkeypatch
     monkeypatch.delattr(PreTrainedModel, "from_pretrained")  # no weights are loaded
     chooser = open_chooser(with_embeddings(pool), base.tokenizer, router=router, k=2)
     assert chooser.experts == pool.names
-    for asked in (prompts, PROMPTS):
-        read = () if router in BY_TEXT else (base.model,)
-        assert_same(chooser.choose(asked, *read), wanted)
+    for asked in (prompts, PROMPTS, [ChatTexts.of([("user", text)]) for text in PROMPTS]):
+        assert_same(chooser.choose(asked), wanted)
 
 
-def test_text_needs_no_tokenizer_where_it_is_embedded(llama, llama_pool):
+@each_router
+def test_text_needs_no_tokenizer_and_tokens_do(llama, llama_pool, router):
     pool = with_embeddings(llama_pool)
-    chooser, other = (
-        open_chooser(pool, each, router="centroid") for each in (None, llama.tokenizer)
-    )
+    chooser, other = (open_chooser(pool, each, router=router) for each in (None, llama.tokenizer))
     assert_same(chooser.choose(PROMPTS), other.choose(PROMPTS))
+    with pytest.raises(RoutingError, match="reads text, and was given tokens without the token"):
+        chooser.choose([llama.tokenizer(PROMPTS[0])["input_ids"]])
 
 
-@pytest.mark.parametrize(
-    ("router", "prompts"),
-    [
-        *(("discriminant:fallback=off", prompts) for prompts in ([], [""], [[], [1, 2]])),
-        *((router, []) for router in ("retrieval", "centroid")),
-    ],
-)
-def test_what_can_not_be_read_is_told(llama, llama_pool, router, prompts):
+NOTHING = ChatTexts.of([("user", " ")])
+
+
+@each_router
+def test_where_nothing_is_said_the_base_answers(llama, llama_pool, router):
     chooser = open_chooser(with_embeddings(llama_pool), llama.tokenizer, router=router)
-    with pytest.raises(RoutingError, match=r"an empty prompt, or for none|there is no prompt"):
-        chooser.choose(prompts, llama.model)
+    prompts = ["", PROMPTS[0], " \n", [], [1, 1], NOTHING]
+    alone = chooser.choose(PROMPTS[:1]).named(chooser.experts)
+    assert chooser.choose(prompts).named(chooser.experts) == [{}, *alone, {}, {}, {}, {}]
+    with pytest.raises(RoutingError, match="there is no prompt"):
+        chooser.choose([])
+    with pytest.raises(RoutingError, match="an empty prompt, or none"):
+        chooser.score(prompts)
 
 
 @pytest.mark.parametrize("fallback", ["off", "0.1"])
-def test_readings_of_another_size_than_the_bases_are_refused_at_once(llama, llama_pool, fallback):
+def test_readings_of_another_size_than_the_readers_are_refused_at_once(llama, llama_pool, fallback):
     """Before a covariance of that size is made: a small file could name a huge one."""
     wide = {part: pad(each, (0, 1)) for part, each in llama_pool.experts[0].readings.items()}
     pool = Pool((replace(llama_pool.experts[0], readings=wide),))
-    with pytest.raises(RoutingError, match=r"readings are of \[2, 33\] .* the base has \[2, 32\]"):
+    told = r"minilm:1-1 has states of \[1, 384\], the experts' prompt statistics are of \[1, 385\]"
+    with pytest.raises(ConfigError, match=told):
         compose(pool, llama, router=f"discriminant:fallback={fallback}")
 
 
@@ -279,7 +292,7 @@ OF_TOPICS = [text[:-2] for text in TOPICS]  # a prompt of each expert's own
     ],
 )
 def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, task_variance):
-    rows = [scores_by_hand(base, pool, text, shrinkage, task_variance) for text in PROMPTS]
+    rows = [scores_by_hand(pool, text, shrinkage, task_variance) for text in PROMPTS]
     wanted = torch.stack(rows).mean(dim=1)  # over blocks
     model = compose(pool, base, router=f"discriminant:fallback=off{settings}")
     got = scores_of(model, PROMPTS)
@@ -295,7 +308,7 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, settings, shrinkage, ta
 )
 def test_prompts_of_a_task_go_to_its_expert_whatever_another_says(base, pool, attack, strength):
     """However far another's mean is, and when its covariance masks what tells the others apart."""
-    plain, others = trained_on(base, pool), [0, 2, 3]
+    plain, others = trained_on(pool), [0, 2, 3]
 
     def margins(pool: Pool) -> torch.Tensor:
         """How far the right one of the others is above the next of them."""
@@ -332,44 +345,80 @@ def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
 def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
     # Of one prompt each covariances are 0, so that that of all means can't be inverted.
     ones = [
-        replace(expert, readings=readings_of(random(1, 2, 32, seed=z)))
+        replace(expert, readings=readings_of(random(1, 1, 384, seed=z)))
         for z, expert in enumerate(llama_pool.experts)
     ]
     detach(compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=0"))
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
         compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=1")
-    deep = replace(ones[0], readings=readings_of(random(5, 3, 32)))
-    with pytest.raises(ExpertError, match=r"'e1', readings: whole.mean is \(2, 32\)"):
+    deep = replace(ones[0], readings=readings_of(random(5, 3, 384)))
+    with pytest.raises(ExpertError, match=r"'e1', readings: whole.mean is \(1, 384\)"):
         compose(Pool((deep, ones[1])), llama, router="discriminant:fallback=off")
-    with pytest.raises(RoutingError, match=r"are of \[3, 32\] .* the base has \[2, 32\]"):
-        compose(Pool((deep,)), llama, router="discriminant:fallback=off").generate(make_ids())
+    with pytest.raises(ConfigError, match=r"states of \[1, 384\], .* are of \[3, 384\]"):
+        compose(Pool((deep,)), llama, router="discriminant:fallback=off")
 
 
-# Who answers a chat, and what the base answers alone. Scores are of experts a and b, general and
-# neutral texts, follow-ups.
+def test_statistics_of_bases_and_of_different_readers_are_refused(llama, llama_pool):
+    # Earlier releases recorded no reader: the base had read the prompts.
+    for named in (None, "minilm"):
+        with pytest.raises(
+            PoolError, match=r"'e1' .* its base made, .*phatgoose stats .*e1 --task"
+        ):
+            open_chooser(changed(llama_pool, 1, reader=None), router="discriminant", reader=named)
+    other = replace(small_reader().reference, first=2, last=2)
+    with pytest.raises(PoolError, match=r"different readers \(minilm:1-1, minilm:2-2\); run 'phat"):
+        compose(changed(llama_pool, 1, reader=other), llama, router="discriminant")
 
-A, B, GENERAL, NEUTRAL = (
-    [0.5, -0.5, *[-0.5] * 3],
-    [-0.5, 0.5, *[-0.5] * 3],
-    [*[-0.5] * 2, 0.5, 0, -0.5],
-    [*[-0.5] * 3, 0.5, -0.5],
-)
-FOLLOWS, LIKE_A = [-0.5, -0.5, 0, -0.5, -0.4], [-0.1, -0.5, 0.1, -0.5, -0.8]
-CHATS = {  # system prompt, messages (each its views): the expert that answers
+
+# Who answers a chat, and what the base answers alone. Scores are of experts a and b, and of the
+# base's classes.
+
+CLASSES = ("general", "neutral", "politeness", "helpers", "frames", "follow_ups")
+
+
+def scores(a: float, b: float, **classes: float) -> list[float]:
+    """The scores of a text; those of classes that aren't given are low."""
+    return [a, b, *(classes.get(name, -1.0) for name in CLASSES)]
+
+
+A, B = scores(0.5, -0.5), scores(-0.5, 0.5)
+GENERAL, NEUTRAL = scores(-0.5, -0.5, general=0.5), scores(-0.5, -0.5, neutral=0.5)
+FOLLOWS = scores(-0.5, -0.5, general=0, follow_ups=-0.2)
+LIKE_A = scores(-0.1, -0.5, general=0.1, follow_ups=-0.8)
+HELPER = scores(0.1, -0.5, general=0, helpers=0.8)
+CHATS = {  # system prompt, messages (each its wholes, and then its parts): the expert that answers
     "one of an expert": ((), [[A]], 0),
     "one that fits nobody": ((), [[GENERAL]], None),
     "a passage": ((), [[NEUTRAL]], None),
     "an expert's behind a passage": ((), [[NEUTRAL, NEUTRAL, B]], 1),
-    "the base a little ahead": ((), [[[0.1, -0.5, 0.15, 0, -1]]], 0),
+    "an expert's sentence in a passage": ((), [([NEUTRAL], [NEUTRAL, B])], 1),
+    "a sentence of general talk": ((), [([A], [GENERAL])], 0),
+    "politeness": ((), [[scores(-0.5, -0.5, politeness=0.5)]], None),
+    "an agent's frame": ((), [[scores(-0.5, -0.5, frames=0.5)]], None),
+    "the base a little ahead": ((), [[scores(0.1, -0.5, general=0.15, neutral=0)]], 0),
+    "the base further ahead": ((), [[scores(0.1, -0.5, general=0.25, neutral=0)]], None),
     "a follow-up of nothing": ((), [[FOLLOWS]], None),
+    "follow-ups of nothing": ((), [[FOLLOWS], [FOLLOWS]], None),
+    "perhaps a follow-up, of nothing": ((), [[scores(0.5, -0.5, follow_ups=0.7)]], 0),
+    "perhaps a follow-up": ((), [[B], [scores(0.5, -0.5, follow_ups=0.7)]], 1),
+    "hardly what an interface asks": ((), [[scores(0.2, -0.5, helpers=0.25)]], 0),
+    "less ahead than what an interface asks": ((), [[scores(0.5, -0.5, helpers=0.55)]], 0),
     "a follow-up": ((), [[A], [FOLLOWS]], 0),
     "two follow-ups": ((), [[B], [A], [FOLLOWS], [FOLLOWS]], 0),
     "a follow-up of a general one": ((), [[A], [GENERAL], [FOLLOWS]], None),
+    "a sentence like a follow-up": ((), [[A], ([GENERAL], [FOLLOWS])], None),
     "another topic": ((), [[A], [B]], 1),
     "a general one after a task": ((), [[A], [GENERAL]], None),
     "an input after its instruction": ((), [[A], [LIKE_A]], 0),
     "the same after another task": ((), [[B], [LIKE_A]], None),
+    "what an interface asks": ((), [[HELPER]], None),
+    "the same after a task": ((), [[A], [HELPER]], None),
+    "a task after the same": ((), [[HELPER], [A]], 0),
+    "a follow-up of the same": ((), [[A], [HELPER], [FOLLOWS]], None),
+    "a sentence like that of an interface": ((), [([A], [HELPER])], 0),
+    "what an interface asks under a task": ([A], [[HELPER]], None),
     "a task in the system prompt": ([A], [[LIKE_A]], 0),
+    "a follow-up of a task in the system prompt": ([A], [[FOLLOWS]], 0),
     "a persona": ([LIKE_A], [[LIKE_A]], None),
     "a system prompt like a follow-up": ([FOLLOWS], [[GENERAL]], None),
 }
@@ -385,40 +434,66 @@ class Written(ByPrompt):
     def ready(self, tables: Tables) -> Tables:
         return tables
 
-    def features(self, chooser, prompts, base):
-        return torch.tensor(prompts)
+    def helpers_score(self, ready):
+        return 0.5
+
+    def features(self, chooser, texts):
+        return torch.tensor(list(map(json.loads, texts)))
 
     def prompt_scores(self, features, ready):
         return features
 
 
 def written_chooser() -> PromptChooser:
-    return PromptChooser(Written(), Tables(("a", "b"), base={"read": torch.zeros(1)}))
+    return PromptChooser(Written(), Tables(("a", "b")))
+
+
+def views_of(message) -> Views:
+    wholes, parts = message if isinstance(message, tuple) else (message, [])
+    return Views(tuple(map(json.dumps, wholes)), tuple(map(json.dumps, parts)))
+
+
+def chat_of(system, messages) -> ChatTexts:
+    return ChatTexts(views_of(system) if system else None, tuple(map(views_of, messages)))
+
+
+def scored(message, allowances: torch.Tensor) -> ScoredText:
+    wholes, parts = message if isinstance(message, tuple) else (message, [])
+    return ScoredText(torch.tensor([*wholes, *parts]), allowances, len(wholes), 0.5)
+
+
+def test_scores_by_hand_have_the_base_s_classes():
+    assert tuple(base_texts()) == CLASSES
+    assert CLASSES[helpers_class()] == "helpers"
 
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_who_answers_a_chat(chat):
     system, messages, wanted = CHATS[chat]
-    choice = written_chooser().choose([ChatTexts(system, tuple(messages))])
+    choice = written_chooser().choose([chat_of(system, messages)])
     assert choice.named(["a", "b"]) == [{} if wanted is None else {"ab"[wanted]: 1.0}]
 
 
-some_scores = st.lists(st.sampled_from([-0.6, -0.4, -0.1, 0.0, 0.1, 0.4]), min_size=5, max_size=5)
-some_texts = st.lists(st.lists(some_scores, min_size=1, max_size=3), min_size=1, max_size=4)
+each_score = st.sampled_from([-0.9, -0.6, -0.4, -0.1, 0.0, 0.1, 0.4])
+some_scores = st.lists(each_score, min_size=2 + len(CLASSES), max_size=2 + len(CLASSES))
+some_views = st.tuples(
+    st.lists(some_scores, min_size=1, max_size=3), st.lists(some_scores, max_size=2)
+)
+some_texts = st.lists(some_views, min_size=1, max_size=4)
 
 
-@given(st.lists(st.tuples(st.lists(some_scores, max_size=3), some_texts), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.none() | some_views, some_texts), min_size=1, max_size=3))
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
-    answers = written_chooser().answers([ChatTexts(s, tuple(m)) for s, m in chats], None, {})
+    answers = written_chooser().answers([chat_of(*chat) for chat in chats], {})
     allowances = torch.tensor([0.1, 0.1])
     for (system, messages), answer in zip(chats, answers, strict=True):
-        first = [ScoredText(torch.tensor(system), allowances)] if system else []
-        wanted = answer_to([ScoredText(torch.tensor(m), allowances) for m in messages], *first)
-        assert torch.equal(answer, wanted.scores if wanted else torch.full((5,), -torch.inf))
+        first = [scored(system, allowances)] if system else []
+        wanted = answer_to([scored(message, allowances) for message in messages], *first)
+        assert torch.equal(answer, wanted.scores if wanted else torch.full((8,), -torch.inf))
 
 
 def test_prompts_are_left_to_the_base_whatever_is_in_a_batch():
-    chats = [ChatTexts((), ((scores,),)) for scores in (A, GENERAL)]
+    chats = [chat_of((), [[text]]) for text in (A, GENERAL)]
     alone = [written_chooser().choose([chat]) for chat in chats]
     for choice in (written_chooser().choose(chats), Choice.joined(alone)):
         assert choice.named(["a", "b"]) == [{"a": 1.0}, {}]
@@ -426,8 +501,8 @@ def test_prompts_are_left_to_the_base_whatever_is_in_a_batch():
 
 
 def test_allowed_experts_alone_are_chosen():
-    chooser, only_a, either = written_chooser(), [0.5, -0.8, *A[2:]], [0.5, 0.4, *A[2:]]
-    chat = [ChatTexts((), ([text],)) for text in (only_a, either)]
+    chooser, only_a, either = written_chooser(), scores(0.5, -1.1), scores(0.5, 0.4)
+    chat = [chat_of((), [[text]]) for text in (only_a, either)]
     choice = chooser.choose(chat, allowed={"b"})
     assert choice.named(["a", "b"]) == [{}, {"b": 1.0}]
     assert (
@@ -438,52 +513,113 @@ def test_allowed_experts_alone_are_chosen():
 @pytest.mark.parametrize(
     ("turns", "texts"),
     [
-        ([("user", "x")], ([], [["x"]])),
+        ([("user", "x")], (None, [["x"]])),
         ([("system", "s"), ("user", "x"), ("tool", "y"), ("user", "z")], (["s"], [["x"], ["z"]])),
-        ([("user", "x \n\ny "), ("user", "z  ")], ([], [["x \n\ny", "x", "y"], ["z"]])),
+        ([("user", "x \n\ny "), ("user", "z  ")], (None, [["x \n\ny ", "x ", "y"], ["z  "]])),
         ([("developer", "s"), ("system", "t"), ("user", "x")], (["s\n\nt", "s", "t"], [["x"]])),
-        ([("user", "a\nb\n \t\nc\n\n\nd\n\n")], ([], [["a\nb\n \t\nc\n\n\nd\n\n", "a\nb", "d"]])),
-        ([("user", "x"), ("user", " \n"), ("tool", "42")], ([], [["x"]])),
+        ([("user", "a\nb\n \t\nc\n\n\nd\n\n")], (None, [["a\nb\n \t\nc\n\n\nd\n\n", "a\nb", "d"]])),
+        ([("user", "x"), ("user", " \n"), ("tool", "42")], (None, [["x"]])),
         ([("system", "s" * 2000)], (["s" * 1000], [["s" * 2000]])),
-        ([("assistant", "y")], ([], [["y"]])),
-        ([], ([], [[""]])),
-        ([("user", str(i)) for i in range(20)], ([], [[str(i)] for i in range(12, 20)])),
+        ([("assistant", "y")], (None, [["y"]])),
+        ([], (None, [])),
+        ([("user", str(i)) for i in range(20)], (None, [[str(i)] for i in range(12, 20)])),
     ],
 )  # fmt: skip
 def test_each_text_of_a_chat_is_read_by_itself(turns, texts):
-    read = ChatTexts.of(turns, lambda texts: [map(ord, text) for text in texts])
-    said = [["".join(map(chr, view)) for view in views] for views in (read.system, *read.messages)]
+    read = ChatTexts.of(turns)
+    said = [views and list(views.wholes) for views in (read.system, *read.messages)]
     assert (said[0], said[1:]) == texts
+    assert not any(views.parts for views in read.messages)  # none has three words
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("What is the time in Oslo?", []),
+        ("Hi there! What is the time in Oslo?", []),  # one that says something, which is the whole
+        (
+            "I hope you are well. What is the time?  Thanks! Please be quick about it",
+            ["I hope you are well.", "What is the time?", "Please be quick about it"],
+        ),
+        ("Sum these up\n12 and 7 and 3\n\nWhole numbers only", [
+            "Sum these up", "12 and 7 and 3", "Whole numbers only",
+        ]),
+        ("3.14 is about pi, isn't it? e.g. 22/7 is so", [
+            "3.14 is about pi, isn't it?", "22/7 is so",
+        ]),
+        ("你好。请把下面这句话翻译成英文。今天天气非常好！", [
+            "请把下面这句话翻译成英文。", "今天天气非常好！",
+        ]),
+    ],
+)  # fmt: skip
+def test_sentences_and_pairs_of_them_are_read_by_themselves(text, parts):
+    pairs = [f"{one} {two}" for one, two in itertools.pairwise(parts)]
+    assert Views.of(text).parts == (*parts, *pairs)
+
+
+@given(st.integers(0, 60))
+def test_of_a_long_text_parts_of_both_ends_are_read(count):
+    said = [f"This is sentence {number}." for number in range(count)]
+    views = Views.of(" ".join(said))
+    assert len(views.parts) <= 24
+    if count > 13:
+        pairs = [f"{one} {two}" for one, two in itertools.pairwise(said)]
+        assert views.parts == (*said[:6], *said[-6:], *pairs[:6], *pairs[-6:])
+
+
+@given(st.text("ab .!?。\n今", max_size=400))
+def test_views_are_of_the_text_and_few(text):
+    views = Views.of(text)
+    assert views.wholes[0] == text
+    assert len(views.wholes) in (1, 3)
+    assert len(views.parts) <= 24
+    for part in (*views.wholes[1:], *views.parts):
+        assert part.strip()
+        assert "".join(part.split()) in "".join(text.split())
+
+
+HELPED = (
+    "### Task:\nWrite a short title of three to five words for this chat, with an emoji.\n"
+    '### Output:\nJSON: { "title": "the title" }\n'
+    "### Chat:\n<chat_history>\nUSER: apples, pears and plums\n</chat_history>"
+)
 
 
 @both_streams
 def test_what_fits_nobody_is_answered_by_the_base(base, pool, tmp_path):
-    trained, general = trained_on(base, pool), [*base_texts()[0][:6], *base_texts()[1][:6]]
+    texts = base_texts()
+    trained, general = trained_on(pool), [*texts["general"][:6], *texts["neutral"][:6]]
     model = compose(trained, base, router="discriminant")
     chosen = experts_of(model, [*TOPICS, *general]).named(pool.names)
     assert chosen[:4] == [{name: 1.0} for name in pool.names]
     left = [text for text, weights in zip(general, chosen[4:], strict=True) if not weights]
-    assert len(left) > 8  # a random base tells few things apart
+    assert len(left) > 8  # one block of a small reader tells few things apart
     ids = torch.tensor(tokens_of(model, left[:1]))
     with_experts, wanted = logits_of(model, ids), logits_of(detach(model), ids)
     assert torch.equal(with_experts, wanted)
-    # The base's classes are saved; a model without them, as earlier versions wrote, reads them.
     save(compose(trained, base, router="discriminant"), tmp_path / "routed")
     detach(base.model)
-    whole = read_saved(tmp_path / "routed")
-    older = {k: each for k, each in whole.tables.tensors.items() if k != "readings.prompts"}
-    tables = replace(whole.tables, tensors=older, base={})
-    parts = {site: whole.at(site) for site in whole.sizes}
-    for each in (whole.tables, tables):
-        write_saved(tmp_path / "routed", whole.info, parts, each)
-        assert bool(read_saved(tmp_path / "routed").tables.base) == bool(each.base)
-        again = deepcopy(load(tmp_path / "routed", base))
-        assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
-        detach(base.model)
+    again = deepcopy(load(tmp_path / "routed", base))
+    assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
+    detach(base.model)
     remove_from_saved(tmp_path / "routed", pool.names[-1:])
     add_to_saved(tmp_path / "routed", trained.select(pool.names[-1:]))
     again = load(tmp_path / "routed", base)
     assert experts_of(again, [*TOPICS, *general]).named(pool.names) == chosen
+
+
+def test_what_an_interface_asks_about_a_task_is_answered_by_the_base(llama_pool):
+    chooser = open_chooser(trained_on(llama_pool, open_reader("minilm")), router="discriminant")
+    asked = HELPED.partition("USER: ")[2]
+    assert chooser.choose([asked, HELPED]).named(llama_pool.names) == [{"e0": 1.0}, {}]
+
+
+def test_a_follow_up_goes_to_whom_it_follows(llama_pool):
+    chooser = open_chooser(trained_on(llama_pool), router="discriminant")
+    for name, topic in zip(llama_pool.names, TOPICS, strict=True):
+        turns = [("user", topic), ("assistant", "Yes."), ("user", "Shorter, please.")]
+        assert chooser.choose([ChatTexts.of(turns)]).named(chooser.experts) == [{name: 1.0}]
+    assert chooser.choose(["Shorter, please."]).named(chooser.experts) == [{}]
 
 
 def test_experts_of_few_prompts_may_be_further_behind_the_base():
@@ -491,62 +627,41 @@ def test_experts_of_few_prompts_may_be_further_behind_the_base():
     tables = Tables(tuple("abcde"), {"readings.prompts": counts})
     got = Discriminant(fallback=0.1).allowances(tables).tolist()
     assert got == pytest.approx([0.1, 0.2, 0.2, 0.16, 0.1003])
-    older = Tables(("a",))
-    assert Discriminant().allowances(older).tolist() == pytest.approx([Discriminant.fallback])
 
 
-def test_a_text_is_read_once(llama, llama_pool):
-    chooser, passes = open_chooser(llama_pool, llama.tokenizer, router="discriminant"), []
-    hook = llama.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
-    texts = [tuple(llama.tokenizer(text)["input_ids"]) for text in PROMPTS[:3]]
-    chats = [ChatTexts((), ((texts[0],), (each,))) for each in texts]
-    before = chooser.choose(chats, llama.model, client="a")
-    read = len(passes)
-    assert_same(chooser.choose(chats, llama.model, client="a"), before)
-    assert read == len(passes) > 0
-    assert_same(chooser.choose(chats, llama.model, client="b"), before)
-    assert read < len(passes)  # else the time would tell one client what others have asked
-    read = len(passes)
-    again = open_chooser(llama_pool, llama.tokenizer, router="discriminant:shrinkage=0.5")
-    again.read_base(llama.model)  # whose classes have been read
-    hook.remove()
-    assert len(passes) == read
-    assert again.tables.base
+class Counting:
+    """A reader that counts the texts it reads."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self.texts = reader, 0
+
+    def states(self, texts: Sequence[str]) -> torch.Tensor:
+        self.texts += len(texts)
+        return self._reader.states(texts)
 
 
-def test_another_base_reads_for_itself(llama, llama_pool):
-    chooser, fresh = (
-        open_chooser(llama_pool, router="discriminant:fallback=off", k=2) for _ in range(2)
-    )
-    prompts, other = (
-        [llama.tokenizer(text)["input_ids"] for text in PROMPTS],
-        make_model("llama", 1),
-    )
-    chooser.choose(prompts, llama.model)
-    assert_same(chooser.choose(prompts, other), fresh.choose(prompts, other))
+def test_a_text_is_read_once(llama_pool):
+    chooser = open_chooser(llama_pool, router="discriminant")
+    reader = Counting(chooser.ready.reader)
+    chooser.ready = chooser.ready._replace(reader=reader)
+    asked = [[("user", PROMPTS[0]), ("user", text)] for text in PROMPTS[:3]]
+    chats = list(map(ChatTexts.of, asked))
+    before = chooser.choose(chats, client="a")
+    # The views of three texts: the second has two sentences that say something.
+    read = reader.texts
+    assert read == len({view for text in PROMPTS[:3] for views in Views.of(text) for view in views})
+    assert_same(chooser.choose(chats, client="a"), before)
+    assert reader.texts == read
+    assert_same(chooser.choose(chats, client="b"), before)
+    assert reader.texts == 2 * read  # else the time would tell one client what others have asked
 
 
-def test_the_base_s_texts_are_read_again_in_another_template(llama, llama_pool):
-    form = {"hyperparameters": {"chat": True}}
-    pool = Pool(tuple(replace(e, info=replace(e.info, **form)) for e in llama_pool.experts))
-    means = []
-    for template in ("{{ messages[0].content }}", "{{ messages[0].content }} zigzag jazz;"):
-        llama.tokenizer.chat_template = template
-        chooser = open_chooser(pool, llama.tokenizer, router="discriminant")
-        chooser.read_base(llama.model)
-        means.append(chooser.tables.base["mean"])
-    assert not torch.equal(*means)
-
-
-def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama, llama_pool):
-    states = [
-        read_prompts(llama.model, tokens_of_topic, prompt_states(llama.model))
-        for tokens_of_topic in ([llama.tokenizer(t)["input_ids"]] for t in TOPICS)
-    ]
+@pytest.mark.filterwarnings("ignore:.*few prompts:UserWarning")
+def test_experts_of_one_prompt_can_be_compared_beside_the_base(llama_pool):
     ones = [
-        replace(e, readings=readings_of(s))
-        for e, s in zip(llama_pool.experts, states, strict=False)
+        expert.with_prompts_read(small_reader(), [topic])
+        for expert, topic in zip(llama_pool.experts, TOPICS, strict=True)
     ]
-    chooser = open_chooser(Pool(tuple(ones)), llama.tokenizer, router="discriminant")
-    chosen = chooser.choose(list(TOPICS[: len(ones)]), llama.model).named(chooser.experts)
+    chooser = open_chooser(Pool(tuple(ones)), router="discriminant")
+    chosen = chooser.choose(list(TOPICS)).named(chooser.experts)
     assert chosen == [{name: 1.0} for name in chooser.experts]

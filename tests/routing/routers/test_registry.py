@@ -167,13 +167,13 @@ def stripped(pool: Pool, *parts: str) -> Pool:
         (tuple(BARE), True, "arrow"),
     ],
 )
-def test_a_decoder_gets_the_first_that_every_expert_allows(
+def test_auto_is_the_first_that_every_expert_allows(
     llama, llama_pool, monkeypatch, lacks, embeds, chosen
 ):
     monkeypatch.setattr(auto, "can_embed", lambda: embeds)  # as if it were installed, or not
     routing = Routing(router="auto", kernel="reference")
     pool = stripped(with_embeddings(llama_pool), *lacks)
-    found = resolved(routing, pool, llama.model, llama.tokenizer)
+    found = resolved(routing, pool, llama.tokenizer)
     assert found == Routing(router=chosen, kernel="reference")
 
 
@@ -181,14 +181,15 @@ def test_an_embedder_of_a_stranger_is_passed(llama, llama_pool, monkeypatch):
     monkeypatch.setattr(auto, "can_embed", lambda: True)
     first, *rest = stripped(with_embeddings(llama_pool), "readings").experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
-    found = resolved(Routing(), Pool((other, *rest)), llama.model, llama.tokenizer)
+    found = resolved(Routing(), Pool((other, *rest)), llama.tokenizer)
     assert found.router == "phatgoose"
 
 
-@pytest.mark.parametrize("kind", ["t5"], indirect=True)
-def test_encoder_decoders_and_prompts_in_pieces_are_routed_by_tokens(base, pool):
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_without_a_tokenizer_and_for_prompts_in_pieces_tokens_are_routed(base, pool):
+    assert resolved(Routing(), pool, base.tokenizer).router == "discriminant"
     for allowed, chosen in ((pool, "phatgoose"), (stripped(pool, "gates", "means"), "arrow")):
-        assert resolved(Routing(), allowed, base.model, base.tokenizer).router == chosen
+        assert resolved(Routing(), allowed, None).router == chosen
         assert first_allowed(Routing(), allowed, BY_TOKEN).router == chosen
 
 

@@ -171,15 +171,20 @@ def stats(
     require_folder(expert, ExpertError)
     options.require_there(base.base)
     from ...tasks.loading import load_prompts
+    from ...tasks.task import Task
 
     writes = prompts == ["self"]
-    examples = template.load(task) if task else None if writes else load_prompts(prompts or ())
+    if task:
+        examples = template.load(task)
+    else:
+        examples = Task("written") if writes else load_prompts(prompts or ())
     from ...experts.expert import Expert
     from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
-    opened = base.load(loaded.info.base)
-    if examples is None:
+    needs_base = writes or (bool(task) and gates.means)
+    opened = base.load(loaded.info.base) if needs_base else None
+    if writes and opened is not None:
         examples = written_prompts(loaded, opened)
         say(
             f"{loaded.name} wrote {len(examples.train)} prompts. They must read like real ones: an "

@@ -283,7 +283,7 @@ class ModelOptions(BaseOptions):
         from ...routing.compose import open_model, require_pool
 
         routing = self.routing
-        if self.keep or self.leave_out or routing != Routing(embedder=routing.embedder):
+        if self.keep or self.leave_out or routing != routing.of_any_model:
             require_pool(model)
         warn_of_unused_k(routing)
         if keeps_factors:  # with a kernel named, every expert's stay

@@ -31,20 +31,19 @@ def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
 def audit(
     *,
     pool: options.PoolArgument,
-    opening: options.BaseOptions,
     json: options.JsonOption = None,
 ) -> int:
     """Find experts that look unlike the others of a pool.
 
-    Weights, gates, statistics and embeddings are compared with the pool's median. With --base the
-    base reads the experts' example prompts, to see whose each expert takes. The exit code is 1 with
-    findings, 0 without. A finding is unusual, not proof of an attack.
+    Weights, gates, statistics and embeddings are compared with the pool's median, and whose example
+    prompts each expert takes. The exit code is 1 with findings, 0 without. A finding is unusual,
+    not proof of an attack.
     """
     opened = options.open_pool(pool)
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    audited = run(opened, opening.load(opened.base) if opening.base else None)
+    audited = run(opened)
     if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:

@@ -46,9 +46,22 @@ def serve(
     ] = None,
     upstream: Annotated[
         list[str] | None,
-        "Address of another engine that answers, vLLM or llama.cpp (repeatable). This server "
-        "chooses the pool's experts for each prompt and forwards it. The engines' key: "
-        "PHATGOOSE_UPSTREAM_KEY in the environment.",
+        "Address of another engine that answers, vLLM or llama.cpp (repeatable), or any with "
+        "--model-name. This server chooses the pool's experts for each prompt and forwards it. The "
+        "engines' key: PHATGOOSE_UPSTREAM_KEY in the environment.",
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        "What another engine with OpenAI's protocol calls an expert, such as '{base}:{expert}' or "
+        "'{expert}'; {base} is the base as the experts name it.",
+    ] = None,
+    default: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that such an engine is asked for what fits no expert; by default what "
+            "{base} is.",
+        ),
     ] = None,
     opening: ServedOptions,
 ) -> None:
@@ -70,7 +83,9 @@ def serve(
     )
     keys = keys_of(os.environ.get(API_KEYS))
     key = os.environ.get(UPSTREAM_KEY) or None
-    engines = [Upstream(each, key) for each in upstream or ()]
+    if (model_name or default) and not upstream:
+        raise ConfigError("--model-name and --default are for an engine: give its --upstream too.")
+    engines = [Upstream(each, key, model_name, default) for each in upstream or ()]
     _require_free_port(host, port)
     for each in models:
         check_known(each.routing.router)

@@ -67,7 +67,7 @@ def import_(
         say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
     bases = [expert.info.base for expert in imports.experts]
     if unmarked := next((base.id for base in bases if not base.fingerprint), None):
-        say(f"no fingerprint, no statistics: {unmarked} is not here; --fingerprint fetches it")
+        say(f"no fingerprint: {unmarked} is not here; --fingerprint fetches it")
     prompts = [max(each.info.prompts_read or 0, len(each.prompts)) for each in imports.experts]
     is_enough = min(prompts, default=0) >= FEW
     more = "" if is_enough else "'phatgoose stats EXPERT --prompts …' (three at least), or "

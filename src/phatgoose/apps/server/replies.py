@@ -126,7 +126,8 @@ class Builder:
     def __init__(self, asked: Asked, report: Reports) -> None:
         self.request, self._report = asked.request, report
         self.is_chat = isinstance(asked.request, ChatRequest)
-        self._prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        self._rows = [answer.row for answer in asked.answers]
+        self._prompt_tokens = [len(prompt.tokens) for prompt in asked.prompts]
         self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
         self._counted: dict[str, Any] = {}  # by an engine
         name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -135,7 +136,8 @@ class Builder:
 
     @property
     def usage(self) -> dict[str, Any]:
-        prompt, answers = self._prompt_tokens, sum(self._generated)
+        prompt = sum(self._prompt_tokens)
+        answers = sum(self._generated)
         total = prompt + answers
         usage = {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": total}
         return usage | (self._counted if self.answers == 1 else {})
@@ -162,7 +164,10 @@ class Builder:
 
     def _count(self, progress: Progress) -> None:
         self._generated[progress.choice] = progress.generated
-        self._counted |= progress.reply.get("usage", {})
+        counted = progress.reply.get("usage", {})
+        self._counted |= counted
+        row = self._rows[progress.choice]
+        self._prompt_tokens[row] = counted.get("prompt_tokens", self._prompt_tokens[row])
 
     def _chunk(self, *choices: Any, usage: Any = None) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"

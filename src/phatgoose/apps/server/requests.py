@@ -71,30 +71,23 @@ class Frame:
     """What there is to know of a model to read prompts for it.
 
     `context` is how many tokens it can hold, None for any, `added` are those before and after the
-    text of a prompt. `looks_prompts_up` says that a router reads them, `in_chats` that it read the
-    experts' in the chat template.
+    text of a prompt. `looks_prompts_up` says that a router reads them. Without a `tokenizer` it is
+    an engine that makes prompts of chats, and tokens.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     context: int | None
-    added: tuple[Sequence[int], Sequence[int]]
     looks_prompts_up: bool
-    in_chats: bool
+    added: tuple[Sequence[int], Sequence[int]] = ((), ())
 
 
 @dataclass(frozen=True)
 class RequestPrompt:
-    """A prompt's tokens and its text; `asked` is what routers per prompt read."""
+    """A prompt's tokens and its text; `asked` is what routers per prompt read, if any do."""
 
     tokens: tuple[int, ...]
     text: str
     asked: tuple[int, ...] | ChatTexts
-
-    @property
-    def longest(self) -> int:
-        """How many tokens are read at once, at most."""
-        messages = self.asked.messages if isinstance(self.asked, ChatTexts) else ((self.asked,),)
-        return max(len(self.tokens), *(len(whole) for whole, *_ in messages))
 
 
 @dataclass(frozen=True)
@@ -175,72 +168,95 @@ def _read_calls(messages: list[dict[str, Any]], are_known: bool) -> None:
 class RequestReader:
     """Reads requests to one model within the server's limits; refusals are ApiErrors.
 
-    `texts` runs the base's chat template and tokenizer.
+    `texts` runs the base's chat template and tokenizer; None where an engine does.
     """
 
-    def __init__(self, frame: Frame, limits: Serving, texts: UntrustedText) -> None:
+    def __init__(self, frame: Frame, limits: Serving, texts: UntrustedText | None) -> None:
         self._frame, self._limits, self._texts = frame, limits, texts
         self._most_tokens = min(limits.max_batch_tokens, frame.context or limits.max_batch_tokens)
 
     def prompts(self, request: AnyRequest, seconds: float = MOST_SECONDS) -> list[RequestPrompt]:
+        process = self._texts
+        if process is None:
+            return self._unread(request)
         try:
             if isinstance(request, ChatRequest):
-                return [self._chat_prompt(request, seconds)]
-            rows = self._read(request.prompt, request.asks, seconds)
-            asked = self._asked(request, [], seconds)
+                return [self._chat_prompt(process, request, seconds)]
+            rows = self._read(process, request.prompt, request.asks, seconds)
         except (BaseModelError, EngineError) as error:
             status, why = 503 if isinstance(error, EngineError) else 400, for_clients(error)
             raise ApiError(status, why, param=request.asks, code=UNREADABLE) from error
-        whole = [(self._plain(tokens), text) for text, tokens in rows]
-        return [RequestPrompt(tokens, text, asked or tokens) for tokens, text in whole]
+        return [
+            RequestPrompt(self._plain(tokens), text, self._asked_by(request, text))
+            for text, tokens in rows
+        ]
 
-    def _chat_prompt(self, request: ChatRequest, seconds: float) -> RequestPrompt:
+    def _unread(self, request: AnyRequest) -> list[RequestPrompt]:
+        """The prompts of a request that an engine turns into tokens."""
+        if isinstance(request, ChatRequest):
+            messages = [message.plain for message in request.messages]
+            turns = [(message["role"], message["content"]) for message in messages]
+            self._check_length("".join(text for _, text in turns), request.asks)
+            return [RequestPrompt((), "", self._asked(request, turns) or ())]
+        for text in request.prompt:
+            self._check_length(text, request.asks)
+        return [RequestPrompt((), text, self._asked_by(request, text)) for text in request.prompt]
+
+    def _asked_by(self, request: AnyRequest, text: str) -> ChatTexts | tuple[int, ...]:
+        return self._asked(request, [("user", text)]) or ()
+
+    def _check_length(self, text: str, field: str) -> None:
+        if len(text) > self._most_tokens * CHARACTERS:
+            message = f"The prompt has {len(text)} characters; the model can hold"
+            raise bad_request(f"{message} {self._most_tokens} tokens.", field, TOO_LONG)
+
+    def _chat_prompt(
+        self, process: UntrustedText, request: ChatRequest, seconds: float
+    ) -> RequestPrompt:
         messages = [each.plain for each in request.messages]
         turns = [(each["role"], each["content"]) for each in messages]
-        _read_calls(messages, "tool_calls" in str(self._frame.tokenizer.chat_template))
+        template = str(getattr(self._frame.tokenizer, "chat_template", ""))
+        _read_calls(messages, "tool_calls" in template)
         functions = [each.model_dump(exclude_unset=True) for each in request.functions]
         variables = {**(request.chat_template_kwargs or {})}
         variables["tools"] = [{"type": "function", "function": each} for each in functions] or None
         if request.reasoning_effort:
             variables["reasoning_effort"] = request.reasoning_effort
-        ((text, tokens),) = self._read([messages], request.asks, seconds, **variables)
+        ((text, tokens),) = self._read(process, [messages], request.asks, seconds, **variables)
         tokens = tokens or self._plain(())  # some templates write nothing of an empty message
-        return RequestPrompt(tokens, text, self._asked(request, turns, seconds) or tokens)
+        return RequestPrompt(tokens, text, self._asked(request, turns) or ())
 
-    def _asked(
-        self, request: AnyRequest, turns: Sequence[tuple[str, str]], seconds: float
-    ) -> ChatTexts | None:
+    def _asked(self, request: AnyRequest, turns: Sequence[tuple[str, str]]) -> ChatTexts | None:
         """What a router by prompt reads of (role, text) each; None without it or without turns."""
-        frame, field = self._frame, request.asks
+        reads_prompts = self._frame.looks_prompts_up
         if request.route_by is not None:
-            if not frame.looks_prompts_up:
+            if not reads_prompts:
                 message = "No router reads route_by: experts are named, or chosen for every token."
                 raise bad_request(message, "route_by")
-            turns, field = [("user", request.route_by)], "route_by"
+            turns = [("user", request.route_by)]
         elif turns and self._limits.reads == "last-message":
             turns = [("user", said_in(turns)[1][-1])]
-        if not turns or not frame.looks_prompts_up:
-            return None
-
-        def read(texts: list[str]) -> list[tuple[int, ...]]:
-            chats = [[{"role": "user", "content": each}] for each in texts]
-            rows = self._read(chats if frame.in_chats else texts, field, seconds)
-            return [each if frame.in_chats else self._plain(each) for _, each in rows]
-
-        return ChatTexts.of(turns, read)
+        return ChatTexts.of(turns) if turns and reads_prompts else None
 
     def _plain(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        (before, after), tokenizer = self._frame.added, self._frame.tokenizer
-        if not (before or tokens or after):
+        before, after = self._frame.added
+        tokenizer = self._frame.tokenizer
+        if tokenizer is not None and not (before or tokens or after):
             first = tokenizer.bos_token_id
             return (int(tokenizer.eos_token_id if first is None else first),)
         return (*before, *tokens, *after)
 
     def _read(
-        self, texts: Sequence[Any], field: str, seconds: float, /, **variables: Any
+        self,
+        process: UntrustedText,
+        texts: Sequence[Any],
+        field: str,
+        seconds: float,
+        /,
+        **variables: Any,
     ) -> list[tuple[str, tuple[int, ...]]]:
         most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
-        rows = self._texts.read(
+        rows = process.read(
             list(texts), min(seconds, MOST_SECONDS), most, add_generation_prompt=True, **variables
         )
         if (longest := max(characters for _, characters, _ in rows)) > most:
@@ -260,7 +276,7 @@ class RequestReader:
         else:
             asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
             logprobs = request.logprobs
-        seed, most, count = request.seed, self._most_tokens, prompt.longest
+        seed, most, count = request.seed, self._most_tokens, len(prompt.tokens)
         if count >= most:
             message = f"The prompt has {count} tokens; the model can hold {most} with the answer."
             raise bad_request(message, request.asks, TOO_LONG)

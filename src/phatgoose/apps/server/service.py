@@ -64,7 +64,7 @@ class Service(Generic[R]):
         self.begun = int(time.time())
         self.routings = RoutingCache(backend)
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts: dict[PreTrainedTokenizerBase, tuple[UntrustedText, Turns]] = {}
+        self._texts: dict[PreTrainedTokenizerBase | None, tuple[UntrustedText | None, Turns]] = {}
         for model in self.models.values():
             self._texts_of(model)
 
@@ -86,7 +86,7 @@ class Service(Generic[R]):
 
     @property
     def texts(self) -> list[UntrustedText]:
-        return [process for process, _ in self._texts.values()]
+        return [process for process, _ in self._texts.values() if process is not None]
 
     def start(self) -> None:
         self.backend.start()
@@ -142,7 +142,7 @@ class Service(Generic[R]):
             "prompts": [model.prompts[each] for each in experts if each in model.prompts][:SHOWN],
             "traces": is_whole and not self.backend.upstream,  # they can be asked for
             "context": frame.context,
-            "chat": bool(frame.tokenizer.chat_template),
+            "chat": frame.tokenizer is None or bool(frame.tokenizer.chat_template),
         }
 
     def _models_for(self, http: Request) -> dict[str, Served[R]]:
@@ -236,12 +236,16 @@ class Service(Generic[R]):
         except PhatgooseError as error:
             raise bad_request(protocol.for_clients(error), request.changed) from error
 
-    def _texts_of(self, model: Served[R]) -> tuple[UntrustedText, Turns]:
-        """What runs the chat template and tokenizer of a model's base, and turns to use it."""
+    def _texts_of(self, model: Served[R]) -> tuple[UntrustedText | None, Turns]:
+        """What runs the chat template and tokenizer of a model's base, and turns to use it.
+
+        None where an engine does.
+        """
         tokenizer = model.runner.frame.tokenizer
         if tokenizer not in self._texts:
             turns = Turns(1, self.backend.limits.max_queue)
-            self._texts[tokenizer] = UntrustedText(tokenizer), turns
+            process = None if tokenizer is None else UntrustedText(tokenizer)
+            self._texts[tokenizer] = process, turns
         return self._texts[tokenizer]
 
     async def follow(self) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping
 from ...errors import ConfigError
+from ...files import shortened
 from ...tasks.task import refuse_twice
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
 ADDRESS = r"(?i:https?)://([\w.-]+|\[[\w:.%]+\])(:[0-6]?\d{1,4})?(/[!->@-~]*)?"
 KEY = r"[!-~]*"
+EXPERT_PLACE, BASE_PLACE = "{expert}", "{base}"  # in what an engine calls an expert
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The address of an engine, and its key."""
+    """The address of an engine, and its key.
+
+    `model_name` is what an engine that is neither vLLM nor llama.cpp calls an expert, such as
+    "{base}:{expert}", and `default` the model that it is asked for no expert, None the base.
+    """
 
     url: str
     key: str | None = field(default=None, repr=False)
+    model_name: str | None = None
+    default: str | None = None
 
     def __post_init__(self) -> None:
         if not (re.fullmatch(ADDRESS, self.url) and re.fullmatch(KEY, self.key or "")):
@@ -50,6 +58,32 @@ class Upstream:
                 f"without a password, and its key ({UPSTREAM_KEY} in the environment) visible "
                 f"characters."
             )
+        if self.model_name is None:
+            if self.default is not None:
+                raise ConfigError(
+                    "--default needs --model-name: vLLM and llama.cpp name their base themselves."
+                )
+            return
+        rest = self.model_name.replace(BASE_PLACE, "").replace(EXPERT_PLACE, "", 1)
+        if EXPERT_PLACE not in self.model_name or "{" in rest or "}" in rest:
+            raise ConfigError(
+                f"--model-name is {shortened(self.model_name)}, but must have {EXPERT_PLACE} once, "
+                f"and may have {BASE_PLACE}, as in '{BASE_PLACE}:{EXPERT_PLACE}'."
+            )
+
+    def named_for(self, bases: Collection[str]) -> Upstream:
+        """The same with the experts' base for {base}. Raises ConfigError for several bases."""
+        if self.model_name is None:
+            return self
+        needs_base = BASE_PLACE in self.model_name or self.default is None
+        if needs_base and len(bases) > 1:
+            raise ConfigError(
+                f"The pools have several bases ({', '.join(sorted(bases))}): write --model-name "
+                f"without {BASE_PLACE}, and give --default."
+            )
+        base = next(iter(bases))
+        name = self.model_name.replace(BASE_PLACE, base)
+        return replace(self, model_name=name, default=self.default or base)
 
     @property
     def root(self) -> str:

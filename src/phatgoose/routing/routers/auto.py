@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...errors import PoolError
@@ -23,7 +23,6 @@ NO_CHOICE = (
     "stats' on each, with its data, for readings and embeddings."
 )
 BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
-DECODER_ONLY = (*BY_PROMPT, *BY_TOKEN)
 
 FEW_DO = (
     ", hardly better than the base alone on small models; three example prompts an adapter change "
@@ -33,12 +32,12 @@ FEW_DO = (
 logger = logging.getLogger(__name__)
 
 
-def resolved(
-    routing: Routing, pool: Pool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Routing:
-    """`routing` with the first router that base and experts allow, if it is auto."""
-    no_prompts = model.config.is_encoder_decoder or tokenizer is None
-    return first_allowed(routing, pool, BY_TOKEN if no_prompts else DECODER_ONLY)
+def resolved(routing: Routing, pool: Pool, tokenizer: PreTrainedTokenizerBase | None) -> Routing:
+    """`routing` with the first router that the experts allow, if it is auto.
+
+    Without a tokenizer no prompt can be read.
+    """
+    return first_allowed(routing, pool, BY_TOKEN if tokenizer is None else (*BY_PROMPT, *BY_TOKEN))
 
 
 def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing:

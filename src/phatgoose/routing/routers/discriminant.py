@@ -1,32 +1,34 @@
-"""Discriminant: the experts whose training prompts the base reads most like this one.
+"""Discriminant: the experts whose training prompts a reader finds most like this one.
 
 Not in the paper. A decoder knows its task only when it has seen the whole prompt, so this router
-reads prompts with the base alone and chooses for the whole input. Experts share the mean and
-covariance of what each block of the base makes of their training prompts (`statistics`), and
-new prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
-one task differ count little, wording among them.
+chooses for the whole input, by what a reader makes of it (`reader`). Experts share the mean and
+covariance of what each of its blocks makes of their training prompts (`statistics`), and new
+prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of one
+task differ count little, wording among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...config import NOT_NEGATIVE, RATIO
-from ...errors import RoutingError
+from ...errors import PoolError, RoutingError
+from ...experts.expert import Expert
 from ...experts.kind import check_parts
 from ...experts.pool import Pool
-from ...experts.statistics import PARTS, READ, moments_of, prompt_states
+from ...experts.statistics import PARTS, READ
 from ...files import is_finite
-from ...sites import blocks_of
-from ...tasks.batching import PromptReading
+from ...reader import Reader, ReaderReference, open_reader, usable_reader
+from ..conversation import base_texts, helpers_class
+from .base_classes import moments_of_base
 from .phatgoose import Temperature
-from .prompt import OF_BASE, Base, Fallback, PromptChooser, ReadsBase, Tables, Text
+from .prompt import ByPrompt, Fallback, PromptChooser, Tables
 from .router import Scores
 
 COUNTS = "readings.prompts"  # among tables, of how many prompts statistics are
@@ -41,8 +43,16 @@ class Lines(NamedTuple):
     offsets: Tensor
 
 
+class Ready(NamedTuple):
+    """What a discriminant scores with: functions of what the reader makes of a text."""
+
+    lines: Lines
+    reader: Reader
+    helpers: float  # what a text in the middle of the helpers' class scores
+
+
 @dataclass(frozen=True)
-class Discriminant(ReadsBase):
+class Discriminant(ByPrompt):
     """Router discriminant: scores an expert z by the discriminants of all blocks, on average.
 
     With x the mean over the prompt's tokens of what a block makes of them, m_z the mean of the same
@@ -67,14 +77,7 @@ class Discriminant(ReadsBase):
     prompt_sizes: ClassVar[Mapping[str, str]] = {
         f"readings.{READ}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
-    }
-    later_sizes: ClassVar[Mapping[str, Sequence[str | int]]] = {
-        COUNTS: "E",
-        f"{OF_BASE}mean": (3, *"bh"),
-        f"{OF_BASE}factor": (3, *"bfh"),
-        f"{OF_BASE}rest": (3, *"bh"),
-    }
-
+    } | {COUNTS: "E"}
     shrinkage: Annotated[
         float, "How far the experts' covariance is shrunk to its diagonal.", RATIO
     ] = 0.3
@@ -88,58 +91,93 @@ class Discriminant(ReadsBase):
     fallback: Fallback = 0.15
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
+        readers = {_reader_of(expert) for expert in pool.experts}
+        if len(readers) > 1:
+            named = ", ".join(sorted(map(str, readers)))
+            raise PoolError(
+                f"The experts' prompts were read by different readers ({named}); run 'phatgoose "
+                f"stats' on those of one of them."
+            )
         parts = [f"{READ}.{part}" for part in PARTS]
         forms = {part: pool.experts[0].readings[part].shape for part in parts}
-        for each in pool.experts:
-            check_parts(f"Expert {each.name!r}, readings", forms, each.readings, (torch.float32,))
-        stacked = {part: torch.stack([e.readings[part] for e in pool.experts]) for part in parts}
-        counts = torch.tensor([float(e.info.prompts_read or 0) for e in pool.experts])
-        rows = {f"readings.{part}": rows for part, rows in stacked.items()}
-        return Tables(pool.names, {**rows, COUNTS: counts})
+        for expert in pool.experts:
+            where = f"Expert {expert.name!r}, readings"
+            check_parts(where, forms, expert.readings, (torch.float32,))
+        rows = {
+            f"readings.{part}": torch.stack([expert.readings[part] for expert in pool.experts])
+            for part in parts
+        }
+        rows[COUNTS] = torch.tensor([float(e.info.prompts_read or 0) for e in pool.experts])
+        return Tables(pool.names, rows, {"reader": asdict(readers.pop())})
 
-    def ready(self, tables: Tables) -> Lines:
+    def ready(self, tables: Tables) -> Ready:
+        reader = open_reader(usable_reader(_recorded(tables.info), self.reader), self.reader_device)
         moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
-        if self.falls_back and tables.base:
-            moments = {part: torch.cat([each, tables.base[part]]) for part, each in moments.items()}
-        lines = [
-            self.line({part: of_blocks[:, block] for part, of_blocks in moments.items()})
-            for block in range(moments["mean"].shape[1])
-        ]
-        return Lines(*(torch.stack(each) for each in zip(*lines, strict=True)))
+        reader.check_fits(moments["mean"])
+        if self.falls_back:
+            of_base = moments_of_base(reader, rank=moments["factor"].shape[2])
+            moments = {part: torch.cat([moments[part], of_base[part]]) for part in PARTS}
+        lines = self.lines(moments)
+        knows_helpers = self.falls_back
+        helpers = middle_of_helpers(lines, moments["mean"]) if knows_helpers else float("inf")
+        return Ready(lines, reader, helpers)
+
+    def helpers_score(self, ready: Ready) -> float:
+        return ready.helpers
+
+    def lines(self, moments: Mapping[str, Tensor]) -> Lines:
+        """The lines of all blocks, of the moments [E, blocks, ..] of experts and classes."""
+        blocks = range(moments["mean"].shape[1])
+        lines = [self.line({part: moments[part][:, block] for part in PARTS}) for block in blocks]
+        slopes = torch.stack([line.slopes for line in lines])
+        offsets = torch.stack([line.offsets for line in lines])
+        return Lines(slopes, offsets)
 
     def allowances(self, tables: Tables) -> Tensor:
         """An expert's mean over n prompts lies off by a share of 1/√n, and scores less for it."""
-        counts = tables.tensors.get(COUNTS, torch.zeros(len(tables.names)))  # 0: not known
+        counts = tables.tensors[COUNTS]  # 0: not known
         few = torch.where(counts > 0, FEW / counts.clamp(min=FEW), 0.0)
         return super().allowances(tables) * (1 + few)
-
-    def base_tables(
-        self, chooser: PromptChooser, classes: Sequence[Sequence[Text]], base: Base
-    ) -> Mapping[str, Tensor]:
-        rank = chooser.tables.tensors[f"readings.{READ}.factor"].shape[2]
-        every = [moments_of(self.features(chooser, texts, base), rank) for texts in classes]
-        return {part: torch.stack([moments[part] for moments in every]) for part in PARTS}
 
     def line(self, moments: Mapping[str, Tensor]) -> Lines:
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
 
-    def check_fits(self, base: PreTrainedModel, tables: Tables) -> None:
-        _, *read = tables.tensors[f"readings.{READ}.mean"].shape
-        size = [len(blocks_of(base)), base.config.get_text_config().hidden_size]
-        if size != read:
-            raise RoutingError(
-                f"Router {self.name} can't read prompts: the experts' readings are of {read} "
-                f"blocks and numbers, the base has {size}."
-            )
+    def features(self, chooser: PromptChooser, texts: Sequence[str]) -> Tensor:
+        ready: Ready = chooser.ready
+        return ready.reader.states(texts)
 
-    def reading(self, base: PreTrainedModel, tables: Tables) -> PromptReading:
-        self.check_fits(base, tables)
-        return prompt_states(base)
+    def prompt_scores(self, features: Tensor, ready: Ready) -> Tensor:
+        return scores_by(ready.lines, features)
 
-    def prompt_scores(self, features: Tensor, ready: Lines) -> Tensor:
-        by_block = torch.einsum("pbd,bde->pbe", features, ready.slopes) + ready.offsets
-        scores: Tensor = by_block.mean(dim=1)
-        return scores
+
+def scores_by(lines: Lines, states: Tensor) -> Tensor:
+    """The score s_z of each of the `states` [texts, blocks, d], [texts, E]."""
+    by_block = torch.einsum("pbd,bde->pbe", states, lines.slopes) + lines.offsets
+    return by_block.mean(dim=1)
+
+
+def middle_of_helpers(lines: Lines, means: Tensor) -> float:
+    """What the middle of the helpers' class scores, by the `means` of experts and classes."""
+    at = helpers_class() - len(base_texts())
+    return float(scores_by(lines, means[at:][:1])[0, at])
+
+
+def _reader_of(expert: Expert) -> ReaderReference:
+    if expert.info.reader is None:
+        raise PoolError(
+            f"Expert {expert.name!r} has prompt statistics that its base made, as earlier releases "
+            f"did; measure them again: phatgoose stats {expert.directory} --task ITS-DATA "
+            f"--no-means, or --prompts with a few."
+        )
+    return expert.info.reader
+
+
+def _recorded(info: Mapping[str, object]) -> ReaderReference:
+    """The reader that a saved model names."""
+    try:
+        return TypeAdapter(ReaderReference).validate_python(info.get("reader"))
+    except ValueError as error:
+        raise RoutingError("routed.json names no reader of prompts.") from error
 
 
 def line_of(

@@ -17,7 +17,7 @@ from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...files import one_line, read_json
 from ..choice import NOBODY, Choice
-from .prompt import Asked, Base, ByPrompt, Known, PromptChooser, Tables
+from .prompt import ByPrompt, Known, PromptChooser, Prompts, Tables
 from .registry import WEIGHTS, read_mixture, written_mixture
 from .router import Router, RouterAtSite, Scores
 
@@ -112,7 +112,7 @@ class Oracle(ByPrompt):
     def ready(self, tables: Tables) -> dict[str, int]:
         return dict(tables.info.get("experts_by_task", {}))
 
-    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         task, best = known.get("task"), chooser.ready
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
@@ -202,7 +202,7 @@ class Weights(ByPrompt):
         weights = [self.weights.get(at_site.names[z], 0.0) for z in at_site.members.tolist()]
         return torch.tensor(weights) if self.weights else None
 
-    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         if not self.weights:
             raise RoutingError(
                 "Router weights needs the experts and their weights: weights:NAME=WEIGHT,…, or a "

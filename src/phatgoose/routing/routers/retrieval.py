@@ -2,7 +2,7 @@
 
 Retrieval (Muqeeth et al. 2024, section 4.2; Jang et al. 2023) takes the expert of the nearest
 training input. Experts share embeddings of up to 1000 of theirs (`training.train_expert`); nearness
-is the cosine. Inputs are embedded as the model reads them. The released code embeds their answer
+is the cosine. Inputs are embedded as plain text. The released code embeds their answer
 choices too, which no served prompt has: the setting form=paper does so in comparisons. With k above
 1 the k experts that have the nearest training inputs act together, weighted by the softmax of these
 cosines over `temperature`: that is ours.
@@ -40,7 +40,7 @@ from ...tasks.embeddings import (
 )
 from ..choice import Choice
 from .phatgoose import Temperature
-from .prompt import OWNERS, Asked, Base, ByPrompt, Known, PromptChooser, Prompts, Tables
+from .prompt import OWNERS, ByPrompt, Known, PromptChooser, Prompts, Tables
 from .router import Scores
 
 BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
@@ -82,8 +82,8 @@ class Embeds(ByPrompt):
         owners = tables.tensors.get(OWNERS, torch.arange(len(rows)))
         return Searched(rows, embedder, owners, len(tables.names))
 
-    def features(self, chooser: PromptChooser, prompts: Prompts, base: Base) -> Tensor:
-        return Searched.embed(chooser.ready, chooser.texts(prompts))
+    def features(self, chooser: PromptChooser, texts: Sequence[str]) -> Tensor:
+        return Searched.embed(chooser.ready, texts)
 
     def prompt_scores(self, features: Tensor, ready: Searched) -> Tensor:
         return best_of_each(features @ ready.rows.T, ready.owners, ready.experts)
@@ -122,10 +122,10 @@ class Retrieval(Embeds):
         some = _within_bound(every.owners)
         return every._replace(rows=every.rows[some], owners=every.owners[some])
 
-    def choose(self, chooser: PromptChooser, prompts: Asked, base: Base, known: Known) -> Choice:
+    def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
         if not self.unserved:
-            return super().choose(chooser, prompts, base, known)
+            return super().choose(chooser, prompts, known)
         vectors = chooser.ready.embed(paper_texts(known["examples"]))
         return self.choice(self.prompt_scores(vectors, chooser.ready))
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Scores = Mapping[str, Mapping[str, float]]  # of single experts: expert -> task -> score
 PLURAL = {"lora": "LoRAs"}  # needs that are no words themselves
+CHOSEN = ("kernel", "embedder", "reader", "reader_device")  # by the user, for any router
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
 STANDARDISED, ABSOLUTE = "v̄ᵀū/√n", "|vᵀu|"  # scores that kernels know
 
@@ -77,8 +78,8 @@ class Router(Settings):
     changes what it does otherwise; its settings may not be called as anything here is.
     (`prompt.ByPrompt` is the base of routers that choose for whole prompts.)
 
-    `k`, `kernel` and `embedder` are the user's choices for any router (`config.Routing`), and no
-    settings of this one: k is 0 where it can't be chosen.
+    `k`, `kernel`, `embedder`, `reader` and `reader_device` are the user's choices for any router
+    (`config.Routing`), and no settings of this one: k is 0 where it can't be chosen.
     """
 
     defined: ClassVar[dict[str, type[Router]]] = {}  # all that are imported, by name
@@ -102,6 +103,8 @@ class Router(Settings):
     k: int = 0
     kernel: Kernel = "auto"
     embedder: str | None = None
+    reader: str | None = None
+    reader_device: str = "cpu"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -149,7 +152,8 @@ class Router(Settings):
     @cached_property
     def routing(self) -> Routing:
         """How experts are chosen, as `compose` takes it."""
-        return Routing(self.text, self.k or None, self.kernel, self.embedder)
+        chosen = {name: getattr(self, name) for name in CHOSEN}
+        return Routing(self.text, self.k or None, **chosen)
 
     # What it is made of.
 
@@ -328,8 +332,8 @@ def router_of(routing: Routing) -> Router:
     """
     _, _, rest = routing.router.partition(":")
     router = class_of(routing.router).read(rest)
-    k, kernel, embedder = routing.k or 0, routing.kernel, routing.embedder
-    return replace(router, k=k, kernel=kernel, embedder=embedder)
+    chosen = {name: getattr(routing, name) for name in CHOSEN}
+    return replace(router, k=routing.k or 0, **chosen)
 
 
 def canonical(router: str) -> str:

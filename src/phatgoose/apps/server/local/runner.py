@@ -193,14 +193,11 @@ class ModelRunner:
         self._tails = parts.tails if parts else ()  # read from records once
         self._number = next(_NUMBERS)
         chooser = self._context.chooser if self._context else None
-        if chooser:
-            chooser.read_base(model)  # now, so that no request waits for it
         self.frame = Frame(
             tokenizer,
             unscaled_positions_of(model),
-            added_tokens(tokenizer, is_encoder_decoder=False),
             looks_prompts_up=chooser is not None,
-            in_chats=parts is not None and parts.in_chats,
+            added=added_tokens(tokenizer, is_encoder_decoder=False),
         )
 
     def decode(
@@ -222,7 +219,7 @@ class ModelRunner:
     def routings_of(
         self,
         prompts: Sequence[Sequence[int]],
-        asked: Sequence[Sequence[int] | ChatTexts] | None = None,
+        asked: Sequence[str | Sequence[int] | ChatTexts] | None = None,
         mixture: Mapping[str, float] | None = None,
         **known: Any,
     ) -> Sequence[PromptRouting | None]:
@@ -266,7 +263,7 @@ class LoadedModel:
         """`opened` is `load_base`, which remembers what it has loaded; `others` share factors."""
         self.settings, self._opened, self.seen = settings, opened, seen_at(settings.place)
         place, routing = settings.place, settings.routing
-        is_bare = routing == Routing(embedder=routing.embedder)  # which any model may be given
+        is_bare = routing == routing.of_any_model
         if not is_bare or settings.keep or settings.leave_out or settings.scores:
             require_pool(place)
         if routing.router != AUTO:
@@ -277,9 +274,10 @@ class LoadedModel:
         dtype = settled_dtype(settings.dtype)
         self.base = opened(base.id, dtype=dtype, revision=base.revision)
         if is_routed(place):
-            model = load(place, twin(self.base), embedder=routing.embedder)
+            named = {"embedder": routing.embedder, "reader": routing.reader}
+            model = load(place, twin(self.base), dtype=dtype, **named)
         elif is_pool(place):
-            self.pool = self.pool.measured(self.base)
+            self.pool = self.pool.measured(routing.reader)
             model = self.composed(self.pool, routing).model
         else:
             model = twin(self.base).model
@@ -322,7 +320,7 @@ class LoadedModel:
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""
-        return resolved(Routing(AUTO), pool, self.base.model, self.base.tokenizer).router
+        return resolved(Routing(AUTO), pool, self.base.tokenizer).router
 
 
 def _keeps_keys_and_values(model: PreTrainedModel) -> bool:

@@ -6,16 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from ....base import check_base, load_base, load_tokenizer
 from ....config import Routing, Serving
 from ....errors import ConfigError
-from ....experts.expert import trained_in_chats
 from ....experts.pool import Pool
 from ....routing.choice import ALONE
 from ....routing.compose import open_chooser, require_pool
@@ -23,7 +19,6 @@ from ....routing.conversation import ChatTexts
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
-from ....tasks.encoding import added_tokens
 from ..backend import Backend, Served, State
 from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
@@ -54,24 +49,19 @@ log = logging.getLogger(__name__)
 
 
 class ChosenPool:
-    """A pool whose experts are chosen for prompts, and what it takes to choose otherwise."""
+    """A pool whose experts are chosen for prompts. Nothing of its base is loaded."""
 
     def __init__(self, settings: ServedModel, backend: EngineBackend) -> None:
         require_pool(settings.place)
-        self.settings, self._backend, self.seen = settings, backend, seen_at(settings.place)
-        self.pool = pool = Pool.open(settings.place).select(settings.keep, settings.leave_out)
-        # The base that the operator or else the pool names, and its revision.
-        name = settings.base or pool.base.id
-        revision = None if settings.base else pool.base.revision
-        self._loaded = partial(backend.base_at, name, dtype=settings.dtype, revision=revision)
-        self.tokenizer = backend.tokenizer_at(name, revision=revision)
-        self.added = added_tokens(self.tokenizer, is_encoder_decoder=False)
-        self.in_chats = trained_in_chats(pool.records())
-        self.experts, self.prompts = pool.names, pool.prompts
+        self.settings = settings
+        self.seen = seen_at(settings.place)
+        self._backend = backend
+        opened = Pool.open(settings.place).select(settings.keep, settings.leave_out)
+        self.pool = pool = opened.measured(settings.routing.reader)
+        self.experts = pool.names
+        self.prompts = pool.prompts
         if late := ", ".join(each.name for each in pool.experts if each.info.tail):
             log.warning("%s act from a prompt's end on, but an engine lets them act on all.", late)
-        if pool.unread:
-            self.pool = pool = pool.measured(self._loaded())
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
@@ -82,8 +72,7 @@ class ChosenPool:
 
     @property
     def frame(self) -> Frame:
-        context, in_chats = self._backend.links.context, self.in_chats
-        return Frame(self.tokenizer, context, self.added, looks_prompts_up=True, in_chats=in_chats)
+        return Frame(None, self._backend.links.context, looks_prompts_up=True)
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -92,13 +81,7 @@ class ChosenPool:
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
     ) -> ChooserBesideEngine:
-        chooser = open_chooser(pool, self.tokenizer, routing=routing)
-        if not chooser.router.reads_base:
-            return ChooserBesideEngine(chooser, None, self)
-        base = self._loaded()
-        check_base(pool.base, base.reference)
-        chooser.choose([[self.tokenizer.eos_token_id or 0]], base.model)  # it fits, or is refused
-        return ChooserBesideEngine(chooser, base.model, self)
+        return ChooserBesideEngine(open_chooser(pool, routing=routing), self)
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""
@@ -107,10 +90,9 @@ class ChosenPool:
 
 @dataclass(frozen=True)
 class ChooserBesideEngine:
-    """A prompt chooser, with the base's weights where it reads prompts with them."""
+    """A prompt chooser in front of engines."""
 
     chooser: PromptChooser
-    base: PreTrainedModel | None
     pool: ChosenPool
 
     @property
@@ -118,7 +100,7 @@ class ChooserBesideEngine:
         return self.pool.frame
 
     def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> list[Weights]:
-        return self.chooser.choose(prompts, self.base, **known).named(self.chooser.experts)
+        return self.chooser.choose(prompts, **known).named(self.chooser.experts)
 
 
 class EngineBackend(Backend[ChooserBesideEngine]):
@@ -132,8 +114,10 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 
     def __init__(self, models: Sequence[ServedModel], links: Links, limits: Serving) -> None:
         self.links, self._limits = links, limits
-        self.tokenizer_at, self.base_at = cache(load_tokenizer), cache(load_base)  # for all pools
         self.models = {each.name: ChosenPool(each, self) for each in models}
+        bases = {each.pool.base.id for each in self.models.values()}
+        for link in links.links:
+            link.upstream = link.upstream.named_for(bases)
         self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
         self.links.folders = self._folders_of(self.models)
         self._choosing = Turns(1, limits.max_queue)

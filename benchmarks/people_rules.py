@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from torch.nn.functional import normalize
 
 from people_cases import Case
 from phatgoose.experts.statistics import PARTS, moments_of
+from phatgoose.reader import Reader
 from phatgoose.routing import conversation
 from phatgoose.routing.conversation import ChatTexts
 from phatgoose.routing.routers.discriminant import (
     COUNTS,
     Discriminant,
+    Ready,
     middle_of_helpers,
+    room_of,
     scores_by,
 )
 from phatgoose.routing.routers.prompt import Tables
@@ -41,7 +44,7 @@ class Rule:
     helps: float = conversation.HELPS
     only_follows: float = conversation.ONLY_FOLLOWS
     classes: str = ""
-    fallback: float = 0.15
+    fallback: float = 0.25
     unit: str = "fixed"
 
     @classmethod
@@ -92,8 +95,10 @@ def discriminant(experts: Classes, base: Classes, rule: Rule) -> Fitted:
     names = tuple(map(str, range(len(experts))))
     router = Discriminant(fallback=rule.fallback)
     lines = router.lines(moments)
-    allowances = router.allowances(Tables(names, {COUNTS: counts}))
     helpers = middle_of_helpers(lines, moments["mean"])
+    # The states are there, so nothing is read.
+    ready = Ready(lines, cast("Reader", None), helpers, room_of(lines, moments["mean"]))
+    allowances = router.allowances(Tables(names, {COUNTS: counts}), ready)
     return Fitted(partial(scores_by, lines), allowances, helpers)
 
 

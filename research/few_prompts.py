@@ -107,7 +107,7 @@ def tables_of(names: Sequence[str], picked: Sequence[Tensor], by: ReaderReferenc
 
 def chosen(chooser: PromptChooser, features: Tensor) -> list[str | None]:
     """The expert for each prompt, None for the base."""
-    allowances = chooser.router.allowances(chooser.tables)
+    allowances = chooser.router.allowances(chooser.tables, chooser.ready)
     scores = chooser.router.prompt_scores(features, chooser.ready)
     answers = [answer_to([ScoredText(each[None], allowances)]) for each in scores]
     return [each and chooser.experts[each.expert] for each in answers]

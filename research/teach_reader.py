@@ -36,8 +36,8 @@ from people_readers import Reader, block_outputs
 from phatgoose.tasks.batching import pad_right
 
 TEXTS = Path(__file__).parent / "reader"
-SKILLS_A_STEP = 13
-GENERAL_A_STEP = 3  # pairs of a general text in two manners, beside a pair of two such texts
+SKILLS_A_STEP = 24
+GENERAL_A_STEP = 5  # pairs of a general text in two manners, beside a pair of two such texts
 MOST_TOKENS = 128
 TEMPERATURE = 0.1
 WARM_UP = 10
@@ -152,10 +152,11 @@ def loss_of(states: Tensor, labels: Sequence[str]) -> Tensor:
 
 
 class Pupil:
-    """A reader's model under a LoRA, and the states of two of its blocks."""
+    """A reader's model under a LoRA, and the states of some of its blocks."""
 
     def __init__(self, reader: Reader, taught: Sequence[int], adapter: Path | None) -> None:
-        self.tokenizer, stack, _ = reader.loaded
+        _, stack, _ = reader.loaded
+        self.tokens = reader.tokens
         self.taught = taught
         stack.float()
         blocks: Sequence[nn.Module] = stack.encoder.layer if reader.is_bert else stack.layers
@@ -169,8 +170,10 @@ class Pupil:
         self.blocks = [blocks[number] for number in taught]
 
     def states(self, texts: Sequence[str]) -> Tensor:
-        """The means over tokens of what the two blocks make of `texts`, [texts, 2, d]."""
-        tokens = self.tokenizer(list(texts), truncation=True, max_length=MOST_TOKENS)["input_ids"]
+        """The means over tokens of what the blocks make of `texts`, [texts, 2, d]."""
+        tokens = self.tokenizer(self.before(texts), truncation=True, max_length=MOST_TOKENS)[
+            "input_ids"
+        ]
         ids = pad_right(tokens, 0)
         mask = pad_right([[1] * len(row) for row in tokens], 0)
         with torch.autocast("cpu", torch.bfloat16):
@@ -187,6 +190,7 @@ def main() -> None:
     parser.add_argument("reader", help="e5, minilm, smollm2, gemma or qwen")
     parser.add_argument("out", type=Path)
     parser.add_argument("--last", type=int, required=True, help="the last block, from 0")
+    parser.add_argument("--read", type=int, default=2, help="blocks of the loss, every other one")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--keep", type=int, default=50)
     parser.add_argument("--rate", type=float, default=3e-4)
@@ -195,7 +199,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(given.seed)
     texts = Texts.load()
-    taught = (given.last - 2, given.last)
+    taught = tuple(range(given.last - 2 * (given.read - 1), given.last + 1, 2))
     kept = sorted((int(path.name) for path in given.out.glob("[0-9]*")), reverse=True)
     done = kept[0] if kept else 0
     reader = Reader.of(f"{given.reader}:{taught[0]}-{given.last}")
@@ -232,12 +236,9 @@ def main() -> None:
         optimizer.step()
         if step % 10 == 9:
             seconds = (time.monotonic() - begun) / (step + 1 - done)
-            print(
-                json.dumps(
-                    {"step": step + 1, "loss": round(fmean(losses[-10:]), 3), "s": round(seconds, 2)}
-                ),
-                flush=True,
-            )
+            loss_now = round(fmean(losses[-10:]), 3)
+            line = {"step": step + 1, "loss": loss_now, "s": round(seconds, 2)}
+            print(json.dumps(line), flush=True)
         if (step + 1) % given.keep == 0:
             folder = given.out / str(step + 1)
             pupil.model.save_pretrained(folder)

@@ -21,6 +21,7 @@ SOURCE = Path(phatgoose.__file__).parent
 ORDER = ("errors", "config", "files", "names", "sites", "base", "passes", "untrusted_text")
 ORDER += (
     "tasks",
+    "e5",
     "reader",
     "experts",
     "jobs",

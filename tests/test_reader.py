@@ -69,7 +69,7 @@ def test_states_are_means_over_the_tokens_of_what_blocks_put_out():
 
 def test_a_known_reader_is_read_by_its_blocks():
     model, tokenizer = minilm()
-    reader = open_reader()
+    reader = open_reader("minilm")
     assert (str(reader.reference), KNOWN["minilm"].first) == ("minilm:2-5", 2)
     got = reader.states(TEXTS[:2])
     for row, text in zip(got, TEXTS, strict=False):
@@ -182,7 +182,9 @@ def refused(run, message: str, error: type[Exception] = ConfigError) -> None:
     "name", ["nobody", "minilm:2", "minilm:5-2", ":1-2", "a/b:x-y", "a\nb", "a/b:1-2-3", ""]
 )
 def test_names_of_nothing_are_refused(name):
-    told = "There is no reader .* There are minilm, smollm2, gemma, qwen; any other is a model and"
+    told = (
+        "There is no reader .* There are e5, minilm, smollm2, gemma, qwen; any other is a model and"
+    )
     refused(lambda: open_reader(name), told)
 
 
@@ -219,7 +221,7 @@ def test_known_readers_are_loaded_on_a_records_word_and_others_if_named():
     assert usable_reader(known, "minilm:0-3") == known
     assert usable_reader(usual, "minilm") == usual
     assert usable_reader(other, "a/b:0-3") == other == reference_of("a/b:0-3")
-    told = "prompts were read by .*, and only minilm, .* on a record's word. If you trust that one"
+    told = "prompts were read by .*, and only e5, .* on a record's word. If you trust that one"
     for recorded, named in (
         (other, None),
         (other, "a/b:0-2"),
@@ -255,7 +257,7 @@ def test_a_pool_read_by_a_base_is_opened_if_the_reader_is_named(
     name = f"{base_folders[kind]}:0-1"
     pool = read_by(llama_pool, open_reader(name))
     router = "discriminant:fallback=off"
-    told = "and only minilm, .* are loaded on a record's word. If you trust that one, name it"
+    told = "and only e5, .* are loaded on a record's word. If you trust that one, name it"
     refused(lambda: open_chooser(pool, router=router), told)
     refused(lambda: compose(pool, llama, router=router), told)
     chooser = open_chooser(pool, router=router, reader=name)

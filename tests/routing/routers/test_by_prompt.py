@@ -40,7 +40,7 @@ from phatgoose.routing.conversation import (
     base_texts,
     helpers_class,
 )
-from phatgoose.routing.routers.discriminant import Discriminant, line_of
+from phatgoose.routing.routers.discriminant import Discriminant, Lines, Ready, line_of, room_of
 from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
 from phatgoose.routing.saved import add_to_saved, remove_from_saved
@@ -564,7 +564,17 @@ def test_of_a_long_text_parts_of_both_ends_are_read(count):
     assert len(views.parts) <= 24
     if count > 13:
         pairs = [f"{one} {two}" for one, two in itertools.pairwise(said)]
-        assert views.parts == (*said[:6], *said[-6:], *pairs[:6], *pairs[-6:])
+        pairs = [*pairs[:5], *pairs[-5:]]  # those of sentences that are read
+        assert views.parts == (*said[:6], *said[-6:], *pairs)
+
+
+def test_of_a_long_text_the_lines_ends_are_read_first():
+    prose = " ".join(f"Sentence number {n} of the prose." for n in range(40))
+    parts = Views.of(f"{prose}\nWrite the tests for it, please.\n{prose}").parts
+    assert len(parts) <= 24
+    assert "Write the tests for it, please." in parts
+    assert "Sentence number 39 of the prose. Write the tests for it, please." in parts
+    assert "Sentence number 20 of the prose." not in parts
 
 
 @given(st.text("ab .!?。\n今", max_size=400))
@@ -625,8 +635,24 @@ def test_a_follow_up_goes_to_whom_it_follows(llama_pool):
 def test_experts_of_few_prompts_may_be_further_behind_the_base():
     counts = torch.tensor([0.0, 1.0, 3.0, 5.0, 1000.0])  # 0: not known
     tables = Tables(tuple("abcde"), {"readings.prompts": counts})
-    got = Discriminant(fallback=0.1).allowances(tables).tolist()
+    ready = Ready(Lines(torch.zeros(1), torch.zeros(1)), small_reader(), 0.0, room=0.5)
+    got = Discriminant(fallback=0.2).allowances(tables, ready).tolist()
     assert got == pytest.approx([0.1, 0.2, 0.2, 0.16, 0.1003])
+
+
+@pytest.mark.parametrize(("ahead", "room"), [(1.0, 0.5), (0.75, 0.25), (0.5, 0.0), (-0.25, 0.0)])
+def test_the_room_is_what_general_requests_are_ahead_of_the_best_expert_beyond_a_half(ahead, room):
+    classes = len(base_texts())
+    offsets = torch.tensor([[-2.0, 0.25, 0.25 + ahead, *[3.0] * (classes - 1)]])
+    lines = Lines(torch.zeros(1, 4, 2 + classes), offsets)
+    assert room_of(lines, torch.randn(2 + classes, 1, 4)) == room
+
+
+def test_the_room_shrinks_as_a_pool_grows(llama_pool):
+    chooser = open_chooser(trained_on(llama_pool), router="discriminant")
+    assert 0.3 < chooser.ready.room < 1
+    few = open_chooser(trained_on(llama_pool).select(llama_pool.names[:2]), router="discriminant")
+    assert few.ready.room > chooser.ready.room
 
 
 class Counting:

@@ -32,6 +32,7 @@ from .prompt import ByPrompt, Fallback, PromptChooser, Tables
 from .router import Scores
 
 COUNTS = "readings.prompts"  # among tables, of how many prompts statistics are
+ROOM = 0.5  # by how much a usual general request must be ahead of experts, for the base to wait
 FEW = 3  # prompts: an expert of these is allowed twice as much, one of thirty a tenth more
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
@@ -49,6 +50,7 @@ class Ready(NamedTuple):
     lines: Lines
     reader: Reader
     helpers: float  # what a text in the middle of the helpers' class scores
+    room: float  # by how much a general request in the middle of its class is ahead, beyond ROOM
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Discriminant(ByPrompt):
         NOT_NEGATIVE,
     ] = 1.0
     temperature: Temperature = 0.1
-    fallback: Fallback = 0.15
+    fallback: Fallback = 0.25
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         readers = {_reader_of(expert) for expert in pool.experts}
@@ -118,9 +120,10 @@ class Discriminant(ByPrompt):
             of_base = moments_of_base(reader, rank=moments["factor"].shape[2])
             moments = {part: torch.cat([moments[part], of_base[part]]) for part in PARTS}
         lines = self.lines(moments)
-        knows_helpers = self.falls_back
-        helpers = middle_of_helpers(lines, moments["mean"]) if knows_helpers else float("inf")
-        return Ready(lines, reader, helpers)
+        if not self.falls_back:
+            return Ready(lines, reader, float("inf"), 0.0)
+        means = moments["mean"]
+        return Ready(lines, reader, middle_of_helpers(lines, means), room_of(lines, means))
 
     def helpers_score(self, ready: Ready) -> float:
         return ready.helpers
@@ -133,11 +136,14 @@ class Discriminant(ByPrompt):
         offsets = torch.stack([line.offsets for line in lines])
         return Lines(slopes, offsets)
 
-    def allowances(self, tables: Tables) -> Tensor:
-        """An expert's mean over n prompts lies off by a share of 1/√n, and scores less for it."""
+    def allowances(self, tables: Tables, ready: Ready) -> Tensor:
+        """`fallback` times the room that the experts leave: none where they are a hundred.
+
+        An expert's mean over n prompts lies off by a share of 1/√n, and scores less for it.
+        """
         counts = tables.tensors[COUNTS]  # 0: not known
         few = torch.where(counts > 0, FEW / counts.clamp(min=FEW), 0.0)
-        return super().allowances(tables) * (1 + few)
+        return super().allowances(tables, ready) * ready.room * (1 + few)
 
     def line(self, moments: Mapping[str, Tensor]) -> Lines:
         return line_of(moments, self.shrinkage, self.task_variance, self.name)
@@ -160,6 +166,14 @@ def middle_of_helpers(lines: Lines, means: Tensor) -> float:
     """What the middle of the helpers' class scores, by the `means` of experts and classes."""
     at = helpers_class() - len(base_texts())
     return float(scores_by(lines, means[at:][:1])[0, at])
+
+
+def room_of(lines: Lines, means: Tensor) -> float:
+    """By how much the middle of the general class is ahead of all experts, beyond ROOM."""
+    general = len(means) - len(base_texts())
+    scores = scores_by(lines, means[general][None])[0]
+    ahead = float(scores[general] - scores[:general].max())
+    return max(ahead - ROOM, 0.0)
 
 
 def _reader_of(expert: Expert) -> ReaderReference:

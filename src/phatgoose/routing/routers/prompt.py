@@ -125,7 +125,7 @@ class ByPrompt(Router):
         """What to score with. Raises RoutingError and ConfigError for tables that are no use."""
         return tables
 
-    def allowances(self, tables: Tables) -> Tensor:
+    def allowances(self, tables: Tables, ready: Any) -> Tensor:
         """By how much the base may score more than each expert before it answers, [E]."""
         return torch.full((len(tables.names),), float(getattr(self, "fallback", 0)))
 
@@ -245,7 +245,7 @@ class PromptChooser:
             raise RoutingError(f"Router {self.name} can't choose: there is no prompt.")
         unbounded = torch.full((len(self.experts),), torch.inf)
         falls_back = self.router.falls_back
-        allowances = self.router.allowances(self.tables) if falls_back else unbounded
+        allowances = self.router.allowances(self.tables, self.ready) if falls_back else unbounded
         helpers = self.router.helpers_score(self.ready)
         texts = [[*reversed(chat.messages), *filter(None, [chat.system])] for chat in chats]
         scored = [list[ScoredText]() for _ in chats]

@@ -212,6 +212,9 @@ Resume = Annotated[bool, "Continue unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
+ReaderOption = Annotated[
+    str | None, "Reader of the experts' prompts; default: the recorded, if it is a known one."
+]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 
 
@@ -240,6 +243,12 @@ def only_with(what: str, there: bool, values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if value is not None and not there:
             raise ConfigError(f"{flag_of(name)} works only {what}.")
+
+
+def changed(settings: Settings, *names: str) -> dict[str, object]:
+    """The fields of these names whose values aren't the defaults."""
+    defaults = type(settings)()
+    return {n: getattr(settings, n) for n in names if getattr(settings, n) != getattr(defaults, n)}
 
 
 def require_there(*names: str | None) -> None:

@@ -31,6 +31,7 @@ def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
 def audit(
     *,
     pool: options.PoolArgument,
+    reader: options.ReaderOption = None,
     json: options.JsonOption = None,
 ) -> int:
     """Find experts that look unlike the others of a pool.
@@ -43,7 +44,7 @@ def audit(
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    audited = run(opened)
+    audited = run(opened, reader)
     if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:
@@ -172,13 +173,15 @@ def demo(
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
 
 
-def add(model: FolderArgument, places: options.PoolArgument) -> None:
+def add(
+    model: FolderArgument, places: options.PoolArgument, reader: options.ReaderOption = None
+) -> None:
     """Add experts to a routed model's folder."""
     require_folder(model, RoutingError, ROUTED_INFO)
     pool = options.open_pool(places)
     from ...routing.saved import add_to_saved
 
-    saved = add_to_saved(model, pool)
+    saved = add_to_saved(model, pool, reader)
     say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")
 
 

@@ -85,6 +85,8 @@ def serve(
     key = os.environ.get(UPSTREAM_KEY) or None
     if (model_name or default) and not upstream:
         raise ConfigError("--model-name and --default are for an engine: give its --upstream too.")
+    if upstream:  # whose engines have the base
+        options.only_with("without --upstream", False, options.changed(opening, "base", "dtype"))
     engines = [Upstream(each, key, model_name, default) for each in upstream or ()]
     _require_free_port(host, port)
     for each in models:

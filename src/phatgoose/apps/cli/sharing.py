@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import Routing
+from ...config import READER
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -38,6 +38,7 @@ def import_(
         "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
         "share of each update, such as 0.01.",
     ] = None,
+    reader: Annotated[str, "Who reads the prompts that adapters bring (see train)."] = READER,
     fingerprint: Annotated[
         bool,
         "Record the fingerprint of the base's weights, and load them if needed; default: only if "
@@ -53,7 +54,7 @@ def import_(
     from ...experts.expert import FEW
 
     how: dict[str, Any] = {"base": base, "base_id": base_id}
-    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None}
+    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None, "reader": reader}
     inside = [(each, importing.adapters_in(Path(each))) for each in source]
     if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
         require_free(out, ExpertError, options.ANOTHER_OUT)
@@ -142,10 +143,10 @@ def export(
     instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
-    routing = dict(vars(opening.routing).items() - vars(Routing()).items())
-    dtype = None if opening.dtype == options.BaseOptions.dtype else opening.dtype
-    for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, "dtype": dtype}
-    options.only_with("without --engine", engine is None, {**for_one, **routing})
+    for_one: dict[str, object] = {"merged": merged or None, "rank": rank}
+    for_one |= options.changed(opening, "scores", "dtype")
+    for_one |= options.changed(opening.routing, *vars(opening.routing))
+    options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
         from ...routing.compose import require_pool
         from ..deploy import deploy

@@ -37,7 +37,7 @@ T5_XL_CONFIG = T5Config(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlannedTask:
     """What training one expert will cost.
 
@@ -133,16 +133,12 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
     if report(json, asdict(plan), "plan"):
         return
 
-    is_bound = any(task.is_bound for task in plan.tasks)
-    total = PlannedTask(
-        "total",
-        source=f"{len(plan.tasks)} tasks",
-        examples=None,
-        steps=sum(task.steps for task in plan.tasks),
-        gate_steps=sum(task.gate_steps for task in plan.tasks),
-        tokens=sum(task.tokens for task in plan.tasks),
-        is_bound=is_bound,
-    )
+    total = PlannedTask("total", f"{len(plan.tasks)} tasks", None, 0, 0, 0, False)
+    for task in plan.tasks:
+        total.steps += task.steps
+        total.gate_steps += task.gate_steps
+        total.tokens += task.tokens
+        total.is_bound |= task.is_bound
     head = ["expert", "data", "examples", "steps", "tokens"]
     rows = [_row(task) for task in (*plan.tasks, total)]
     title = f"{len(plan.tasks)} experts to train on {plan.base}"
@@ -150,7 +146,7 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters, "
         f"{plan.gate_parameters:,} gate parameters."
     ]
-    if is_bound:
+    if total.is_bound:
         lines.append("≤: data or tokenizer aren't here, so sequences count as long as they may be.")
     if finished:
         lines.append(f"{finished} experts are finished and not counted.")

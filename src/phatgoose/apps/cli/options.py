@@ -88,14 +88,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
 # "help"]` is the flag of a parameter, of a group's field (below) and of a setting (`config`).
 # Settings are their defaults, overlaid by the recipe, overlaid by the command line.
 #
-# tyro 1.0.17 and cyclopts 5.5.2 were each tried on train, compare and serve. Both make flags of
-# dataclasses. Neither reads these help texts and limits, knows which flags were typed (a recipe
-# would fix alpha before --rank), nor gives all kinds of expert one set of flags. What does that
-# here is 1,230 tokens; over cyclopts it was 1,210 and over tyro 960, both without --quiet, the
-# names of routers, defaults or `lm-eval`, and tyro's without a line for most errors, which are in
-# boxes of several lines. `train --help` took 0.61 s by typer and by cyclopts, 0.46 s by tyro. tyro
-# suggests no flag in what it hands on, lets `serve` start without a model, and adds to a list's
-# default (--methods) in place of replacing it.
+# tyro 1.0.17 and cyclopts 5.5.2 were each tried on train, compare and serve. Neither reads these help
+# texts and limits, nor makes one set of flags for all kinds of expert, so flags still had to be made
+# of settings and turned back. That is 1,220 tokens here, was 1,210 over cyclopts and 960 over tyro:
+# both without --quiet, the names of routers and `lm-eval`, cyclopts' without defaults, and tyro's
+# without a line for most errors, which it prints in boxes. `train --help` took 0.61 s by typer and
+# by cyclopts, 0.46 s by tyro. tyro's hook for errors is private and has no "did you mean"; it lets
+# `serve` start without a model, and adds to a list's default (--methods) instead of replacing it.
 
 RECIPE = Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")]
 KIND: Any = Literal[tuple(SHAPES)]
@@ -193,7 +192,6 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
         return command(**{name: filled[name] for name in parameters})
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
 
 

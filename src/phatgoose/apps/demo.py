@@ -61,21 +61,21 @@ def verdict(comparison: Comparison, row: str, skills: dict[str, str]) -> str:
     Gains are differences of means over the datasets, over the base and each single expert, the
     smallest first.
     """
-    base, experts = comparison.results[BASE], comparison.experts
-    lifts = ", ".join(
-        f"{name} {100 * (experts[name][task].score - base[task].score):+.0f}"
-        for name, task in skills.items()
-    )
+    base = comparison.results[BASE]
+    experts = comparison.experts
+    lifts = list[str]()
+    for name, task in skills.items():
+        lift = experts[name][task].score - base[task].score
+        lifts.append(f"{name} {100 * lift:+.0f}")
     models = {BASE: base, **experts}
     means = means_of({**models, row: comparison.results[row]}, comparison.datasets)
-    gains = sorted((means.gain(row, name).value, name) for name in models)
-    return "\n".join(
-        [
-            f"Each expert's points above the base on the unseen task of its skill:\n  {lifts}",
-            f"{label_of(row)}, the demo's router: points of its mean, 95 % interval in pairs:",
-            *(f"  {means.gain(row, name).in_points} over {name}" for _, name in gains),
-        ]
-    )
+    gains = {name: means.gain(row, name) for name in models}
+    lines = ["Each expert's points above the base on the unseen task of its skill:"]
+    lines.append(f"  {', '.join(lifts)}")
+    lines.append(f"{label_of(row)}, the demo's router: points of its mean, 95 % interval in pairs:")
+    for name in sorted(models, key=lambda name: (gains[name].value, name)):
+        lines.append(f"  {gains[name].in_points} over {name}")
+    return "\n".join(lines)
 
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
@@ -123,15 +123,18 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(verdict(comparison, routing.router, SKILLS))
     model = compose(pool, base, routing=routing)
     # The same rows, whose answers are written instead of ranked, unless they were written before.
-    ranked = [task for task in unseen if task.test[0].choices]
-    asked = [replace(t, test=tuple(replace(row, choices=()) for row in t.test)) for t in ranked]
-    now = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
+    open_tasks = list[Task]()
+    for task in unseen:
+        if task.test[0].choices:
+            rows = tuple(replace(row, choices=()) for row in task.test)
+            open_tasks.append(replace(task, test=rows))
+    now = evaluate(model, open_tasks, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
     scored = [*comparison.results[routing.router].values(), *now]
     per_cent = {score.task: 100 * score.score for score in scored}
-    each = ", ".join(f"{name} {score:.0f}" for name, score in per_cent.items())
+    listed = ", ".join(f"{name} {score:.0f}" for name, score in per_cent.items())
     show(
         f"The same questions without choices to rank, answered in writing as `serve` answers them "
-        f"(per cent exact):\n  {each}; mean {fmean(per_cent.values()):.1f}"
+        f"(per cent exact):\n  {listed}; mean {fmean(per_cent.values()):.1f}"
     )
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     show(*explain(model, base.tokenizer, PROMPT, None, ANSWER_TOKENS).coloured())
@@ -157,7 +160,8 @@ def _step(title: str, rest: str = "") -> Text:
 
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
-    training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
+    training = replace(TRAINING, seed=seed)
+    gates = replace(GATES, embeddings=can_embed())
     for name, unseen in SKILLS.items():
         train_expert(
             base,
@@ -169,6 +173,6 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
             resume=True,
         )
         inputs = [row.input for row in load_task(TASKS / f"{unseen}.csv").test]
-        lines = [f"{each}\n" for each in inputs if "\n" not in each]
+        lines = [f"{text}\n" for text in inputs if "\n" not in text]
         (folder / name / LAYOUT.prompts).write_text("".join(lines[:PROPOSED]), encoding="utf-8")
     return Pool.open([folder / name for name in SKILLS])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +55,8 @@ def generate(
     return text.strip()
 
 
-def form_for(opened: Base, wanted: PromptFormatting) -> Formatting:
-    """How a prompt is read: as `wanted`, else as the experts' training inputs were.
+def form_for(opened: Base, formatting: PromptFormatting) -> Formatting:
+    """How a prompt is read: by `formatting`, else as the experts' training inputs were.
 
     Where no expert's record says how, the prompt is a chat if the base has a template. Routers per
     prompt read it as they read their experts' prompts, whatever is decided here. The choice is
@@ -65,12 +64,14 @@ def form_for(opened: Base, wanted: PromptFormatting) -> Formatting:
     """
     parts = composition_if_any(opened.model)
     recorded = chats_recorded(parts.records if parts else ())
-    chat = wanted.chat
-    if chat is None:
-        chat = recorded == {True} if recorded else bool(opened.tokenizer.chat_template)
+    chat = formatting.chat
+    if chat is None and recorded:
+        chat = recorded == {True}
+    elif chat is None:
+        chat = bool(opened.tokenizer.chat_template)
     router = f"Router {parts.router.name}" if parts else "No router"
     logger.info("%s; the prompt is %s.", router, CHAT if chat else PLAIN)
-    return Formatting(**{**vars(wanted), "chat": chat})
+    return Formatting(**{**vars(formatting), "chat": chat})
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,12 @@ class Explanation:
             weights = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
             yield Text(f"for the whole prompt: {weights}\n")
         for stream, shares in self._shares():
-            top = [int(each.argmax()) if each.any() else None for each in shares]
+            top = [int(row.argmax()) if row.any() else None for row in shares]
             mean = shares.mean(axis=0)
-            labels = {
-                z: f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
-                for z in np.argsort(-mean, kind="stable").tolist()
-                if z in top
-            }
+            labels = dict[int, str]()
+            for z in np.argsort(-mean, kind="stable").tolist():
+                if z in top:
+                    labels[z] = f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
             yield coloured(zip(stream.tokens, top, map(bool, stream.parts), strict=True), labels)
 
     @property
@@ -101,10 +101,10 @@ class Explanation:
         shares = np.concatenate([shares for _, shares in self._shares()])
         return summary_of(self.trace.experts, torch.from_numpy(shares)) or ALONE
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"summary": self.summary, "trace": self.trace.to_dict()}
 
-    def _shares(self) -> Iterator[tuple[TraceStream, Any]]:
+    def _shares(self) -> Iterator[tuple[TraceStream, np.ndarray]]:
         for stream in self.trace.streams:
             if stream.sites:
                 yield stream, stream.shares(len(self.trace.experts))
@@ -126,7 +126,8 @@ def explain(
         pair = encoder.pair(prompt, text)
     else:
         check_text(answer, "The answer")
-        text, pair = answer, encoder.pair(prompt, answer)
+        text = answer
+        pair = encoder.pair(prompt, answer)
         encoder.cuts([pair]).report("the prompt")  # as `generate` does
     # By the prompt, not by an answer after it.
     with routing_for(model, [pair.prompt], examples=[Example(prompt, "")]):

@@ -37,7 +37,7 @@ T5_XL_CONFIG = T5Config(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlannedTask:
     """What training one expert will cost.
 
@@ -84,7 +84,8 @@ def plan_of(base: str, settings: Hyperparameters, tasks: Sequence[TrainingTask])
     except BaseModelError:
         encoder = None
     peft = settings.peft or Lora()
-    kind, sites = kind_for(peft), placed_sites(model, peft)
+    kind = kind_for(peft)
+    sites = placed_sites(model, peft)
     planned = [
         _planned(task, settings, encoder)
         for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None)
@@ -100,12 +101,16 @@ def plan_of(base: str, settings: Hyperparameters, tasks: Sequence[TrainingTask])
 
 
 def _planned(task: TrainingTask, settings: Hyperparameters, encoder: Encoder | None) -> PlannedTask:
-    gates, training, limits = settings.gate_training, settings.training, settings.formatting
-    validated, examples = training.eval_examples, task.entry.train_examples
+    gates = settings.gate_training
+    training = settings.training
+    limits = settings.formatting
+    validated = training.eval_examples
+    examples = task.entry.train_examples
     length: float = limits.max_input_tokens + limits.max_target_tokens
     data = None if task.origin == "hub" else task.load().with_validation(training.seed)
     if data is not None:
-        validated, examples = min(validated, len(data.validation)), len(data.train)
+        validated = min(validated, len(data.validation))
+        examples = len(data.train)
     if data is not None and encoder is not None:
         length = fmean(p.length for p in encoder.pairs(draw(data.train, SAMPLE, training.seed)))
     trained = training.batch_size * (training.steps + settings.gate_steps)
@@ -128,25 +133,29 @@ def print_plan(plan: Plan, json: Path | None, finished: int) -> None:
     if report(json, asdict(plan), "plan"):
         return
 
-    def row(name: str, source: str, examples: int | None, *tasks: PlannedTask) -> list[str]:
-        steps, gate_steps, tokens = (
-            sum(getattr(task, each) for task in tasks) for each in ("steps", "gate_steps", "tokens")
-        )
-        bound = "≤ " if any(task.is_bound for task in tasks) else ""
-        counted = "" if examples is None else f"{examples:,}"
-        shown = f"{bound}{tqdm.format_sizeof(tokens)}"  # 1234 as 1.23k
-        return [name, source, counted, f"{steps:,} + {gate_steps:,}", shown]
-
-    rows = [row(each.name, each.source, each.examples, each) for each in plan.tasks]
-    rows.append(row("total", f"{len(plan.tasks)} tasks", None, *plan.tasks))
+    total = PlannedTask("total", f"{len(plan.tasks)} tasks", None, 0, 0, 0, False)
+    for task in plan.tasks:
+        total.steps += task.steps
+        total.gate_steps += task.gate_steps
+        total.tokens += task.tokens
+        total.is_bound |= task.is_bound
     head = ["expert", "data", "examples", "steps", "tokens"]
+    rows = [_row(task) for task in (*plan.tasks, total)]
     title = f"{len(plan.tasks)} experts to train on {plan.base}"
     lines = [
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {plan.label} parameters, "
         f"{plan.gate_parameters:,} gate parameters."
     ]
-    if any(task.is_bound for task in plan.tasks):
+    if total.is_bound:
         lines.append("≤: data or tokenizer aren't here, so sequences count as long as they may be.")
     if finished:
         lines.append(f"{finished} experts are finished and not counted.")
     show(drawn(Table(title, head, rows)), *lines, width=WIDE)
+
+
+def _row(task: PlannedTask) -> list[str]:
+    examples = "" if task.examples is None else f"{task.examples:,}"
+    tokens = tqdm.format_sizeof(task.tokens)  # 1234 as 1.23k
+    if task.is_bound:
+        tokens = f"≤ {tokens}"
+    return [task.name, task.source, examples, f"{task.steps:,} + {task.gate_steps:,}", tokens]

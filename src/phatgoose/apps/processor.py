@@ -16,11 +16,14 @@ SPINS = "20000"  # some tens of microseconds
 CGROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
-def set_threads() -> None:
-    """Set how long OpenMP's threads spin and, under a quota, their number, unless the user has."""
+def set_threads(group: Path = CGROUP) -> None:
+    """Set how long OpenMP's threads spin and, under a quota, their number, unless the user has.
+
+    The quota is that of a control `group`.
+    """
     bound_spinning()
     # torch starts a thread for every core of the machine, whatever a container may use.
-    cores = quota()
+    cores = quota(group)
     if cores is not None and cores < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
@@ -31,10 +34,10 @@ def bound_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def quota() -> int | None:
+def quota(group: Path) -> int | None:
     """Cores that the control group grants, rounded up; None where it sets no limit."""
     try:
-        most, period = CGROUP.read_text(encoding="ascii").split()
+        most, period = group.read_text(encoding="ascii").split()
         return None if most == "max" else max(1, math.ceil(int(most) / int(period)))
     except (OSError, ValueError, ZeroDivisionError):  # other systems, or an unknown form
         return None

@@ -52,13 +52,12 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    here = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    options: dict[str, Any] = {"address": "local", **here}
+    options: dict[str, object] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     if address is not None:  # workers on other machines should have these variables too
         passed_on = {k: value for k, value in os.environ.items() if k.startswith(PASSED_ON)}
-        options = {"address": address, "runtime_env": {"env_vars": passed_on}}
+        options = {"runtime_env": {"env_vars": passed_on}}
     try:
-        ray.init(logging_level=logging.ERROR, **options)
+        ray.init(address or "local", logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}."
@@ -84,7 +83,7 @@ def _done(workshop: list[Any], folder: str, job: Any) -> Any:
     return work(job)
 
 
-_opened: dict[str, tuple[Any, Any]] = {}  # this process's workshop and what does its jobs
+_opened = dict[str, tuple[Any, Any]]()  # this process's workshop and what does its jobs
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +115,10 @@ class RayEngine(Engine):
         # worker was lost from its beginning.
         limits = {"max_calls": 0, "max_retries": 0}
         task = ray.remote(num_cpus=1, num_gpus=int(has_gpu), **limits)(_done)
-        place, left, losses = [ray.put(workshop.portable())], list(jobs), Counter[str]()
-        running: dict[Any, Any] = {}
+        place = [ray.put(workshop.portable())]
+        left = list(jobs)
+        losses = Counter[str]()
+        running = dict[object, Any]()
         try:
             while left or running:
                 while left and len(running) < (self.workers or len(jobs)):
@@ -143,12 +144,12 @@ class RayEngine(Engine):
                     bar.update(job.size)
                     yield job, result
         finally:
-            for each in running:
-                ray.cancel(each, force=True)
+            for answer in running:
+                ray.cancel(answer, force=True)
 
 
-def _cause(error: Any) -> Exception:
-    cause = error.cause
+def _cause(error: ray.exceptions.RayTaskError) -> Exception:
+    cause: Exception = error.cause
     if isinstance(cause, PhatgooseError):
         return cause
     *_, last = str(error).strip().splitlines() or [type(cause).__name__]  # of a whole traceback

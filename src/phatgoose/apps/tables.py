@@ -40,8 +40,9 @@ def pool_table(pool: Pool) -> rich.Table:
             shares.append(f"{len(expert.embeddings)} embeddings")
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         size = "-".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
-        what = [expert.name, kinds()[expert.kind].label, str(len(expert.modules)), size]
-        rows.append([*what, ", ".join(shares) or "nothing", str(expert.place)])
+        row = [expert.name, kinds()[expert.kind].label, str(len(expert.modules)), size]
+        row += [", ".join(shares) or "nothing", str(expert.place)]
+        rows.append(row)
     head = ["expert", "kind", "sites", "sizes", "shares", "folder"]
     return drawn(Table(f"{len(pool)} experts for {pool.base.id}", head, rows))
 
@@ -81,10 +82,14 @@ def replay_table(replayed: Replay) -> rich.Table:
     """
     rows = []
     for line in replayed.lines:
-        random = line.over_random.in_points if line.over_random else ""
-        kept = line.kept.in_per_cent if line.kept else ""
-        right = "" if line.own is None else f"{100 * line.own:.0f}"
-        rows.append([line.name, line.score.in_per_cent, line.gain.in_points, random, kept, right])
+        row = [line.name, line.score.in_per_cent, line.gain.in_points, "", "", ""]
+        if line.over_random:
+            row[3] = line.over_random.in_points
+        if line.kept:
+            row[4] = line.kept.in_per_cent
+        if line.own is not None:
+            row[5] = f"{100 * line.own:.0f}"
+        rows.append(row)
     title = (
         f"{replayed.base}, {replayed.wording}: {replayed.tasks} tasks, {replayed.examples} "
         f"examples; * chosen by these marks"
@@ -95,18 +100,20 @@ def replay_table(replayed: Replay) -> rich.Table:
 
 def routers_table(analysis: Analysis) -> rich.Table:
     """A row for each router and dataset: score, effective experts, and those most used."""
+    head = ["router", "dataset", "score", "effective", "most used"]
+    if analysis.oracle:
+        head += ["Oracle's", "KL to Oracle"]
     rows = []
     for name, router in analysis.routers.items():
         for dataset in analysis.datasets:
             weight = router.distributions[dataset].whole("weight")
-            score = router.scores.get(dataset)
             used = (f"{analysis.experts[z]} {100 * weight[z]:.0f} %" for z in heaviest(weight, 2))
-            cells = [label_of(name), dataset, f"{100 * score.score:.1f} %" if score else ""]
-            cells += [f"{effective_experts(weight):.1f}", ", ".join(used)]
+            score = router.scores.get(dataset)
+            percent = f"{100 * score.score:.1f} %" if score else ""
+            cells = [label_of(name), dataset, percent, f"{effective_experts(weight):.1f}"]
+            cells.append(", ".join(used))
             if analysis.oracle:
                 divergence = analysis.divergence(name, ORACLE, dataset).to
                 cells += [analysis.oracle[dataset], f"{divergence:.2f}"]
             rows.append(cells)
-    head = ["router", "dataset", "score", "effective", "most used"]
-    head += ["Oracle's", "KL to Oracle"] if analysis.oracle else []
     return drawn(Table(f"Routing of {len(analysis.experts)} experts", head, rows))

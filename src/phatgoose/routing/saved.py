@@ -296,8 +296,13 @@ def base_of(directory: str | Path) -> BaseReference:
 # Changing: experts join and leave. The base is loaded only to read prompts that no one has read.
 
 
-def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
+def add_to_saved(
+    directory: str | Path, pool: Pool | str | Path, reader: str | None = None
+) -> SavedModel:
     """The saved model in `directory` with the experts of `pool` too, after its own.
+
+    Prompts that no one has read are read by the pool's own reader, which the user must name as
+    `reader` if it isn't a known one.
 
     It is then, byte for byte, what composing the larger pool would have saved. Raises RoutingError
     when its router can't take more, the folder is damaged, can't be written, or changed meanwhile;
@@ -315,7 +320,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         raise PoolError(f"An expert named {taken[0]!r} is there already; rename one.")
     check_base(pool.base, saved.base)
     if isinstance(router, ByPrompt):
-        pool = pool.measured(router.reader)
+        pool = pool.measured(reader)
     records = [*saved.records, *pool.records()]
     router.check(pool)
     check_measured(router, pool, records)

@@ -1,6 +1,7 @@
 """`phatgoose train`, `gate`, `stats` and `check`: several tasks, every kind of expert."""
 
 import json
+import shutil
 
 import torch
 
@@ -119,6 +120,33 @@ def test_train_records_the_reader(here, phat):
     unknown = phat("train", "reviews.jsonl", *TRAIN, "--out", "not", "--reader", "maxilm")
     refused(unknown, "There is no reader 'maxilm'")
     assert not (here / "not").exists()  # told before hours of training
+
+
+def test_a_reader_of_one_s_own_is_named_wherever_a_pool_s_prompts_are_read(here, phat):
+    """Without its name nothing is read, since an expert's record can say anything."""
+    own = ["--reader", "tiny-base:0-1"]
+    for name in ("reviews", "counting"):
+        prompts = [word for number in range(3) for word in ("--prompts", f"{name} {number}")]
+        assert phat("stats", f"experts/{name}", *prompts, *own).code == 0
+        (here / "experts" / name / "prompts.txt").write_text(f"{name} 0\n{name} 1\n{name} 2\n")
+    advice = "If you trust that one, name it (--reader)"
+    assert advice in " ".join(phat("audit", "experts").out.split())
+    audited = phat("audit", "experts", *own, "--json", "audit.json")
+    assert advice not in " ".join(audited.out.split())
+    assert "prompt_wins" in json.loads((here / "audit.json").read_text())["signs"]
+    assert phat("compose", "experts/reviews", "--out", "routed", *own, *BASE).code == 0
+    adapter = here / "adapters" / "bare"
+    adapter.mkdir(parents=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(here / "experts" / "reviews" / file, adapter)
+    (adapter / "prompts.txt").write_text("Is it?\nOr not?\nOr both?\n")
+    imported = phat("import", adapter, "--base", "tiny-base", "--out", "bare", *own)
+    assert (imported.code, imported.err) == (0, "")
+    assert str(Expert.load("bare").info.reader).endswith("tiny-base:0-1")
+    adapter = adapter.rename(adapter.parent / "later")
+    refused(phat("add", "routed", "experts/counting", adapter), advice)
+    added = phat("add", "routed", "experts/counting", adapter, *own)
+    assert (added.code, added.out) == (0, "3 experts at 14 sites -> routed\n")
 
 
 def test_stats_shows_three_of_the_prompts_that_the_expert_writes(here, phat):

@@ -75,6 +75,8 @@ COMPARE '' => neither a known name
 COMPARE nowhere => Suite 'nowhere' is neither a known name
 COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
 serve experts --upstream http://host --upstream host:8002 => must be the address of an engine
+serve experts --upstream http://host:1 --base tiny-base => --base works only without --upstream
+serve experts --upstream http://host:1 --dtype float32 => --dtype works only without --upstream
 trian => trian
 """
 

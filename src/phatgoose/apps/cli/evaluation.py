@@ -62,7 +62,8 @@ def compare(
         check_known(name)
     from ...tasks.suites.registry import open_suite
 
-    named = [open_suite(name) for each in suites for name in each.strip(",").split(",")]
+    names = ",".join(name.strip(",") for name in suites).split(",")
+    opened_suites = [open_suite(name) for name in names]
     options.require_there(base.base)
     opened = options.open_pool(pool)
     from ...evaluation.compare import compare as run
@@ -71,7 +72,7 @@ def compare(
     with engine.open() as chosen:
         comparison = run(
             opened,
-            named,
+            opened_suites,
             rows,
             out=out,
             base=base.load(opened.base),
@@ -81,7 +82,9 @@ def compare(
             engine=chosen,
             **vars(tasks.scoring),
         )
-    show(*(drawn(each) for each in (comparison.means(), comparison.differences()) if each.rows))
+    for table in (comparison.means(), comparison.differences()):
+        if table.rows:
+            show(drawn(table))
     say(f"tables -> {out / 'comparison.md'}, .json; runs -> {out / 'results.jsonl'}")
 
 
@@ -118,11 +121,11 @@ def replay(
 
     rules = {name: scoring.router_rule(name) for name in split_routers(router or [])}
     rules |= {name: scoring.imported_rule(name) for name in rule or []}
-    replayed, held = [], scoring.read_marks(marks)
-    for each in held:
-        chosen = {name: scoring.chosen_by(each, rule) for name, rule in rules.items()}
-        replayed += scoring.replay(each, chosen)
-    if not report(json, [asdict(each) for each in replayed], "numbers"):
+    replayed = list[scoring.Replay]()
+    for sheet in scoring.read_marks(marks):
+        choices = {name: scoring.chosen_by(sheet, rule) for name, rule in rules.items()}
+        replayed += scoring.replay(sheet, choices)
+    if not report(json, list(map(asdict, replayed)), "numbers"):
         show(*map(replay_table, replayed), width=120)
     if not rules:
         say("Next, score a rule: --rule package.module:function (docs/comparing.md).", err=True)
@@ -145,7 +148,8 @@ def analyse(
     reading: options.SuiteOptions,
 ) -> None:
     """Report which experts served the tokens of tasks: one page, numbers, figures."""
-    others, routing = split_routers(against or []), opening.routing
+    others = split_routers(against or [])
+    routing = opening.routing
     for name in others:
         check_known(name)
     options.require_there(model, opening.base)
@@ -162,10 +166,13 @@ def analyse(
     if is_pool(model):
         options.warn_of_unused_k(routing)
         subject = opening.open_pool([Path(model)])
-        base, routers = opening.load(subject.base), [routing.router, *others]
+        base = opening.load(subject.base)
+        routers = [routing.router, *others]
     else:
         # The scores are Oracle's, which the report compares with; they choose no expert here.
-        subject, base, routers = replace(opening, scores=None).open(model).model, None, others
+        subject = replace(opening, scores=None).open(model).model
+        base = None
+        routers = others
     analysis = run(
         subject,
         tasks,
@@ -192,13 +199,13 @@ def routers(
         table = Table(title="Routers")
         for column in ("router", "experts that act", "needs", "k"):
             table.add_column(column, no_wrap=column == "router")
-        every = dict(OURS)
+        rows = dict(OURS)
         if len(known_names()) > len(OURS):  # those of other packages are imported to be listed
             from ...routing.routers.router import all_routers
 
-            every = {each: kind.listed() for each, kind in all_routers().items()}
-        for each, listed in every.items():
-            table.add_row(each, listed.summary, ", ".join(listed.needs), str(listed.k or ""))
+            rows = {router: kind.listed() for router, kind in all_routers().items()}
+        for router, listed in rows.items():
+            table.add_row(router, listed.summary, ", ".join(listed.needs), str(listed.k or ""))
         show(table)
         say("settings of one: phatgoose routers NAME; choose with --router NAME:SETTING=VALUE,…")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,13 +75,15 @@ def train(
         print_plan(plan_of(name, settings, missing), json, len(opened) - len(missing))
         return
     jobs = [ExpertJob(task, settings, resume) for task in opened]
-    reported: list[dict[str, Any]] = []
+    reported = list[dict[str, object]]()
     new = {task.name for task in missing}
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, dtype=base.dtype, engine=chosen):
-            record: dict[str, Any] = {"name": expert.name, "folder": str(out / expert.name)}
-            record |= {"base": expert.base.id, "trained_now": expert.name in new}
-            reported.append({**record, "metrics": dict(expert.metrics)})
+            record: dict[str, object] = {"name": expert.name, "folder": str(out / expert.name)}
+            record["base"] = expert.base.id
+            record["trained_now"] = expert.name in new
+            record["metrics"] = dict(expert.metrics)
+            reported.append(record)
             line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {out / expert.name}"
             say(line, err=str(json) == "-")
     report(json, {"base": name, "experts": reported}, "report")
@@ -97,15 +99,18 @@ def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -
 
 def _summary(expert: ExpertInfo) -> str:
     metrics = expert.metrics
-    loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
+    loss = metrics.get("expert_validation_loss")
+    speed = metrics.get("gate_tokens_per_second")
     if loss is None:  # an expert of `gate` or `import` is there already
         return f"{expert.name}: there already, and not trained here"
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
-    cut = f"; inputs cut: {metrics['inputs_cut']}" if metrics.get("inputs_cut") else ""
-    return (
+    line = (
         f"{expert.name}: validation loss {loss:.4f} at step {metrics['expert_best_step']}, "
-        f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: {gates}{cut}"
+        f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: {gates}"
     )
+    if metrics.get("inputs_cut"):
+        line += f"; inputs cut: {metrics['inputs_cut']}"
+    return line
 
 
 def gate(
@@ -217,5 +222,6 @@ def _contents(expert: Expert) -> str:
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     tail = expert.info.tail
-    answers += f", acts on the prompt's last {tail} tokens and the answer" if tail else ""
+    if tail:
+        answers += f", acts on the prompt's last {tail} tokens and the answer"
     return f"{expert.name}, {kinds()[expert.kind].label}, {len(expert.modules)} sites, {answers}"

@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -34,16 +33,34 @@ app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enab
 COMMANDS: dict[str, Callable[..., int | None]] = {
     command.__name__.rstrip("_"): command
     for command in (
-        *(experts.train, experts.gate, experts.stats, experts.check),
-        *(sharing.import_, sharing.push, sharing.pull),
-        *(routed.pool, routed.audit, routed.compose, sharing.export),
-        *(routed.generate, routed.evaluate, routed.demo, routed.add, routed.remove),
-        *(evaluation.compare, evaluation.replay, evaluation.analyse, evaluation.routers),
+        experts.train,
+        experts.gate,
+        experts.stats,
+        experts.check,
+        sharing.import_,
+        sharing.push,
+        sharing.pull,
+        routed.pool,
+        routed.audit,
+        routed.compose,
+        sharing.export,
+        routed.generate,
+        routed.evaluate,
+        routed.demo,
+        routed.add,
+        routed.remove,
+        evaluation.compare,
+        evaluation.replay,
+        evaluation.analyse,
+        evaluation.routers,
         serving.serve,
     )
 }
-HANDS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
-HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own
+HANDS_ON = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],  # lm-eval has a --help of its own
+}
 for name, command in COMMANDS.items():
     app.command(name)(with_flags(command))
 app.command("lm-eval", context_settings=HANDS_ON)(evaluation.lm_eval)

@@ -64,11 +64,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Names of tasks, base, data and templates are relative to it if there is such a file or folder.
     Raises ConfigError for unknown keys and values that settings refuse.
     """
-    content = read_table(path, "Recipe", ConfigError)
-    known: dict[str, Any] = {**ABOVE_TABLES, **dict.fromkeys(RECIPE_TABLES, dict)}
+    content: dict[str, Any] = read_table(path, "Recipe", ConfigError)
+    types: dict[str, Any] = {**ABOVE_TABLES, **dict.fromkeys(RECIPE_TABLES, dict)}
     for key, value in content.items():
-        if type(value) is not known.get(key):
-            listed = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
+        if type(value) is not types.get(key):
+            listed = ", ".join(f"{name} ({kind.__name__})" for name, kind in types.items())
             raise ConfigError(f"{path}: {key:.80} is {shortened(value)}; known are {listed}.")
         if key in RECIPE_TABLES:
             from_mapping(RECIPE_TABLES[key], value, f"{path}, [{key}]")
@@ -77,13 +77,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
         place = path.parent / str(name)
         return str(place) if name != SMOLLM2 and place.exists() else str(name)
 
-    content |= {key: beside(content[key]) for key in PATHS if key in content}
-    return content | {"tasks": [beside(task) for task in content.get("tasks", ())]}
+    for key in PATHS:
+        if key in content:
+            content[key] = beside(content[key])
+    content["tasks"] = [beside(task) for task in content.get("tasks", ())]
+    return content
 
 
 # A command takes objects, and typer shows one flag for each of their fields. `Annotated[type,
 # "help"]` is the flag of a parameter, of a group's field (below) and of a setting (`config`).
 # Settings are their defaults, overlaid by the recipe, overlaid by the command line.
+#
+# tyro 1.0.17 and cyclopts 5.5.2 were each tried on train, compare and serve. Neither reads these
+# help texts and limits, nor makes one set of flags for all kinds of expert, so flags still had to
+# be made of settings and turned back. That is 1,220 tokens here, was 1,210 over cyclopts and 960
+# over tyro: both without --quiet, the names of routers and `lm-eval`, cyclopts' without defaults,
+# and tyro's without a line for most errors, which it prints in boxes. `train --help` took 0.61 s
+# by typer and by cyclopts, 0.46 s by tyro. tyro's hook for errors is private and has no "did you
+# mean"; it lets `serve` start without a model, and adds to a list's default (--methods) instead
+# of replacing it.
 
 RECIPE = Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")]
 KIND: Any = Literal[tuple(SHAPES)]
@@ -94,37 +106,46 @@ VOICE = {  # what every command takes, and shows in the program's own help alone
 }
 
 
-class Group:
-    """A parameter or a field of a class of `Settings`: its flags' names, and the groups inside.
-
-    `flags` receives the flags: each with the tables of recipes that have it.
-    """
-
-    def __init__(self, annotation: Any, flags: dict[str, tuple[Setting, list[str]]]) -> None:
-        kind, *hidden = _parts(annotation)
-        self.kind: type[Settings] = kind
-        self.names: set[str] = set()
-        configs = SHAPES if self.kind is Peft else {TABLE_OF.get(self.kind, ""): self.kind}
-        for table, config in configs.items():
-            for setting in (each for each in settings_of(config) if each.name not in hidden):
-                flags.setdefault(setting.name, (setting, []))[1].append(table)
-                self.names.add(setting.name)
-        inside = ((each.name, each.default_factory) for each in fields(self.kind))
-        self.inside = {name: Group(kind, flags) for name, kind in inside if is_group(kind)}
-
-    def object_of(self, values: Mapping[str, Any], recipe: Mapping[str, Any]) -> Settings:
-        """The settings by `values` of flags, else the recipe, else their defaults."""
-        is_shape = self.kind is Peft
-        config = SHAPES[PEFT.checked(values.get("peft", "lora"))] if is_shape else self.kind
-        typed = {flag: values[flag] for flag in self.names if flag in values}
-        inside = {name: each.object_of(values, recipe) for name, each in self.inside.items()}
-        table = recipe.get(TABLE_OF.get(config, ""), {})
-        return from_mapping(config, {**table, **typed, **inside}, "command line", tuple(inside))
-
-
-def is_group(annotation: Any) -> bool:
-    kind, *_ = _parts(annotation)
+def is_group(annotation: object) -> bool:
+    """True for a class of `Settings`, whose fields are flags."""
+    kind = _parts(annotation)[0]
     return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+def _groups_in(config: type[Settings]) -> dict[str, type[Settings]]:
+    """The fields of `config` that another class of settings makes, whose flags are beside its."""
+    factories: dict[str, Any] = {item.name: item.default_factory for item in fields(config)}
+    return {name: factory for name, factory in factories.items() if is_group(factory)}
+
+
+def _settings_at(annotation: object) -> list[tuple[str, Setting]]:
+    """The settings of a parameter itself, each with the table of recipes that has it."""
+    config, *hidden = _parts(annotation)
+    configs = SHAPES if config is Peft else {TABLE_OF.get(config, ""): config}
+    settings = [(table, setting) for table in configs for setting in settings_of(configs[table])]
+    return [(table, setting) for table, setting in settings if setting.name not in hidden]
+
+
+def _flags_of(annotation: object) -> Iterator[tuple[str, Setting]]:
+    """The same with those of the groups inside."""
+    yield from _settings_at(annotation)
+    for group in _groups_in(_parts(annotation)[0]).values():
+        yield from _flags_of(group)
+
+
+def _object_of(
+    annotation: object, values: Mapping[str, object], recipe: Mapping[str, Any]
+) -> Settings:
+    """The settings by `values` of flags, else the recipe, else their defaults."""
+    config: type[Settings] = _parts(annotation)[0]
+    names = {setting.name for _, setting in _settings_at(annotation)}
+    if config is Peft:
+        config = SHAPES[PEFT.checked(values.get("peft", "lora"))]
+    content = dict(recipe.get(TABLE_OF.get(config, ""), {}))
+    content |= {name: values[name] for name in names & values.keys()}
+    groups = _groups_in(config)
+    content |= {name: _object_of(group, values, recipe) for name, group in groups.items()}
+    return from_mapping(config, content, "command line", tuple(groups))
 
 
 def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -135,21 +156,28 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
     A field may be made by another class of settings, whose flags stand beside those of its own.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
-    flags: dict[str, tuple[Setting, list[str]]] = {}
-    groups: dict[str, Group] = {}
+    groups: dict[str, object] = {}
+    settings: dict[str, Setting] = {}
+    tables: dict[str, list[str]] = {}
     shown: list[inspect.Parameter] = []
-    for name, each in parameters.items():
-        if is_group(each.annotation):
-            groups[name] = Group(each.annotation, flags)
-        else:
-            shown.append(_parameter(name, each.annotation, each.default))
-    tables = {table for _, tables in flags.values() for table in tables}
-    shown += [_setting_flag(PEFT, "")] * bool(tables & SHAPES.keys())
-    shown += [_parameter("recipe", RECIPE, None)] * any(tables)
-    shown += [_setting_flag(setting, ", ".join(tables)) for setting, tables in flags.values()]
+    for name, parameter in parameters.items():
+        if not is_group(parameter.annotation):
+            shown.append(_parameter(name, parameter.annotation, parameter.default))
+            continue
+        groups[name] = parameter.annotation
+        for table, setting in _flags_of(parameter.annotation):
+            settings.setdefault(setting.name, setting)
+            tables.setdefault(setting.name, []).append(table)
+    in_recipes = set().union(*tables.values())
+    if in_recipes & SHAPES.keys():
+        shown.append(_setting_flag(PEFT, ""))
+    if any(in_recipes):
+        shown.append(_parameter("recipe", RECIPE, None))
+    for name, setting in settings.items():
+        shown.append(_setting_flag(setting, ", ".join(tables[name])))
     for name, text in VOICE.items():
-        option = Annotated[bool, typer.Option(flag_of(name), help=text, hidden=True)]
-        shown.append(_parameter(name, option, False))
+        option = typer.Option(flag_of(name), help=text, hidden=True)
+        shown.append(_parameter(name, Annotated[bool, option], False))
 
     @functools.wraps(command)
     def run(**arguments: Any) -> int | None:
@@ -157,14 +185,14 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
         check_report(arguments.get("json"))
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else {}
-        typed = {name: value for name, value in arguments.items() if value not in (None, [])}
-        values = {name: recipe[name] for name in arguments if name in recipe} | typed
-        objects = {name: group.object_of(values, recipe) for name, group in groups.items()}
-        filled = {**arguments, **values, **objects}
+        values = {name: recipe[name] for name in arguments if name in recipe}
+        values |= {name: value for name, value in arguments.items() if value not in (None, [])}
+        filled = arguments | values
+        for name, annotation in groups.items():
+            filled[name] = _object_of(annotation, values, recipe)
         return command(**{name: filled[name] for name in parameters})
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
 
 
@@ -172,11 +200,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
+def _parts(annotation: object) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
     """A parameter, which is a flag if its annotation is a help text."""
     kind, *details = _parts(annotation)
     if details and isinstance(details[0], str):
@@ -186,16 +214,20 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _setting_flag(setting: Setting, tables: str) -> inspect.Parameter:
-    is_union = get_origin(setting.type) in (Union, UnionType)
-    kinds = [k for k in get_args(setting.type) if k is not NoneType] if is_union else [setting.type]
-    kind = kinds[0] if len(kinds) == 1 else str
-    shown = setting.help
-    shown += f" One of {', '.join((AUTO, *known_names()))}." if setting.name == "router" else ""
-    shown += "" if setting.default is None else f" (default: {setting.default})"
+    kind = setting.type
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [part for part in get_args(kind) if part is not NoneType]
+        kind = kinds[0] if len(kinds) == 1 else str
+    text = setting.help
+    if setting.name == "router":
+        text += f" One of {', '.join((AUTO, *known_names()))}."
+    if setting.default is not None:
+        text += f" (default: {setting.default})"
     flag = flag_of(setting.name)
-    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    if kind is bool:
+        flag += f"/--no-{flag[2:]}"
     panel = f"Settings: {tables}" if tables else None
-    option = typer.Option(flags, help=shown, rich_help_panel=panel)
+    option = typer.Option(flag, help=text, rich_help_panel=panel)
     return _parameter(setting.name, Annotated[kind | None, option], None)
 
 
@@ -212,6 +244,9 @@ Resume = Annotated[bool, "Continue unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
+ReaderOption = Annotated[
+    str | None, "Reader of the experts' prompts; default: the recorded, if it is a known one."
+]
 JsonOption = Annotated[Path | None, "Write the results as JSON to this file; -: print them."]
 
 
@@ -240,6 +275,12 @@ def only_with(what: str, there: bool, values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if value is not None and not there:
             raise ConfigError(f"{flag_of(name)} works only {what}.")
+
+
+def changed(settings: Settings, *names: str) -> dict[str, object]:
+    """The fields of these names whose values aren't the defaults."""
+    defaults = type(settings)()
+    return {n: getattr(settings, n) for n in names if getattr(settings, n) != getattr(defaults, n)}
 
 
 def require_there(*names: str | None) -> None:

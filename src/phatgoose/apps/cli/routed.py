@@ -31,6 +31,7 @@ def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
 def audit(
     *,
     pool: options.PoolArgument,
+    reader: options.ReaderOption = None,
     json: options.JsonOption = None,
 ) -> int:
     """Find experts that look unlike the others of a pool.
@@ -43,7 +44,7 @@ def audit(
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    audited = run(opened)
+    audited = run(opened, reader)
     if not report(json, audited.to_dict(), "numbers and findings"):
         show(audit_table(audited), width=140)
         for note in audited.notes:
@@ -82,10 +83,13 @@ def compose(
     model = compose(opened, base, routing=opening.routing, scores=opening.scores)
     save(model, out)
     parts = composition_of(model)
-    count, name = len(parts.experts), parts.router.text
+    count = len(parts.experts)
     k = min(parts.router.k, count)
-    experts = f"{count} expert{'' if count == 1 else 's'} at {len(parts.layers)} sites"
-    say(f"{experts}, router {name}{f', k = {k}' if k else ''} -> {out}")
+    line = "1 expert" if count == 1 else f"{count} experts"
+    line += f" at {len(parts.layers)} sites, router {parts.router.text}"
+    if k:
+        line += f", k = {k}"
+    say(f"{line} -> {out}")
 
 
 NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]
@@ -113,17 +117,21 @@ def generate(
     check_text(prompt)
     if answer is not None:
         check_text(answer, "The answer")
-    opened, content, explanation = how.open(model), {}, None
+    opened = how.open(model)
     from ..generation import explain, form_for
     from ..generation import generate as run
 
     form = form_for(opened, how.formatting)
-    asked, read = (opened.model, opened.tokenizer, prompt), (how.max_new_tokens, form)
+    content = {}
+    explanation = None
     if show_experts:
-        explanation = explain(*asked, answer, *read)
-        text, content = explanation.answer, explanation.to_dict()
+        explanation = explain(
+            opened.model, opened.tokenizer, prompt, answer, how.max_new_tokens, form
+        )
+        text = explanation.answer
+        content = explanation.to_dict()
     else:
-        text = run(*asked, *read)
+        text = run(opened.model, opened.tokenizer, prompt, how.max_new_tokens, form)
     if not text:
         other = "--no-chat" if form.chat else "--chat"
         say(f"the model ended its answer at once; {other} may help", err=True)
@@ -147,7 +155,7 @@ def evaluate(
 ) -> None:
     """Score a model zero-shot on tasks."""
     tasks = [template.load(source) for source in task]
-    refuse_twice("tasks", (each.name for each in tasks))
+    refuse_twice("tasks", (row.name for row in tasks))
     opened = opening.open(model)
     from ...evaluation.evaluate import evaluate as run
     from ..tables import scores_table
@@ -172,13 +180,15 @@ def demo(
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
 
 
-def add(model: FolderArgument, places: options.PoolArgument) -> None:
+def add(
+    model: FolderArgument, places: options.PoolArgument, reader: options.ReaderOption = None
+) -> None:
     """Add experts to a routed model's folder."""
     require_folder(model, RoutingError, ROUTED_INFO)
     pool = options.open_pool(places)
     from ...routing.saved import add_to_saved
 
-    saved = add_to_saved(model, pool)
+    saved = add_to_saved(model, pool, reader)
     say(f"{len(saved.names)} experts at {len(saved.sizes)} sites -> {model}")
 
 

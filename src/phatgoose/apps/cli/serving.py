@@ -85,17 +85,20 @@ def serve(
     key = os.environ.get(UPSTREAM_KEY) or None
     if (model_name or default) and not upstream:
         raise ConfigError("--model-name and --default are for an engine: give its --upstream too.")
-    engines = [Upstream(each, key, model_name, default) for each in upstream or ()]
+    if upstream:  # whose engines have the base
+        options.only_with("without --upstream", False, options.changed(opening, "base", "dtype"))
+    engines = [Upstream(address, key, model_name, default) for address in upstream or ()]
     _require_free_port(host, port)
-    for each in models:
-        check_known(each.routing.router)
-        options.warn_of_unused_k(each.routing)
-        options.require_there(each.place, each.base)
+    for served in models:
+        check_known(served.routing.router)
+        options.warn_of_unused_k(served.routing)
+        options.require_there(served.place, served.base)
     from ..server import create_app, leave, run
 
     app = create_app(models, opening.serving, keys, (host, *(allow_host or ())), engines)
-    names = ", ".join(each.name for each in models)
-    say(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", err=True)
+    names = ", ".join(served.name for served in models)
+    address = f"[{host}]" if ":" in host else host
+    say(f"serving {names} at http://{address}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: anyone who can reach this address can use it", err=True)
     run(app, host, port, opening.serving)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config import Routing
+from ...config import READER, Settings
 from ...errors import ExpertError, RoutingError
 from ...experts import kinds
 from ...files import require_free
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
     from ...routing.export import Export
 
 
+BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
+
+
+@dataclass(frozen=True)
+class NamedBase(Settings):
+    base: options.BaseOption = None
+    base_id: BaseId = None
+
+
 def import_(
+    *,
     source: Annotated[
         list[str],
         typer.Argument(
@@ -29,15 +40,13 @@ def import_(
     out: Annotated[
         Path, "The expert directory to write; of several adapters, the folder that receives them."
     ],
-    base: options.BaseOption = None,
-    base_id: Annotated[
-        str | None, "The base's Hub id, if its folder's path doesn't contain it."
-    ] = None,
+    named: NamedBase,
     allow_loss: Annotated[
         float | None,
         "Approximate adapters of other types (LoHa, LoKr, …) by a LoRA that may lose this "
         "share of each update, such as 0.01.",
     ] = None,
+    reader: Annotated[str, "Who reads the prompts that adapters bring (see train)."] = READER,
     fingerprint: Annotated[
         bool,
         "Record the fingerprint of the base's weights, and load them if needed; default: only if "
@@ -52,26 +61,32 @@ def import_(
     from ...experts import importing
     from ...experts.expert import FEW
 
-    how: dict[str, Any] = {"base": base, "base_id": base_id}
-    how |= {"allow_loss": allow_loss, "fingerprint": fingerprint or None}
-    inside = [(each, importing.adapters_in(Path(each))) for each in source]
-    if len(inside) == 1 and inside[0][1] in ([], [Path(source[0])]):
+    how: dict[str, Any] = {**vars(named), "allow_loss": allow_loss, "reader": reader}
+    if fingerprint:
+        how["fingerprint"] = True
+    places = list[str]()
+    for place in source:
+        inside = importing.adapters_in(Path(place))
+        places += list(map(str, inside)) or [place]
+    if len(source) == len(places) == 1 and Path(places[0]) == Path(source[0]):
         require_free(out, ExpertError, options.ANOTHER_OUT)
         imports = importing.Imports((importing.import_adapter(source[0], out, **how),), {})
     else:
-        places = [place for each, some in inside for place in list(map(str, some)) or [each]]
         imports = importing.import_adapters(places, out, **how)
     for expert in imports.experts:
         say(f"{_imported(expert)} -> {expert.directory}")
-    for each, why in imports.refused.items():
-        say(f"refused: {why if each in why else f'{each}: {why}'}", err=True)
+    for place, why in imports.refused.items():
+        say(f"refused: {why}" if place in why else f"refused: {place}: {why}", err=True)
     bases = [expert.info.base for expert in imports.experts]
-    if unmarked := next((base.id for base in bases if not base.fingerprint), None):
-        say(f"no fingerprint: {unmarked} is not here; --fingerprint fetches it")
-    prompts = [max(each.info.prompts_read or 0, len(each.prompts)) for each in imports.experts]
-    is_enough = min(prompts, default=0) >= FEW
-    more = "" if is_enough else "'phatgoose stats EXPERT --prompts …' (three at least), or "
-    say(f"next: {more}'phatgoose serve {out}'")
+    unmarked = [base.id for base in bases if not base.fingerprint]
+    if unmarked:
+        say(f"no fingerprint: {unmarked[0]} is not here; --fingerprint fetches it")
+    prompts = [max(e.info.prompts_read or 0, len(e.prompts)) for e in imports.experts]
+    if min(prompts, default=0) >= FEW:
+        say(f"next: 'phatgoose serve {out}'")
+    else:
+        more = "'phatgoose stats EXPERT --prompts …' (three at least)"
+        say(f"next: {more}, or 'phatgoose serve {out}'")
     return int(bool(imports.refused))
 
 
@@ -79,7 +94,9 @@ def _imported(expert: Expert) -> str:
     text = f"{expert.name}: {len(expert.modules)} sites, {kinds()[expert.kind].label}"
     sizes = sorted({module.size for module in expert.modules.values() if module.size is not None})
     if sizes:
-        text += f" of rank {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
+        text += f" of rank {sizes[0]}"
+    if len(sizes) > 1:
+        text += f" to {sizes[-1]}"
     record = expert.info.hyperparameters
     if "converted_from" in record:
         text += f"; keeps {record['kept_of_update']:.4%} of its {record['converted_from']} update"
@@ -142,35 +159,33 @@ def export(
     instead: docs/engines.md.
     """
     require_free(out, RoutingError, options.ANOTHER_OUT)
-    routing = dict(vars(opening.routing).items() - vars(Routing()).items())
-    dtype = None if opening.dtype == options.BaseOptions.dtype else opening.dtype
-    for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, "dtype": dtype}
-    options.only_with("without --engine", engine is None, {**for_one, **routing})
+    for_one: dict[str, object] = {"merged": merged or None, "rank": rank}
+    for_one |= options.changed(opening, "scores", "dtype")
+    for_one |= options.changed(opening.routing, *vars(opening.routing))
+    options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
         from ...routing.compose import require_pool
         from ..deploy import deploy
 
         require_pool(model)
-        done = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
-        say(f"{len(done.experts)} experts of rank {done.rank} or less for {engine} -> {out}")
+        written = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
+        say(f"{len(written.experts)} experts of rank {written.rank} or less for {engine} -> {out}")
         return
     from ...routing.export import export as run
 
     opened = opening.open(model, keeps_factors=True).model
-    for line in _told(run(opened, out, merged=merged, rank=rank)):
-        say(line)
+    _say_exported(run(opened, out, merged=merged, rank=rank))
 
 
-def _told(result: Export) -> list[str]:
+def _say_exported(result: Export) -> None:
     from ...routing.export import EXPORT_INFO
 
     shares = sorted(result.mixture.items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)
     form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"
-    lines = [f"{form}, {len(result.shares)} sites: {mixture} -> {result.folder}"]
+    say(f"{form}, {len(result.shares)} sites: {mixture} -> {result.folder}")
     if result.lost:
-        lines.append(
+        say(
             f"lost by the cut (Frobenius norm): {result.lost:.2%} of all updates; every site in "
             f"{EXPORT_INFO}"
         )
-    return lines

@@ -318,7 +318,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         pool = pool.measured(router.reader)
     records = [*saved.records, *pool.records()]
     router.check(pool)
-    check_measured(router, pool, records)
+    check_measured(router, records)
     sizes = {}
     for site, by_letter in saved.sizes.items():
         sizes[site] = {letter: by_letter[letter] for letter in "nd" if letter in by_letter}

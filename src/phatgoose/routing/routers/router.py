@@ -357,19 +357,23 @@ def check_served(router: Router) -> None:
 def check_routing(router: Router, pool: Pool) -> None:
     """Raise PoolError for experts that lack what `router` needs; warn when `k` exceeds the pool."""
     router.check(pool)
-    check_measured(router, pool, pool.records())
+    check_measured(router, pool.records())
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
 
 
-def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, Any]]) -> None:
-    """Raise PoolError where `router` would compare statistics of plain and quantised bases.
+def check_measured(router: Router, records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise PoolError where `router` would compare means of plain and quantised bases.
 
-    `records` are of all experts, those of `pool` among them.
+    `records` are of all experts. A reader makes prompt statistics, whatever the base is.
     """
-    # bfloat16, float16 and float32 differ by rounding only.
-    measured = [str(record["measured_in"]) for record in records if record.get("measured_in")]
-    kinds = {one_line(each.partition(", ")[2], 80) or "not quantised" for each in measured}
-    if len(kinds) > 1 and {"means", "readings"} & set(router.used(pool)):
+    if "means" not in router.needs:
+        return
+    kinds = set[str]()
+    for record in records:
+        dtype, _, quantised = (record.get("measured_in") or "").partition(", ")
+        if dtype:  # bfloat16, float16 and float32 differ by rounding only
+            kinds.add(one_line(quantised, 80) or "not quantised")
+    if len(kinds) > 1:
         raise PoolError(
             f"Router {router.name} compares the experts' statistics, but they were measured on a "
             f"base in different precisions ({', '.join(sorted(kinds))}). Measure them again on one "

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -105,8 +106,8 @@ class Audit:
 
     @property
     def unusual(self) -> tuple[str, ...]:
-        named = {name for finding in self.findings for name in finding.experts}
-        return tuple(name for name in self.experts if name in named)
+        """Whom findings name, in the pool's order, as findings come."""
+        return tuple(dict.fromkeys(finding.experts[0] for finding in self.findings))
 
     @property
     def summary(self) -> str:
@@ -156,12 +157,11 @@ def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
         if sign.name in signs and (len(pool) >= LEAST or sign.name in SMALL):
             findings += _beyond(pool, sign, signs[sign.name])
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
-    plain = {name: _finite(values) for name, values in signs.items()}
+    plain = {}
+    for name, values in signs.items():
+        is_number = values.isfinite().numpy()
+        plain[name] = tuple(np.where(is_number, values, None).tolist())
     return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool)))
-
-
-def _finite(values: Tensor) -> tuple[float | None, ...]:
-    return tuple(value if math.isfinite(value) else None for value in values.tolist())
 
 
 def _beyond(pool: Pool, sign: Sign, values: Tensor) -> Iterator[Finding]:
@@ -190,6 +190,10 @@ def _notes(pool: Pool) -> Iterator[str]:
         lacking = pool.lacking(part)
         if lacking:
             yield f"No {part}, so nothing to look at: {', '.join(lacking)}."
+    compared = _read_alike(pool)
+    others = [e.name for z, e in enumerate(pool.experts) if e.readings and z not in compared]
+    if others:
+        yield f"Prompts were read by another reader than most, or otherwise: {', '.join(others)}."
 
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
@@ -197,20 +201,20 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     check_alike(pool.experts, {})
     signs = {**_of_updates(pool), **_of_vectors(pool)}
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    signs |= _spread_out(_of_readings, pool, _readers(pool))
+    signs |= _spread_out(_of_readings, pool, _read_alike(pool))
     signs |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return signs
 
 
-def _readers(pool: Pool) -> list[int]:
-    """Who has readings, of the size that most have."""
-    by_size = defaultdict[frozenset[object], list[int]](list)
+def _read_alike(pool: Pool) -> list[int]:
+    """Whose prompts the reader of most has read, and whose statistics have its usual sizes."""
+    alike = defaultdict[object, list[int]](list)
     for z, expert in enumerate(pool.experts):
         if expert.readings:  # in whatever order a file has them
-            size = frozenset((name, part.shape) for name, part in expert.readings.items())
-            by_size[size].append(z)
-    return max(by_size.values(), key=len, default=[])
+            sizes = frozenset((name, part.shape) for name, part in expert.readings.items())
+            alike[expert.info.reader, sizes].append(z)
+    return max(alike.values(), key=len, default=[])
 
 
 def ratios(values: Tensor) -> Tensor:
@@ -438,7 +442,7 @@ def _of_prompts(pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
 
     They are read as router discriminant reads them, and none is left to the base.
     """
-    readers = _readers(pool)
+    readers = _read_alike(pool)
     experts = [pool.experts[z] for z in readers]
     texts = list[str]()
     owners = list[int]()

@@ -234,7 +234,11 @@ def main() -> None:
             seconds = (time.monotonic() - begun) / (step + 1 - done)
             print(
                 json.dumps(
-                    {"step": step + 1, "loss": round(fmean(losses[-10:]), 3), "s": round(seconds, 2)}
+                    {
+                        "step": step + 1,
+                        "loss": round(fmean(losses[-10:]), 3),
+                        "s": round(seconds, 2),
+                    }
                 ),
                 flush=True,
             )

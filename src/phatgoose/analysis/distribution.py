@@ -45,14 +45,17 @@ class SiteLabel:
 
 def site_label(site: str) -> SiteLabel:
     """The stack, block and kind in a name; the block is -1 for a site outside of blocks."""
-    parts = site.split(".")
-    stack = next((part for part in parts if part in STACKS), "")
-    for index, layer in enumerate(parts):
-        if layer.isdigit():
-            later = parts[index + 1 :]
-            kind = [part for part in later if not part.isdigit() and part != "layer"]
-            return SiteLabel(stack, int(layer), ".".join(kind) or site)
-    return SiteLabel(stack, -1, site)
+    stack = ""
+    layer = -1
+    kind = list[str]()
+    for part in site.split("."):
+        if part in STACKS:
+            stack = stack or part
+        if part.isdigit() and layer < 0:
+            layer = int(part)
+        elif layer >= 0 and not part.isdigit() and part != "layer":
+            kind.append(part)
+    return SiteLabel(stack, layer, ".".join(kind) or site)
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:

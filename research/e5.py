@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -72,7 +73,7 @@ def tokenizer_of(file: File) -> PreTrainedTokenizerFast:
     offsets = numpy.frombuffer(file.bytes(4 * (count + 1)), "<u4")
     scores = numpy.frombuffer(file.bytes(4 * count), "<f4")
     blob = file.bytes(length)
-    spans = zip(offsets[:-1], offsets[1:], strict=True)
+    spans = pairwise(offsets)
     pieces = [blob[first:last].decode() for first, last in spans]
     _, size = file.take("iI")
     file.bytes(size)  # characters' replacements, which are NFKC's but for controls

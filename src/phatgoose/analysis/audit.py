@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -159,8 +158,8 @@ def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
     plain = {}
     for name, values in signs.items():
-        is_number = values.isfinite().numpy()
-        plain[name] = tuple(np.where(is_number, values, None).tolist())
+        numbers = values.tolist()
+        plain[name] = tuple(value if math.isfinite(value) else None for value in numbers)
     return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool)))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -103,7 +104,8 @@ def _method_class(kind: type[LinearMethodBase]) -> type[LinearMethodBase]:
 
 def routed_method(method: LinearMethodBase) -> LinearMethodBase:
     """`method` with the experts after it; still of its class, by which vLLM chooses kernels."""
-    routed = object.__new__(_method_class(type(method)))
+    kind: Any = type(method)
+    routed = object.__new__(_method_class(kind))
     vars(routed).update(vars(method))
     return routed
 

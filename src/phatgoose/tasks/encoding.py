@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from os.path import commonprefix
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -322,8 +321,12 @@ def _around_message(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[
     before, _, after = several.partition(MARK)
     first, _, _ = alone.partition(MARK)
     # Only before the first message the template writes more, such as a system prompt of its own.
-    shared = commonprefix([before[::-1], first[::-1]])[::-1]
-    return (shared, after) if shared else None
+    shared = 0
+    for one, other in zip(reversed(before), reversed(first), strict=False):
+        if one != other:
+            break
+        shared += 1
+    return (before[-shared:], after) if shared else None
 
 
 def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
@@ -369,7 +372,7 @@ class Cuts:
             if len(fitted) > 1:
                 what += "s"
             text = f"{one_line(task)}: {len(cut)} of {len(fitted)} {what} cut to {max(cut)} tokens"
-            if fitted is self.inputs and len(cut) < WARN_FROM * len(fitted):
+            if what.startswith("input") and len(cut) < WARN_FROM * len(fitted):
                 logger.info(text)
             else:
                 warnings.warn(f"{text}.", stacklevel=2)

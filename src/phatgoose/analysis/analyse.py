@@ -80,10 +80,9 @@ class RouterAnalysis:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: all numbers, no text of the data."""
-        datasets = {task: _numbers(spread) for task, spread in self.distributions.items()}
         return {
             "scores": {task: score.to_dict() for task, score in self.scores.items()},
-            "datasets": datasets,
+            "datasets": {task: _numbers(spread) for task, spread in self.distributions.items()},
             "findings": list(map(asdict, self.findings)),
             "choices": _plain(self.choices),
         }
@@ -176,10 +175,10 @@ def _numbers(spread: RoutingDistribution) -> dict[str, object]:
     numbers["by_part"] = {part: spread.whole("weight", part).tolist() for part in PARTS}
     numbers["by_layer"] = _plain(spread.by_layer())
     numbers["by_kind"] = _plain(spread.by_kind())
-    by_site = {}
-    for measure in ("probability", "weight"):
-        by_site[measure] = _plain(spread.by_site(measure))
-    numbers["by_site"] = by_site
+    numbers["by_site"] = {
+        "probability": _plain(spread.by_site("probability")),
+        "weight": _plain(spread.by_site("weight")),
+    }
     weights = spread.whole("weight")
     numbers["entropy"] = entropy(weights)
     numbers["effective_experts"] = effective_experts(weights)

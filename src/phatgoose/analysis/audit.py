@@ -127,7 +127,7 @@ class Audit:
             "experts": list(self.experts),
             "signs": {name: list(values) for name, values in self.signs.items()},
             "limits": {sign.name: sign.limit(len(self.experts)) for sign in SIGNS},
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": list(map(asdict, self.findings)),
             "notes": list(self.notes),
         }
 

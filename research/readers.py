@@ -3,6 +3,8 @@
     python research/readers.py POOL ROWS OUT.json [--limit 10] [--figure OUT.png]
     python research/readers.py - - research/decoders/readers.jsonl#RUN,… [--figure OUT.png]
 
+Runs by the package of commit 6aa0f67a, in which bases read prompts (README.md).
+
 The second form tells what is there, means over RUNs; docs/figures/readers.png is of held_in. ROWS
 is a folder with a task file for each expert of the pool, such as runs/research/data/own-new. Each
 row's prompt and right answer pass through the base, through the task's own expert, and through

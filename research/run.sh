@@ -1,6 +1,6 @@
 #!/bin/bash
 # What protocol-2.md trains and scores: one process at a time, all of it resumable. In a folder with
-# an installed phatgoose in venv/, data/ by render_tasks.py, and this folder's copy as research/:
+# phatgoose of commit 6aa0f67a installed in venv/ (its routers: logo has left since), data/ by render_tasks.py, and this folder's copy as research/:
 #   setsid nohup nice -n 19 bash research/run.sh [STAGE …] >> log/run.log 2>&1 < /dev/null &
 # Without stages all of them in order. Again after an end or an interruption: it goes on.
 set -uo pipefail

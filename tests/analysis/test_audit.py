@@ -157,6 +157,30 @@ def test_prompts_are_read_where_there_are_some_and_their_reader_is_known(reading
         assert unread.signs["reading_distance"] == few.signs["reading_distance"]
 
 
+def read_by_another(pool: Pool, count: int) -> Pool:
+    """The first experts' statistics are another reader's, whose states have the same sizes."""
+    experts = []
+    for expert in pool.experts[:count]:
+        info = replace(expert.info, reader=ReaderReference("you/reader", 1, 1))
+        far = {name: 1e4 * part for name, part in expert.readings.items()}
+        experts.append(replace(expert, info=info, readings=far))
+    return Pool((*experts, *pool.experts[count:]))
+
+
+def test_statistics_of_another_reader_are_not_compared_and_that_is_said(pool):
+    report = audit(read_by_another(pool, 3))
+    rest = signs_of(Pool(pool.experts[3:]))
+    for name in ("reading_distance", "reading_trace", "reading_masks"):
+        assert report.signs[name] == (None, None, None, *rest[name].tolist())
+    assert report.findings == ()
+    assert any("another reader" in note and "e0, e1, e2" in note for note in report.notes)
+
+
+def test_prompts_of_those_with_the_usual_reader_are_read(reading):
+    report = audit(read_by_another(reading, 1))
+    assert report.signs["prompt_wins"] == (None, 0, 0, 0)
+
+
 def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(pool):
     odd = {name: part[:, :1] for name, part in pool.experts[0].readings.items()}
     assert signs_of(changed(pool, 0, readings=odd))["reading_distance"][0].isnan()

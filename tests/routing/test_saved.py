@@ -307,13 +307,28 @@ def test_an_update_that_overflows_is_refused_by_name(llama, llama_pool, router, 
     compose(llama_pool, llama, router=router)
 
 
-@pytest.mark.parametrize("router", ["discriminant", "average-activation"])
-def test_statistics_of_quantised_and_plain_bases_are_not_mixed(llama, uneven, router, tmp_path):
+@pytest.fixture
+def measured_apart(uneven) -> Pool:
+    """Experts of which one was measured on a quantised base."""
     formats = ["torch.bfloat16", "torch.float32", "torch.bfloat16", "torch.bfloat16, Params4bit"]
     pairs = zip(uneven.experts, formats, strict=True)
-    pool = Pool(tuple(replace(e, info=replace(e.info, measured_in=each)) for e, each in pairs))
+    return Pool(tuple(replace(e, info=replace(e.info, measured_in=each)) for e, each in pairs))
+
+
+def test_means_of_quantised_and_plain_bases_are_not_mixed(llama, measured_apart, tmp_path):
+    pool, router = measured_apart, "average-activation"
     with pytest.raises(PoolError, match="phatgoose stats EXPERT --task"):
         compose(pool, llama, router=router)
     save(compose(pool.select(["e0", "e1", "e2"]), llama, router=router), tmp_path / "routed")
     with pytest.raises(PoolError, match="phatgoose stats EXPERT --task"):
         add_to_saved(tmp_path / "routed", pool.select(["e3"]))
+
+
+def test_prompt_statistics_go_with_any_base(llama, measured_apart, tmp_path):
+    pool, router = measured_apart, "discriminant:fallback=off"
+    three = compose(pool.select(["e0", "e1", "e2"]), llama, router=router)
+    save(three, tmp_path / "routed")
+    detach(three)
+    add_to_saved(tmp_path / "routed", pool.select(["e3"]))
+    save(compose(pool, llama, router=router), tmp_path / "whole")
+    assert contents(tmp_path / "routed") == contents(tmp_path / "whole")

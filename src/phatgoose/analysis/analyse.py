@@ -166,22 +166,24 @@ class Analysis:
 
 
 def _numbers(spread: RoutingDistribution) -> dict[str, object]:
-    weights = spread.whole("weight")
-    return {
+    numbers: dict[str, object] = {
         "tokens": {part: spread.passed(part) for part in PARTS},
         "token_entropy": spread.token_entropy(),
-        **{measure: spread.whole(measure).tolist() for measure in MEASURES},
-        "by_part": {part: spread.whole("weight", part).tolist() for part in PARTS},
-        "by_layer": _plain(spread.by_layer()),
-        "by_kind": _plain(spread.by_kind()),
-        "by_site": {
-            "probability": _plain(spread.by_site("probability")),
-            "weight": _plain(spread.by_site("weight")),
-        },
-        "entropy": entropy(weights),
-        "effective_experts": effective_experts(weights),
-        "concentration": concentration(weights),
     }
+    for measure in MEASURES:
+        numbers[measure] = spread.whole(measure).tolist()
+    numbers["by_part"] = {part: spread.whole("weight", part).tolist() for part in PARTS}
+    numbers["by_layer"] = _plain(spread.by_layer())
+    numbers["by_kind"] = _plain(spread.by_kind())
+    numbers["by_site"] = {
+        "probability": _plain(spread.by_site("probability")),
+        "weight": _plain(spread.by_site("weight")),
+    }
+    weights = spread.whole("weight")
+    numbers["entropy"] = entropy(weights)
+    numbers["effective_experts"] = effective_experts(weights)
+    numbers["concentration"] = concentration(weights)
+    return numbers
 
 
 def _plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, object]:
@@ -195,7 +197,9 @@ def findings_of(distributions: Mapping[str, RoutingDistribution]) -> Iterator[Fi
     """What looks wrong in one router's `distributions` by dataset, worst first."""
     experts = next(iter(distributions.values())).experts
     first = np.mean([spread.whole("first") for spread in distributions.values()], axis=0)
-    where = f"on {len(distributions)} datasets" if len(distributions) > 1 else "on 1 dataset"
+    where = "on 1 dataset"
+    if len(distributions) > 1:
+        where = f"on {len(distributions)} datasets"
     best = experts[int(first.argmax())]
     if len(experts) > 1 and first.max() > DOMINANT:
         yield Finding(
@@ -337,15 +341,15 @@ def _opened(
     loaded = resolve_base(base, pool.base)
     pool = pool.measured(how.routing.reader)
     routers = [how.routers] if isinstance(how.routers, str) else how.routers
-    routings = [
-        resolved(replace(how.routing, router=name), pool, loaded.tokenizer)
-        for name in dict.fromkeys(routers or (how.routing.router,))
-    ]
-    for routing in routings[1:]:  # the first is composed before anything is read
-        check_composable(pool, routing, scores)
-    names = tuple(dict.fromkeys(routing.router for routing in routings))
+    routings: dict[str, Routing] = {}
+    for name in routers or (how.routing.router,):
+        routing = resolved(replace(how.routing, router=name), pool, loaded.tokenizer)
+        if routings:  # the first is composed before anything is read
+            check_composable(pool, routing, scores)
+        routings.setdefault(routing.router, routing)
+    first = next(iter(routings.values()))
     tokenizer = tokenizer or loaded.tokenizer
-    return _Subject(pool.names, names, routings[0], tokenizer, None, pool, loaded, scores)
+    return _Subject(pool.names, tuple(routings), first, tokenizer, None, pool, loaded, scores)
 
 
 def _refuse_routers(how: AnalysisSettings) -> None:

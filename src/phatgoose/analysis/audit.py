@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..errors import PhatgooseError
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
-from ..experts.statistics import READ
+from ..experts.statistics import PARTS, READ
 from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
@@ -105,8 +105,8 @@ class Audit:
 
     @property
     def unusual(self) -> tuple[str, ...]:
-        named = {name for finding in self.findings for name in finding.experts}
-        return tuple(name for name in self.experts if name in named)
+        """Whom findings name, in the pool's order, as findings come."""
+        return tuple(dict.fromkeys(finding.experts[0] for finding in self.findings))
 
     @property
     def summary(self) -> str:
@@ -127,7 +127,7 @@ class Audit:
             "experts": list(self.experts),
             "signs": {name: list(values) for name, values in self.signs.items()},
             "limits": {sign.name: sign.limit(len(self.experts)) for sign in SIGNS},
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": list(map(asdict, self.findings)),
             "notes": list(self.notes),
         }
 
@@ -156,12 +156,11 @@ def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
         if sign.name in signs and (len(pool) >= LEAST or sign.name in SMALL):
             findings += _beyond(pool, sign, signs[sign.name])
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
-    plain = {name: _finite(values) for name, values in signs.items()}
+    plain = {}
+    for name, values in signs.items():
+        numbers = values.tolist()
+        plain[name] = tuple(value if math.isfinite(value) else None for value in numbers)
     return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool)))
-
-
-def _finite(values: Tensor) -> tuple[float | None, ...]:
-    return tuple(value if math.isfinite(value) else None for value in values.tolist())
 
 
 def _beyond(pool: Pool, sign: Sign, values: Tensor) -> Iterator[Finding]:
@@ -190,6 +189,10 @@ def _notes(pool: Pool) -> Iterator[str]:
         lacking = pool.lacking(part)
         if lacking:
             yield f"No {part}, so nothing to look at: {', '.join(lacking)}."
+    compared = _read_alike(pool)
+    others = [e.name for z, e in enumerate(pool.experts) if e.readings and z not in compared]
+    if others:
+        yield f"Prompts were read by another reader than most, or otherwise: {', '.join(others)}."
 
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
@@ -197,20 +200,20 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     check_alike(pool.experts, {})
     signs = {**_of_updates(pool), **_of_vectors(pool)}
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    signs |= _spread_out(_of_readings, pool, _readers(pool))
+    signs |= _spread_out(_of_readings, pool, _read_alike(pool))
     signs |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return signs
 
 
-def _readers(pool: Pool) -> list[int]:
-    """Who has readings, of the size that most have."""
-    by_size = defaultdict[frozenset[object], list[int]](list)
+def _read_alike(pool: Pool) -> list[int]:
+    """Whose prompts the reader of most has read, and whose statistics have its usual sizes."""
+    alike = defaultdict[object, list[int]](list)
     for z, expert in enumerate(pool.experts):
         if expert.readings:  # in whatever order a file has them
-            size = frozenset((name, part.shape) for name, part in expert.readings.items())
-            by_size[size].append(z)
-    return max(by_size.values(), key=len, default=[])
+            sizes = frozenset((name, part.shape) for name, part in expert.readings.items())
+            alike[expert.info.reader, sizes].append(z)
+    return max(alike.values(), key=len, default=[])
 
 
 def ratios(values: Tensor) -> Tensor:
@@ -230,11 +233,14 @@ def _spread_out(
 ) -> dict[str, Tensor]:
     signs = dict[str, Tensor]()
     if len(members) > 1:
-        part = Pool(tuple(pool.experts[z] for z in members))
-        for name, values in sign(part).items():
+        for name, values in sign(_part_of(pool, members)).items():
             signs[name] = _nans(pool)
             signs[name][list(members)] = values
     return signs
+
+
+def _part_of(pool: Pool, members: Sequence[int]) -> Pool:
+    return Pool(tuple(pool.experts[z] for z in members))
 
 
 def _nans(pool: Pool) -> Tensor:
@@ -286,19 +292,19 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
 def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
     names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "input_pull", "mean_distance")
     signs = {name: _nans(pool) for name in names}
-    gated = [z for z, expert in enumerate(pool.experts) if site in expert.gates]
-    meant = [z for z, expert in enumerate(pool.experts) if site in expert.means]
+    gated, gate_rows = _having(pool, "gates", site)
+    meant, mean_rows = _having(pool, "means", site)
     if gated:
-        gates = torch.stack([pool.experts[z].gates[site] for z in gated])
+        gates = torch.stack(gate_rows)
         signs["gate_size"][gated] = ratios(gates.double().norm(dim=1))
     if meant:
-        means = torch.stack([pool.experts[z].means[site] for z in meant])
+        means = torch.stack(mean_rows)
         away = means.double() - means.double().quantile(0.5, dim=0)
         signs["mean_distance"][meant] = ratios(away.norm(dim=1))
-        read = [z for z, expert in enumerate(pool.experts) if site in expert.lora]
-        if len(read) > 1:
-            factors = [pool.experts[z].lora[site].A for z in read]
-            signs["input_pull"][read] = _input_pull(factors, means, _equal(read, meant))
+        adapted, loras = _having(pool, "lora", site)
+        if len(adapted) > 1:
+            factors = [lora.A for lora in loras]
+            signs["input_pull"][adapted] = _input_pull(factors, means, _equal(adapted, meant))
     if gated and meant:
         V = standardise(gates).double()
         U = standardise(means).double()
@@ -311,6 +317,18 @@ def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
         if len(gated) > 1:
             signs["gate_wins"][gated] = _wins(cosines, is_own)
     return signs
+
+
+def _having(pool: Pool, part: str, site: str) -> tuple[list[int], list[Any]]:
+    """Who has a `part` at `site`, and their parts."""
+    owners = list[int]()
+    parts = []
+    for z, expert in enumerate(pool.experts):
+        by_site = getattr(expert, part)
+        if site in by_site:
+            owners.append(z)
+            parts.append(by_site[site])
+    return owners, parts
 
 
 def _equal(rows: Sequence[int], columns: Sequence[int]) -> Tensor:
@@ -329,8 +347,10 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
     Of the squared length, less what any r rows have, r / n.
     """
     units = functional.normalize(means.double(), dim=1)
-    bases = [torch.linalg.qr(A.double().T).Q for A in factors]  # [n, r] each
-    rows = [(units @ Q).square().sum(dim=1) - Q.shape[1] / len(Q) for Q in bases]
+    rows = []
+    for A in factors:
+        Q = torch.linalg.qr(A.double().T).Q  # [n, r]
+        rows.append((units @ Q).square().sum(dim=1) - Q.shape[1] / len(Q))
     inside = torch.stack(rows)  # [experts, means]
     others = inside.masked_fill(same, math.nan).nanmean(dim=1)
     return others * _wins(inside, same)
@@ -338,31 +358,27 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
-    distances = []
-    traces = []
-    masks = []
-    means = _stacked(pool, "mean")
-    factors = _stacked(pool, "factor")
-    rests = _stacked(pool, "rest")
-    for block in zip(means, factors, rests, strict=True):
-        mean, factor, rest = (part.double() for part in block)
+    by_block = defaultdict[str, list[Tensor]](list)
+    parts = [_stacked(pool, part) for part in PARTS]
+    for mean, factor, rest in zip(*parts, strict=True):
         away = mean - mean.quantile(0.5, dim=0)
-        distances.append(ratios(away.norm(dim=1)))
-        traces.append(ratios(factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)))
+        by_block["reading_distance"].append(ratios(away.norm(dim=1)))
+        trace = factor.square().sum(dim=(1, 2)) + rest.sum(dim=1)
+        by_block["reading_trace"].append(ratios(trace))
         # The variance of each expert along the directions to the others, against the median.
         unit = functional.normalize(away, dim=1)  # [E, d]
         along = torch.einsum("zfd,wd->zwf", factor, unit).square().sum(dim=-1)
         along += rest @ unit.square().T
         against = ratios(along.T).T  # [E, directions]
         against.fill_diagonal_(math.nan)
-        masks.append(against.nanquantile(0.5, dim=1))
-    signs = {"reading_distance": distances, "reading_trace": traces, "reading_masks": masks}
-    return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in signs.items()}
+        by_block["reading_masks"].append(against.nanquantile(0.5, dim=1))
+    return {name: torch.stack(rows).nanquantile(0.5, dim=0) for name, rows in by_block.items()}
 
 
-def _stacked(pool: Pool, part: str) -> Tensor:
-    """A part of all experts' readings, by block: [b, E, ..]."""
-    return torch.stack([expert.readings[f"{READ}.{part}"] for expert in pool.experts], dim=1)
+def _stacked(pool: Pool, part: str) -> Iterator[Tensor]:
+    """A part of all experts' readings, float64 [E, ..] for each block."""
+    rows = torch.stack([expert.readings[f"{READ}.{part}"] for expert in pool.experts], dim=1)
+    return map(Tensor.double, rows)
 
 
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
@@ -438,24 +454,24 @@ def _of_prompts(pool: Pool, reader: str | None) -> tuple[dict[str, Tensor], list
 
     They are read as router discriminant reads them, and none is left to the base.
     """
-    readers = _readers(pool)
-    experts = [pool.experts[z] for z in readers]
+    members = _read_alike(pool)
+    experts = _part_of(pool, members)
     texts = list[str]()
     owners = list[int]()
-    for z, expert in enumerate(experts):
-        for text in expert.prompts[:SHOWN]:
-            texts.append(text)
-            owners.append(z)
-    if len(readers) < 2 or not texts:
+    for z, expert in enumerate(experts.experts):
+        shown = expert.prompts[:SHOWN]
+        texts += shown
+        owners += [z] * len(shown)
+    if len(members) < 2 or not texts:
         return {}, ["No example prompts beside prompt statistics, so nothing to read."]
-    chooser = open_chooser(Pool(tuple(experts)), router=READS, reader=reader)
-    winners = chooser.score(texts).argmax(dim=1)
-    taken = _taken(functional.one_hot(torch.tensor(owners), len(experts)).double(), winners)
+    winners = open_chooser(experts, router=READS, reader=reader).score(texts).argmax(dim=1)
+    is_own = functional.one_hot(torch.tensor(owners), len(experts)).double()
+    taken = _taken(is_own, winners)
     notes = []
     for (z, winner), count in Counter(zip(owners, winners.tolist(), strict=True)).items():
         if winner != z:
             notes.append(
-                f"Of {experts[z].name}'s {owners.count(z)} example prompts router discriminant "
-                f"gives {count} to {experts[winner].name}."
+                f"Of {experts.names[z]}'s {owners.count(z)} example prompts router discriminant "
+                f"gives {count} to {experts.names[winner]}."
             )
-    return _spread_out(lambda _: {"prompt_wins": taken}, pool, readers), notes
+    return _spread_out(lambda _: {"prompt_wins": taken}, pool, members), notes

@@ -20,7 +20,7 @@ from ..routing.choice import Choice
 from ..routing.compose import Composition, composition_of, routing_for
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless
-from ..tasks.batching import batches_of_tokens, pad_right
+from ..tasks.batching import batches_of_tokens, pad_right, padded_rows
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
 
@@ -45,14 +45,17 @@ class SiteLabel:
 
 def site_label(site: str) -> SiteLabel:
     """The stack, block and kind in a name; the block is -1 for a site outside of blocks."""
-    parts = site.split(".")
-    stack = next((part for part in parts if part in STACKS), "")
-    for index, layer in enumerate(parts):
-        if layer.isdigit():
-            later = parts[index + 1 :]
-            kind = [part for part in later if not part.isdigit() and part != "layer"]
-            return SiteLabel(stack, int(layer), ".".join(kind) or site)
-    return SiteLabel(stack, -1, site)
+    stack = ""
+    layer = -1
+    kind = list[str]()
+    for part in site.split("."):
+        if part in STACKS:
+            stack = stack or part
+        if part.isdigit() and layer < 0:
+            layer = int(part)
+        elif layer >= 0 and not part.isdigit() and part != "layer":
+            kind.append(part)
+    return SiteLabel(stack, layer, ".".join(kind) or site)
 
 
 def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
@@ -114,14 +117,14 @@ def pass_through(
     parts = dict[Stream, Tensor]()
     streams_by_pair = [streams_of(model, pair) for pair in pairs]
     streams = list(streams_by_pair[0])
+    pad = encoder.tokenizer.pad_token_id
     for stream in streams:
         rows, marks = zip(*(by_stream[stream] for by_stream in streams_by_pair), strict=True)
         prefix = "decoder_" if stream != streams[0] else ""
-        ones = [[1] * len(row) for row in rows]
-        inputs[f"{prefix}input_ids"] = pad_right(rows, encoder.tokenizer.pad_token_id)
-        inputs[f"{prefix}attention_mask"] = pad_right(ones, 0)
+        ids, mask = padded_rows(pad_right, rows, pad, model.device)
+        inputs[f"{prefix}input_ids"] = ids
+        inputs[f"{prefix}attention_mask"] = mask
         parts[stream] = pad_right(marks, 0)
-    inputs = {name: rows.to(model.device) for name, rows in inputs.items()}
     with watch(model, lambda passed: see(passed, parts)), torch.inference_mode():
         headless(model)(**inputs, use_cache=False)
 
@@ -221,9 +224,7 @@ class RoutingTally:
     def __init__(self, experts: Sequence[str], parts: Composition) -> None:
         self.experts = tuple(experts)
         self._columns = torch.tensor([self.experts.index(name) for name in parts.experts])
-        self._columns_at = {
-            site: self._columns[layer.experts.cpu()] for site, layer in parts.layers.items()
-        }
+        self._layers = parts.layers
         self._sums = defaultdict[str, dict[str, Tensor]](dict)
 
     def add(self, passed: SitePass, parts: Mapping[Stream, Tensor]) -> None:
@@ -233,7 +234,8 @@ class RoutingTally:
         dense = passed.dense_weights(len(self._columns)).abs()
         used = torch.zeros(len(dense), len(self.experts)).index_copy_(1, self._columns, dense)
         before_top_k = passed.distribution().detach().float().cpu()
-        probabilities = torch.zeros_like(used).index_copy_(1, self._columns_at[site], before_top_k)
+        columns = self._columns[self._layers[site].experts.cpu()]
+        probabilities = torch.zeros_like(used).index_copy_(1, columns, before_top_k)
         best = used.amax(dim=1, keepdim=True)
         first = ((used == best) & (used > 0)).float()
         rows = {
@@ -266,7 +268,8 @@ def _groups(passed: SitePass, parts: Mapping[Stream, Tensor]) -> Tensor:
     part = parts.get(passed.site.stream)
     if part is None or part.shape != counted.shape:
         part = torch.zeros(counted.shape, dtype=torch.long)  # all tokens count as prompt
-    groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
+    answers = part.cpu() == 1
+    groups = torch.stack([~answers & counted, answers & counted])
     return groups.flatten(1).double()
 
 

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -92,13 +93,14 @@ class TraceStream:
 
     def to_dict(self) -> dict[str, object]:
         layers, kinds = layers_and_kinds(self.sites)
+        sites = []
+        for site in self.sites:
+            sites.append([layers.index(site.layer_name), kinds.index(site.kind)])
         return {
             "name": self.name,
             "layers": layers,
             "kinds": kinds,
-            "sites": [
-                [layers.index(site.layer_name), kinds.index(site.kind)] for site in self.sites
-            ],
+            "sites": sites,
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
             **self.tokens_dict(),
@@ -140,8 +142,8 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
 def _joined(pieces: Sequence[TraceStream]) -> TraceStream:
     return replace(
         pieces[0],
-        tokens=tuple(token for piece in pieces for token in piece.tokens),
-        parts=tuple(part for piece in pieces for part in piece.parts),
+        tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
+        parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
         experts=np.concatenate([piece.experts for piece in pieces]),
         weights=np.concatenate([piece.weights for piece in pieces]),
     )
@@ -204,13 +206,15 @@ def _stream(name: str, sites: Sequence[_SiteTrace]) -> TraceStream:
     shape = (tokens, len(sites), max(site.experts.shape[1] for site in sites))
     experts = np.zeros(shape, np.uint16)
     shares = np.zeros(shape)
+    labels = []
+    is_cut = False
     for index, site in enumerate(sites):
         k = site.experts.shape[1]
         experts[:, index, :k] = site.experts.numpy()
         shares[:, index, :k] = site.weights.numpy()
-    labels = tuple(site_label(site.name) for site in sites)
-    is_cut = any(site.is_cut for site in sites)
-    return TraceStream(name, (), (), labels, experts, _in_bytes(shares), is_cut)
+        labels.append(site_label(site.name))
+        is_cut |= site.is_cut
+    return TraceStream(name, (), (), tuple(labels), experts, _in_bytes(shares), is_cut)
 
 
 def _in_bytes(shares: Array) -> NDArray[np.uint8]:

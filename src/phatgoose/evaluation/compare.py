@@ -47,7 +47,7 @@ from ..tasks.encoding import Encoder, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.suites.registry import open_suite
 from ..tasks.task import Sources, Suite, Task, refuse_twice
-from .evaluate import EvaluationSet, Questions, TaskScore, score
+from .evaluate import EvaluationSet, Questions, TaskScore, examples_of, score
 from .results import BASE, Comparison, ResultStore, restored, stored, write_tables
 
 RESULTS = "results.jsonl"
@@ -63,14 +63,12 @@ Source = Suite | Task | str | Path
 
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
 ROUTERS = all_routers()
-METHODS = {
-    BASE: "Base model",
-    **{name: kind.label for name, kind in ROUTERS.items() if name not in ("single", "weights")},
-}
+METHODS = {BASE: "Base model"}
+for _name, _kind in ROUTERS.items():
+    if _name not in ("single", "weights"):
+        METHODS[_name] = _kind.label
 # These follow from the single experts' results, which they know: they are not zero-shot.
 DERIVED = tuple(name for name, kind in ROUTERS.items() if "scores" in kind.given)
-# These need a file of the task's, so they are run by name only.
-WITH_EXAMPLES = {name for name, kind in ROUTERS.items() if "examples" in kind.given}
 EVERY = "all"  # stands for every method whose needs the pool meets
 
 
@@ -100,8 +98,8 @@ def runnable_methods(
         return list(dict.fromkeys(named)), notes
     runnable = []
     for name, label in METHODS.items():
-        if name in WITH_EXAMPLES:
-            continue
+        if name != BASE and "examples" in ROUTERS[name].given:
+            continue  # it needs a file of the task's, so it is run by name only
         try:
             _check_method(name, pool, routing)
             runnable.append(name)
@@ -217,8 +215,7 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
     for part in shared:
         tensors = {}
         if part == "embeddings" and expert.embeddings is not None:
-            form = f"{expert.info.embedder} {expert.info.embedding_form}"
-            tensors = {form: expert.embeddings}
+            tensors[f"{expert.info.embedder} {expert.info.embedding_form}"] = expert.embeddings
         elif part in ("gates", "means", "readings"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):
@@ -289,8 +286,11 @@ def compare(
     for label, place in how.references.items():
         others.append(reference_row(label, place, how.routing, base))
     rows = [*rows_of(pool, chosen, how.routing), *others]
-    singles = single_rows(pool) if set(DERIVED) & set(chosen) else []
-    refuse_twice("rows", [*METHODS, *(row.name for row in (*others, *singles))], ConfigError)
+    singles = []
+    if not set(DERIVED).isdisjoint(chosen):
+        singles = single_rows(pool)
+    names = [row.name for row in (*others, *singles)]
+    refuse_twice("rows", [*METHODS, *names], ConfigError)
     for note in notes:  # after what may be refused
         warnings.warn(note, stacklevel=2)
     models = (*rows, *singles)
@@ -345,9 +345,11 @@ def _load(
     """(datasets' names by suite, datasets by name)."""
     datasets: dict[str, EvaluationSet] = {}
     sources = [suites] if isinstance(suites, str | Path | Suite | Task) else suites
-    opened = [_suite(source) for source in sources]
+    opened = list(map(_suite, sources))
     refuse_twice("suites", (suite.name for suite in opened), ConfigError)
-    tasks = [task for suite in opened for task in suite.load(settings.sources)]
+    tasks = list[Task]()
+    for suite in opened:
+        tasks += suite.load(settings.sources)
     for task in given_tasks(tasks):
         dataset = EvaluationSet.of(task, settings)
         if datasets.setdefault(task.name, dataset).digest != dataset.digest:
@@ -371,12 +373,12 @@ def _report_inputs(
     encoder = Encoder.of(base, settings.formatting)
     for name, dataset in datasets.items():
         Questions(dataset, encoder).cuts.report(name)
-    experts: dict[int, Expert] = {}  # by identity: rows share them
+    experts: dict[Expert, None] = {}  # which are equal if they are one: rows share them
     for row in rows:
         if row.pool is not None:
-            experts |= {id(expert): expert for expert in row.pool.experts}
-    records = Pool(tuple(experts.values())).records()
-    examples = [example for dataset in datasets.values() for example in dataset.examples]
+            experts |= dict.fromkeys(row.pool.experts)
+    records = Pool(tuple(experts)).records()
+    examples = examples_of(datasets.values())
     warn_of_other_formatting(records, as_read(settings.formatting, examples))
 
 

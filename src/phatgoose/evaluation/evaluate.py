@@ -74,10 +74,11 @@ class EvaluationSet:
     @cached_property
     def digest(self) -> str:
         """A hash of everything here that a model's score depends on."""
+        longest = None if self.is_ranked else self.max_new_tokens
         content = [
             [example.content for example in self.examples],
             self.metrics,
-            None if self.is_ranked else self.max_new_tokens,
+            longest,
             asdict(self.formatting),
             # It decides what is batched together, and so how sums are rounded.
             self.token_budget,
@@ -96,13 +97,15 @@ class Questions:
         target_cuts = list[int | None]()
         for example in chosen.examples:
             choices = example.choices if chosen.is_ranked else ()
-            targets = [encoder.target(example.input, choice) for choice in choices]
-            tokens = [target.tokens for target in targets]
+            tokens = list[list[int]]()
+            for choice in choices:
+                target = encoder.target(example.input, choice)
+                tokens.append(target.tokens)
+                target_cuts.append(target.cut)
             longest = max(map(len, tokens), default=chosen.max_new_tokens)
             prompt = encoder.fitted(example.input, followed_by=longest)
             self.rows.append((prompt.tokens, tokens))
             prompt_cuts.append(prompt.cut)
-            target_cuts += [target.cut for target in targets]
         self.cuts = Cuts(prompt_cuts, target_cuts)
 
     @property
@@ -229,12 +232,11 @@ class Evaluation:
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON; the answers only if `predictions`."""
-        tasks = [score.to_dict(predictions=predictions) for score in self.scores]
         return {
             "mean": self.mean,
             "confidence": CONFIDENCE,
             "router": self.router,
-            "tasks": tasks,
+            "tasks": [score.to_dict(predictions=predictions) for score in self.scores],
         }
 
 
@@ -271,16 +273,24 @@ def evaluate(
     encoder = Encoder.for_model(model, tokenizer or tokenizer_of(model), scoring.formatting)
     sets = [EvaluationSet.of(task, scoring) for task in given_tasks(tasks)]  # refuses first
     router = None
-    if parts := composition_if_any(model):
+    parts = composition_if_any(model)
+    if parts:
         router = parts.routing.router
-        examples = [example for chosen in sets for example in chosen.examples]
-        warn_of_other_formatting(parts.records, as_read(scoring.formatting, examples))
+        warn_of_other_formatting(parts.records, as_read(scoring.formatting, examples_of(sets)))
     scores = []
     for chosen in sets:
         questions = Questions(chosen, encoder)
         questions.cuts.report(chosen.name)
         scores.append(score(model, questions))
     return Evaluation(tuple(scores), router)
+
+
+def examples_of(sets: Iterable[EvaluationSet]) -> list[Example]:
+    """The examples of several sets, one set after the other."""
+    examples = list[Example]()
+    for dataset in sets:
+        examples += dataset.examples
+    return examples
 
 
 def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
@@ -309,7 +319,7 @@ def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
             right = example.answers if scores else map(str.strip, example.answers)
             answers[index] = Prediction(text, text in right, scores, marks)
             bar.update(1)
-    predictions = tuple(answers[index] for index in range(len(examples)))
+    predictions = tuple(map(answers.__getitem__, range(len(examples))))
     marks_of_all = [prediction.marks for prediction in predictions]
     sample = Sample.of(chosen.metrics, marks_of_all, [example.row for example in examples])
     estimate = _estimate(sample)

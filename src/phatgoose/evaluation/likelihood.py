@@ -51,11 +51,13 @@ def choice_log_likelihoods(
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if batching.can_pack(model) else _padded
     # A choice that a row has twice is computed once, so that it ties with itself.
-    distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
+    distinct = []
+    for prompt, choices in rows:
+        distinct.append((prompt, list(dict.fromkeys(map(tuple, choices)))))
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
-            _, choices = distinct[index]
-            by_choice = dict(zip(choices, means, strict=True))
+            _, computed = distinct[index]
+            by_choice = dict(zip(computed, means, strict=True))
             yield index, [by_choice[tuple(choice)] for choice in rows[index][1]]
 
 
@@ -70,7 +72,8 @@ def _packed(
         by_row = [list(map(texts.__getitem__, row)) for row in batch]
         packed = batching.pack_rows(by_row, pad, model.dtype)
         order = list(itertools.chain(*batch))
-        before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
+        # Padding's owner is -1.
+        before_pass(list(map(order.__getitem__, packed.owners.flatten().tolist())))
         # What predicts a target: of each text the stem's last token, and its branches.
         places = list[int]()
         for index, start in zip(order, packed.starts.tolist(), strict=True):
@@ -106,9 +109,9 @@ def _means(
     where = torch.tensor(places, device=logits.device)
     targets = torch.tensor(labels, device=logits.device)
     chosen = logits[where, targets].float() - totals[where]
-    means = iter([run.mean().item() for run in torch.split(chosen.cpu(), lengths)])
+    runs = iter(torch.split(chosen.cpu(), lengths))
     for index, of_text in zip(indices, choices, strict=True):
-        yield index, list(itertools.islice(means, len(of_text)))
+        yield index, [next(runs).mean().item() for _ in of_text]
 
 
 def _padded(
@@ -125,7 +128,7 @@ def _padded(
             chosen = [rows[index] for index in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
-                before_pass([batch[place] for place in places])
+                before_pass(list(map(batch.__getitem__, places)))
 
             means = iter(score(model, chosen, pad, announce).tolist())
             for index, (_, choices) in zip(batch, chosen, strict=True):
@@ -137,14 +140,20 @@ def _score_causal(
 ) -> Tensor:
     device = model.device
     # Windows and states would see beyond their text in a row: each choice is read with its prompt.
-    texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
-    targets = [choice for _, choices in rows for choice in choices]
+    texts = []
+    targets = list[Tokens]()
+    for prompt, choices in rows:
+        texts += [[*prompt, *choice[:-1]] for choice in choices]
+        targets += choices
     labels = pad_left(targets, IGNORED).to(device)
     longest = labels.shape[1]
     ids, real = padded_rows(pad_left, texts, pad, device)
-    options = {"logits_to_keep": longest, "position_ids": position_ids(real)}
+    options: dict[str, object] = {}
     accepted = inspect.signature(model.forward).parameters
-    options = {name: value for name, value in options.items() if name in accepted}
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = longest
+    if "position_ids" in accepted:
+        options["position_ids"] = position_ids(real)
     announce(_owners(rows, device).tolist())
     output = model(input_ids=ids, attention_mask=real, use_cache=False, **options)
     return _mean_log_likelihood(output.logits[:, -longest:], labels)
@@ -161,10 +170,10 @@ def _score_seq2seq(
     form = type(encoded)  # some models ask for more of it
     owners = _owners(rows, device)
     start = model.config.decoder_start_token_id
-    choices = [choice for _, of_row in rows for choice in of_row]
+    choices = list(itertools.chain.from_iterable(of_row for _, of_row in rows))
     means = torch.empty(len(choices), device=device)
     # In groups, since padding of a decoder's rows costs as much as tokens.
-    for group in _of_similar_length([len(choice) for choice in choices]):
+    for group in _of_similar_length(list(map(len, choices))):
         chosen = [choices[index] for index in group]
         from_row = owners[group]
         inputs = [[start, *choice[:-1]] for choice in chosen]
@@ -183,7 +192,7 @@ def _score_seq2seq(
 
 def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Groups of indices, each once; in a group no length is below two thirds of the longest."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    order = batching.longest_first(lengths)
     group = order[:1]
     for index in order[1:]:
         if 3 * lengths[index] < 2 * lengths[group[0]]:

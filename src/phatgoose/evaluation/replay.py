@@ -32,7 +32,8 @@ OWN = "own expert"  # the one that is named after the task
 TEXTS = ["prompt", "task", "wording"]
 READ = (*TEXTS, "embedding", "score", "choice")
 Cells = Annotated[int, Ge(1), Le(5 * 10**7)]  # numbers in a file, or its bytes
-RANDOM, RUN = ", random LoRAs", ", run"  # end names of lines
+RANDOM = ", random LoRAs"  # ends a line's name, and the next
+RUN = ", run"
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,10 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
     examples = np.flatnonzero(marks.columns["wording"] == wording)
     tasks = marks.columns["task"][examples]
     choices = {name: chosen[examples] for name, chosen in rules.items()}
-    own = None  # the own experts' indices, if all tasks have some
+    namesakes = None  # the experts named after the tasks, if all tasks have one
     if set(tasks) <= set(marks.experts):
-        own = np.array([marks.experts.index(task) for task in tasks])
-    rows = _rows(marks, examples, choices, own)
+        namesakes = np.array(list(map(marks.experts.index, tasks)))
+    rows = _rows(marks, examples, choices, namesakes)
     of_task = [tasks == task for task in dict.fromkeys(tasks)]
     samples: dict[str, list[Sample]] = {}
     for name, scores in rows.items():
@@ -267,7 +268,7 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
             kept = Estimate.of(means.value[name] / means.value[OWN], shares)
         hits = None
         if OWN in rows and name in choices:
-            hits = float((choices[name] == own).mean())
+            hits = float((choices[name] == namesakes).mean())
         return Line(
             name,
             score=means.estimate(name),
@@ -281,7 +282,7 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
 
 
 def _rows(
-    marks: Marks, examples: Array, choices: Mapping[str, Array], own: Array | None
+    marks: Marks, examples: Array, choices: Mapping[str, Array], namesakes: Array | None
 ) -> dict[str, Array]:
     """The scores of each line, [examples]."""
     tasks = marks.columns["task"][examples]
@@ -298,8 +299,8 @@ def _rows(
         "random expert": experts.mean(axis=1),
         "oracle*": alone[numbers, best],
     }
-    if own is not None:
-        rows[OWN] = alone[numbers, own]
+    if namesakes is not None:
+        rows[OWN] = alone[numbers, namesakes]
     for name, scores in marks.columns.items():
         if name.startswith("score/routed/"):
             rows[name.removeprefix("score/routed/") + RUN] = scores[examples]

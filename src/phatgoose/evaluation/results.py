@@ -125,8 +125,10 @@ class Comparison:
     @property
     def every(self) -> dict[str, Mapping[str, TaskScore]]:
         """The results of rows and single experts by dataset, the base's first."""
-        first = {BASE: self.results[BASE]} if BASE in self.results else {}
-        return {**first, **self.experts, **self.results}
+        rows = {**self.experts, **self.results}
+        if BASE not in rows:
+            return rows
+        return {BASE: rows[BASE], **rows}
 
     def title(self, row: str) -> str:
         """A row's name in tables, with a star if its experts were chosen by these very scores."""

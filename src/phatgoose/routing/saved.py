@@ -323,7 +323,7 @@ def add_to_saved(
         pool = pool.measured(reader)
     records = [*saved.records, *pool.records()]
     router.check(pool)
-    check_measured(router, pool, records)
+    check_measured(router, records)
     sizes = {}
     for site, by_letter in saved.sizes.items():
         sizes[site] = {letter: by_letter[letter] for letter in "nd" if letter in by_letter}

@@ -53,7 +53,9 @@ class Collator:
     def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         if self._packs:
             return self._packed(pairs)
-        return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
+        if self._is_encoder_decoder:
+            return self._seq2seq(pairs)
+        return self._causal(pairs)
 
     def _packed(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         # A target's last token predicts nothing, so it is only a label.
@@ -61,16 +63,18 @@ class Collator:
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
         by_row = [list(map(texts.__getitem__, row)) for row in rows]
         packed = pack_rows(by_row, self._pad, self._dtype)
-        order = list(itertools.chain(*rows))
         places = list[int]()
         labels = list[int]()
-        for index, start in zip(order, packed.starts.tolist(), strict=True):
-            first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
+        prompts = list[int]()  # their lengths
+        for index, start in zip(itertools.chain(*rows), packed.starts.tolist(), strict=True):
+            pair = pairs[index]
+            first = max(len(pair.prompt), 1)  # a text's first token can't be predicted
             places += range(start + first - 1, start + texts[index].length)
-            labels += (pairs[index].prompt + pairs[index].target)[first:]
+            labels += (pair.prompt + pair.target)[first:]
+            prompts.append(len(pair.prompt))
         batch = {**packed.inputs, "labels": torch.tensor([labels]), "places": torch.tensor(places)}
         if self._tail is not None:
-            begin = torch.tensor([len(pairs[index].prompt) - self._tail for index in order])
+            begin = torch.tensor(prompts) - self._tail
             acts = packed.inputs["position_ids"] >= begin[packed.owners]
             batch["active"] = acts & (packed.owners >= 0)
         return batch
@@ -84,8 +88,8 @@ class Collator:
         if self._wants_positions:
             batch["position_ids"] = positions
         if self._tail is not None:
-            first = torch.tensor([[len(pair.prompt) - self._tail] for pair in pairs])
-            batch["active"] = mask.bool() & (positions >= first)
+            prompts = torch.tensor([len(pair.prompt) for pair in pairs])
+            batch["active"] = mask.bool() & (positions >= prompts[:, None] - self._tail)
         return batch
 
     def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
@@ -141,9 +145,8 @@ def batches_of_tokens(
     A row longer than the budget comes alone. With `padding` none has more than that and as much
     again as it is long.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     batch: list[int] = []
-    for index in order:
+    for index in longest_first(lengths):
         longest = lengths[batch[0]] if batch else 0
         is_short = padding is not None and longest > 2 * lengths[index] + padding
         if batch and (is_short or (len(batch) + 1) * longest > budget):
@@ -152,6 +155,11 @@ def batches_of_tokens(
         batch.append(index)
     if batch:
         yield batch
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The indices of `lengths`, greatest first."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 # Batches with almost no padding: several texts share a row, and none attends to another.
@@ -214,14 +222,18 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
     """Batches of rows of text indices: every text once, at most `budget` tokens with padding."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    order = longest_first(lengths)
     while order:
-        totals = list(itertools.accumulate(lengths[i] for i in order[: budget + 1]))
+        totals = list(itertools.accumulate(map(lengths.__getitem__, order[: budget + 1])))
         # A nearly full batch may leave its last texts to the next one: all of them could take long
         # rows.
+        cheapest = math.inf
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
-        costs = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
-        _, rows = min(costs, key=lambda cost: cost[0])
+        for end in sorted(ends, reverse=True):
+            cost, candidate = _rows(order[:end], lengths, budget)
+            if cost < cheapest:
+                cheapest = cost
+                rows = candidate
         yield rows
         order = order[sum(map(len, rows)) :]
 
@@ -230,7 +242,7 @@ def _rows(
     order: Sequence[int], lengths: Sequence[int], budget: int
 ) -> tuple[float, list[list[int]]]:
     """The cost of a token, and the indices in `order`, longest first, in the cheapest rows."""
-    total = sum(lengths[i] for i in order)
+    total = sum(map(lengths.__getitem__, order))
     best = math.inf
     rows = list[list[int]]()
     for count in range(-(-total // lengths[order[0]]), 0, -1):
@@ -241,14 +253,14 @@ def _rows(
             length, row, indices = heap[0]
             indices.append(index)
             heapq.heapreplace(heap, (length + lengths[index], row, indices))
-        shared = [(length, indices) for length, _, indices in heap if indices]
-        columns = max(length for length, _ in shared)
-        tokens = len(shared) * columns
+        filled = [indices for _, _, indices in heap if indices]
+        columns = max(heap)[0]
+        tokens = len(filled) * columns
         cost = tokens / total * (1 + columns / COSTLY_ROW)
         # One row has no padding and so always fits, but its attention is seldom cheap.
         if cost < best and (tokens <= budget or count == 1):
             best = cost
-            rows = [indices for _, indices in shared]
+            rows = filled
     return best, rows
 
 
@@ -297,8 +309,9 @@ SHORT_ROW = 256
 
 def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The logits that predict `batch["labels"]` of a `Collator`: its shape and the vocabulary's."""
-    ours = ("labels", "places", "active")
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in ours}
+    inputs: dict[str, Any] = dict(batch)
+    for ours in ("labels", "places", "active"):
+        inputs.pop(ours, None)
     # The position before the first label predicts it; the last position predicts nothing here.
     kept = batch["labels"].shape[1] + 1
     is_causal = "places" not in batch and "decoder_input_ids" not in batch
@@ -376,9 +389,9 @@ def read_pairs(
         real = real if active is None else active  # which are real
         see(site, u.flatten(0, -2) if real is None else u[real])
 
-    told = f"{one_line(label)}: means"
+    title = f"{one_line(label)}: means"
     hidden = True if label is None else None  # None: shown in a terminal only
-    bars = tqdm(total=len(pairs), desc=told, unit="prompt", disable=hidden)
+    bars = tqdm(total=len(pairs), desc=title, unit="prompt", disable=hidden)
     with bars as bar, watching(model, sites, see_real):
         for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
             inputs = collator([pairs[row] for row in rows])
@@ -436,10 +449,8 @@ def messages_by(
     start, following = encoder.around_message()
     tokenizer = encoder.tokenizer
     ids = torch.tensor([start] * count, device=model.device)
-    ends = set(end_tokens(model, tokenizer))
-    for token, added in tokenizer.added_tokens_decoder.items():
-        if added.special:
-            ends.add(token)
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    ends = {*end_tokens(model, tokenizer), *special}
     options = {"do_sample": True, "top_k": 0, "eos_token_id": [*ends]}  # its top_k is 50
     torch.manual_seed(seed)
     rows = continued(model, tokenizer, ids, torch.ones_like(ids), most, **options)

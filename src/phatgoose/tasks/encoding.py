@@ -8,7 +8,6 @@ a `Chat` is read through the base's chat template, whatever the formatting says.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
 from bisect import bisect_right
@@ -140,8 +139,7 @@ class Encoder:
         turns, around, prompt = self._chat(text)
         most = self._most(followed_by, around, around)
         how = self.formatting.truncation
-        lengths = [len(tokens) for _, _, tokens in turns]
-        if sum(lengths) <= most:
+        if len(prompt) - around <= most:
             return Fitted(prompt)
 
         def cut_to(level: int) -> list[int]:
@@ -154,7 +152,8 @@ class Encoder:
             return self._tokens(self._rendered(Chat(cut)))
 
         # The longest turns are cut to one length: the most with which all together fit.
-        sizes = range(1, max(lengths) + 1)
+        longest = max(len(tokens) for _, _, tokens in turns)
+        sizes = range(1, longest + 1)
         level = bisect_right(sizes, most + around, key=lambda size: len(cut_to(size)))
         return Fitted(cut_to(level), most)
 
@@ -202,7 +201,8 @@ class Encoder:
         start = self._tokens(before.rstrip(" "))  # a space is part of the word after it
         if not (start and after):
             raise BaseModelError("The base has no chat template to write prompts in; give some.")
-        return start, next(filter(None, map(str.strip, after.split("\n"))), after)
+        lines = filter(None, map(str.strip, after.split("\n")))
+        return start, next(lines, after)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
         return Cuts([pair.cut for pair in pairs], [pair.target_cut for pair in pairs])
@@ -237,23 +237,32 @@ class Encoder:
     def _chat(self, text: str) -> tuple[list[Turn], int, list[int]]:
         """(turns, how many tokens are around what they say, the whole prompt)."""
         chat = text if isinstance(text, Chat) else Chat([("user", text)])
-        turns = [(role, content, self._tokens(content)) for role, content in chat.turns]
         prompt = self._tokens(self._rendered(chat))
-        return turns, len(prompt) - sum(len(tokens) for _, _, tokens in turns), prompt
+        around = len(prompt)
+        turns = []
+        for role, content in chat.turns:
+            tokens = self._tokens(content)
+            around -= len(tokens)
+            turns.append((role, content, tokens))
+        return turns, around, prompt
 
     def _rendered(self, chat: Chat) -> str:
-        messages = [{"role": role, "content": content} for role, content in chat.turns]
         process = text_process(self.tokenizer)
-        return str(process.read([messages], add_generation_prompt=True)[0][0])
+        return str(process.read([_messages(chat.turns)], add_generation_prompt=True)[0][0])
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
         if self.is_encoder_decoder or self.in_template(text):
             return text, ""
-        # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
-        # first.
-        prompt = text if self._keeps_spaces else text.rstrip(" ") or text
-        return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
+        prompt = text
+        if not self._keeps_spaces:
+            # Where tokens begin with a space, the prompt's trailing ones are part of the answer's
+            # first.
+            prompt = text.rstrip(" ") or text
+        space = text[len(prompt) :]
+        if not (space or prompt[-1:].isspace()):
+            space = " "
+        return prompt, space
 
     def _following(self, prompt: str, text: str) -> list[int]:
         if self.is_encoder_decoder:
@@ -301,8 +310,7 @@ def _around_message(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[
     """
     if not tokenizer.chat_template:
         return None
-    turns = [("user", ""), ("assistant", ""), ("user", MARK)]
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages = _messages([("user", ""), ("assistant", ""), ("user", MARK)])
     try:
         process = text_process(tokenizer)
         rendered = process.read([messages, messages[-1:]], add_generation_prompt=True)
@@ -313,21 +321,31 @@ def _around_message(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[
     before, _, after = several.partition(MARK)
     first, _, _ = alone.partition(MARK)
     # Only before the first message the template writes more, such as a system prompt of its own.
-    pairs = zip(reversed(before), reversed(first), strict=False)
-    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    return ("".join(reversed(shared)), after) if shared else None
+    shared = 0
+    for one, other in zip(reversed(before), reversed(first), strict=False):
+        if one != other:
+            break
+        shared += 1
+    return (before[-shared:], after) if shared else None
+
+
+def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def added_tokens(
     tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool
 ) -> tuple[list[int], list[int]]:
     """(tokens, tokens) that the tokenizer adds around a prompt; none after a causal one."""
-    whole = list(tokenizer("a")["input_ids"])
+    tokens = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    starts = range(len(whole) - len(plain) + 1)
-    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    start = 0
+    for place in range(len(tokens) - len(plain), -1, -1):
+        if tokens[place : place + len(plain)] == plain:
+            start = place  # the first of all
     # A causal model continues the prompt, so an end after it is left out.
-    return whole[:start], whole[start + len(plain) :] if is_encoder_decoder else []
+    after = tokens[start + len(plain) :] if is_encoder_decoder else []
+    return tokens[:start], after
 
 
 def _end_of(text: str) -> str:
@@ -348,15 +366,21 @@ class Cuts:
     def report(self, task: str) -> None:
         """Log the cuts of `task`; warn from WARN_FROM on, and of cut targets."""
         for fitted, what in ((self.inputs, "input"), (self.targets, "target")):
-            cut = [most for most in fitted if most is not None]
-            several = "s" * (len(fitted) > 1)
-            text = f"{one_line(task)}: {len(cut)} of {len(fitted)} {what}{several} cut to "
-            if cut and what == "input" and len(cut) < WARN_FROM * len(fitted):
-                logger.info("%s%d tokens", text, max(cut))
-            elif cut:
-                warnings.warn(f"{text}{max(cut)} tokens.", stacklevel=2)
+            cut = _cut(fitted)
+            if not cut:
+                continue
+            if len(fitted) > 1:
+                what += "s"
+            text = f"{one_line(task)}: {len(cut)} of {len(fitted)} {what} cut to {max(cut)} tokens"
+            if what.startswith("input") and len(cut) < WARN_FROM * len(fitted):
+                logger.info(text)
+            else:
+                warnings.warn(f"{text}.", stacklevel=2)
 
     def record(self) -> dict[str, int]:
         """How many inputs there were, and how many were cut."""
-        cut = sum(most is not None for most in self.inputs)
-        return dict(zip(CUTS, (len(self.inputs), cut), strict=True))
+        return dict(zip(CUTS, (len(self.inputs), len(_cut(self.inputs))), strict=True))
+
+
+def _cut(fitted: Iterable[int | None]) -> list[int]:
+    return [most for most in fitted if most is not None]

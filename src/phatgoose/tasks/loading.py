@@ -27,7 +27,7 @@ from ..config import TASK_FILES
 from ..errors import TaskError
 from ..files import first_line, half_character, one_line, reading, regular, regular_file, shortened
 from ..names import HUB
-from .task import Chat, Example, Sources, Task, said_in
+from .task import Chat, Example, Sources, Task, request_in
 
 SEPARATOR = "|||"
 TEMPLATE_FAILURES = (
@@ -77,15 +77,21 @@ def load_task(
             a source without examples.
     """
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    rows, label = _in_memory(source, "memory"), "memory"
-    if isinstance(source, str | Path):
-        name, label = name or default_name(source), one_line(Path(source).name)
-        rows = _in_file(Path(source))
+    place = "memory"
+    label = place
+    if not isinstance(source, str | Path):
+        rows = _in_memory(source, label)
+    else:
+        name = name or default_name(source)
+        place = one_line(source, 140)
         if str(source).startswith(HUB):
-            rows, label = _on_hub(str(source)), str(source)
+            rows = _on_hub(str(source))
+            label = str(source)
+        else:
+            rows = _in_file(Path(source))
+            label = one_line(Path(source).name)
     with reading(f"The template, in the form 'input {SEPARATOR} target',", TaskError):
         templates = _compiled(template, choices)
-    place = one_line(source, 140) if isinstance(source, str | Path) else label
     with reading(place, TaskError):
         for place, row in rows:
             with reading(place, TaskError):
@@ -93,8 +99,8 @@ def load_task(
             splits[split].append(example)
     if not any(splits.values()):
         raise TaskError(f"{label} has no examples.")
-    parts: dict[str, Any] = {split: tuple(examples) for split, examples in splits.items()}
-    return Task(name or "task", **parts, source=label)
+    train, validation, test = map(tuple, splits.values())
+    return Task(name or "task", train, validation, test, label)
 
 
 def load_prompts(places: Iterable[str]) -> Task:
@@ -113,11 +119,9 @@ def load_prompts(places: Iterable[str]) -> Task:
         elif path.suffix in TASK_FILES:
             prompts += prompts_in(load_task(path, targets=False))
         else:
-            with (
-                reading(one_line(place), TaskError),
-                regular(path).open(encoding="utf-8-sig") as lines,
-            ):
-                prompts += [line.strip() for line in lines if line.strip()]
+            with reading(one_line(place), TaskError):
+                lines = regular(path).read_text(encoding="utf-8-sig").split("\n")
+            prompts += filter(None, map(str.strip, lines))
     if not prompts or not all(map(str.strip, prompts)) or half_character("".join(prompts)):
         raise TaskError(f"{shortened([*places])}: no prompts, or one is empty or not in UTF-8.")
     return Task("prompts", tuple(Example(prompt, "") for prompt in prompts))
@@ -125,22 +129,22 @@ def load_prompts(places: Iterable[str]) -> Task:
 
 def prompts_in(task: Task) -> list[str]:
     """The inputs of `task`, of chats the user's last message."""
-    prompts = []
-    for example in (*task.train, *task.validation, *task.test):
-        prompt = example.input
-        if isinstance(prompt, Chat):
-            prompt = said_in(prompt.turns)[1][-1]
-        prompts.append(prompt)
-    return prompts
+    examples = (*task.train, *task.validation, *task.test)
+    return [request_in(example.input) for example in examples]
 
 
-def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
+def given_tasks(source: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
     """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`.
 
     Raises TaskError for none.
     """
-    sources = [given] if isinstance(given, Task | str | Path) else given
-    tasks = [source if isinstance(source, Task) else load_task(source) for source in sources]
+    if isinstance(source, Task):
+        return [source]
+    if isinstance(source, str | Path):
+        return [load_task(source)]
+    tasks = []
+    for part in source:
+        tasks += given_tasks(part)
     if not tasks:
         raise TaskError("No task is given.")
     return tasks
@@ -234,7 +238,9 @@ def read_rows(
     Rows are read on access (`rows[i]`, or iterate); class labels stay numbers. Raises TaskError for
     a missing library, dataset, configuration or split, and an unreadable file.
     """
-    what = f"Split {split} of dataset {dataset}" + f" (configuration {config})" * bool(config)
+    what = f"Split {split} of dataset {dataset}"
+    if config:
+        what += f" (configuration {config})"
     library = _library("datasets", what)
     copy = None if sources.data is None else (sources.data / dataset).absolute()
     try:
@@ -255,8 +261,8 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
 
         files = [f"{config}/*"]
         copy = Path(snapshot_download(dataset, repo_type="dataset", allow_patterns=files))
-    place: object = copy
     exported = f"{config or '*'}/{split}/*.parquet"
+    place = str(copy)
     if copy is None:
         try:
             return library.load_dataset(dataset, config, split=split)
@@ -292,8 +298,10 @@ def examples_of(
 # anything there, so little is read, and what isn't clearly a prompt is none.
 
 PROMPT_FILES = ("prompts.txt", "examples.jsonl", "README.md")  # the first that is there
-MOST_PROMPTS, LONGEST_PROMPT = 64, 4000  # characters
-MOST_BYTES, MOST_OF_A_CARD = 2**20, 2**15  # more YAML than that could take seconds
+MOST_PROMPTS = 64
+LONGEST_PROMPT = 4000  # characters
+MOST_BYTES = 2**20
+MOST_OF_A_CARD = 2**15  # more YAML than that could take seconds
 OF_TOOLS = {"What is your favorite condiment?"}  # AutoTrain writes it into every card
 FRONT = re.compile(r"(?ms)---[ \t]*\n(.*?)^---[ \t]*$")
 # Headings; blocks, with their content if it is plain text; headings of prompts; code, templates and
@@ -315,34 +323,42 @@ def prompts_beside(folder: Path) -> tuple[str, ...]:
     A card's are the examples of its widget, else blocks of plain text under a heading that says so.
     A file that can't be read is a warning.
     """
-    prompts: list[str] = []
+    for name in PROMPT_FILES:
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        return ()
     try:
-        for path in [p for name in PROMPT_FILES if (p := folder / name).is_file()][:1]:
-            with reading(path, TaskError):
-                if (size := regular_file(path, TaskError).stat().st_size) > MOST_BYTES:
-                    raise ValueError(f"it has {size} bytes, and at most {MOST_BYTES} are read")
-                is_card = path.suffix == ".md"
-                prompts = _on_card(path) if is_card else prompts_in(load_prompts([str(path)]))
+        with reading(path, TaskError):
+            prompts = _read_prompts(path)
     except TaskError as error:
         warnings.warn(f"No prompts are read beside an adapter: {error}", stacklevel=2)
+        return ()
     return tuple(text[:LONGEST_PROMPT] for text in prompts[:MOST_PROMPTS])
+
+
+def _read_prompts(path: Path) -> list[str]:
+    size = regular_file(path, TaskError).stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, and at most {MOST_BYTES} are read")
+    if path.suffix == ".md":
+        return _on_card(path)
+    return prompts_in(load_prompts([str(path)]))
 
 
 def _on_card(path: Path) -> list[str]:
     card = path.read_text(encoding="utf-8")[:MOST_OF_A_CARD]
     front = FRONT.match(card)
-    shown = yaml.load(front[1], _WithoutAliases) if front else None
-    widget = shown.get("widget") if isinstance(shown, dict) else None
+    end = 0
     prompts: list[str] = []
-    for example in widget[:MOST_PROMPTS] if isinstance(widget, list) else [widget]:
-        row = example if isinstance(example, dict) else {"text": example}
-        row = {"prompt": row.get("text"), "messages": row.get("messages")}
-        with suppress(TaskError):
-            prompts += {*prompts_in(load_task([row], targets=False))} - OF_TOOLS
+    if front:
+        end = front.end()
+        prompts = _of_widget(yaml.load(front[1], _WithoutAliases))
     if prompts:
         return prompts
     heading = ""
-    for part in SECTIONS.finditer(card, front.end() if front else 0):
+    for part in SECTIONS.finditer(card, end):
         heading = part[1] or heading
         block = (part[3] or "").strip()
         if SHOWS.match(heading) and not NO_PROMPT.search(block):
@@ -350,8 +366,20 @@ def _on_card(path: Path) -> list[str]:
     return prompts
 
 
+def _of_widget(front: object) -> list[str]:
+    widget = front.get("widget") if isinstance(front, dict) else None
+    examples = widget if isinstance(widget, list) else [widget]
+    prompts: list[str] = []
+    for example in examples[:MOST_PROMPTS]:
+        row = example if isinstance(example, dict) else {"text": example}
+        row = {"prompt": row.get("text"), "messages": row.get("messages")}
+        with suppress(TaskError):
+            prompts += {*prompts_in(load_task([row], targets=False))} - OF_TOOLS
+    return prompts
+
+
 class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]  # untyped
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: object, index: object) -> object:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
             raise ValueError("its YAML has aliases")
         return super().compose_node(parent, index)
@@ -360,21 +388,22 @@ class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]  # untyped
 # From a row to an example
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     """Numbers as texts, and nothing (or NaN, of an empty cell) as an empty one."""
     if isinstance(value, list | tuple | dict):
         return value
-    return "" if value is None or value != value else str(value)
+    is_nothing = value is None or value != value
+    return "" if is_nothing else str(value)
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """A list of texts; a CSV cell holds it separated by |||."""
-    if not isinstance(value, str):
-        return value or ()
-    return _stripped(value.split(SEPARATOR)) if value.strip() else ()
+    if isinstance(value, str) and value.strip():
+        return _stripped(value.split(SEPARATOR))
+    return () if isinstance(value, str) else value or ()
 
 
-def _stripped(answers: Any) -> Any:
+def _stripped(answers: object) -> object:
     if isinstance(answers, list | tuple):
         return list(map(_stripped, answers))
     return answers.strip() if isinstance(answers, str) else answers
@@ -401,8 +430,9 @@ class _Turn(BaseModel):
 
     @property
     def text(self) -> str:
-        parts = self.content
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 class _Answer(_Turn):
@@ -425,8 +455,39 @@ class _Row(BaseModel):
 def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tuple[str, Example]:
     """(split, example) of a row, which may be a line of JSON."""
     content = FIELDS.validate_python(json.loads(row) if isinstance(row, str) else row)
-    filled = _rendered(content, templates) if templates else content
-    filled = {name: value for name, value in filled.items() if value is not None}
+    fields = _rendered(content, templates) if templates else content
+    read = _Row.model_validate(_in_our_form(fields, targets))
+    target = read.target
+    text = read.input
+    if read.messages:
+        text = Chat((turn.role, turn.text) for turn in read.messages)
+    what = ""
+    if not text.strip():
+        what = "input"
+    elif targets and not target.strip():
+        what = "target"
+    if what:
+        raise ValueError(
+            f"{what} is missing or empty; the fields there are "
+            f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template"
+        )
+    if read.choices and target:
+        _check_among("target", (target,), read.choices)
+    if read.choices and read.references:
+        _check_among("reference", read.references, read.choices)
+    return read.split, Example(text, target, read.choices, read.references)
+
+
+def _check_among(what: str, answers: Sequence[str], choices: Sequence[str]) -> None:
+    if set(answers).isdisjoint(choices):
+        wrong = ", ".join(map(repr, answers))
+        raise ValueError(f"{what} {wrong} is not among the choices {list(choices)}")
+
+
+def _in_our_form(fields: Mapping[str, Any], targets: bool) -> dict[str, Any]:
+    """The fields of `_Row`, of a row in any of the forms."""
+    filled = {name: value for name, value in fields.items() if value is not None}
+    filled["split"] = filled.get("split") or "train"
     messages = filled.pop("messages", ())
     if isinstance(filled.get("prompt"), list):  # of turns, and so is the completion
         messages = [*filled.pop("prompt"), *filled.pop("completion", ())]
@@ -443,42 +504,32 @@ def _example(row: Any, templates: Mapping[str, Template], targets: bool) -> tupl
         else:
             filled |= {"messages": before, "target": _Answer.model_validate(answer).text}
     elif "target" not in filled and "instruction" in filled and {"input", "output"} & {*filled}:
-        parts = [_stripped(_text(filled.get(name))) for name in ("instruction", "input")]
+        parts: Any = [_stripped(_text(filled.get(name))) for name in ("instruction", "input")]
         filled |= {"input": "\n\n".join(filter(None, parts)), "target": filled.get("output")}
-    read = _Row.model_validate({**filled, "split": filled.get("split") or "train"})
-    turns = [(turn.role, turn.text) for turn in read.messages]
-    text = Chat(turns) if turns else read.input
-    target = read.target
-    if not text.strip() or (targets and not target.strip()):
-        raise ValueError(
-            f"{'target' if text.strip() else 'input'} is missing or empty; the fields there are "
-            f"{one_line(', '.join(content)) or 'none'}. Wanted {FORMS}, or a template"
-        )
-    for what, answers in ("target", [target]), ("reference", read.references):
-        if read.choices and any(answers) and not {*answers} & {*read.choices}:
-            wrong = ", ".join(map(repr, answers))
-            raise ValueError(f"{what} {wrong} is not among the choices {list(read.choices)}")
-    return read.split, Example(text, target, read.choices, read.references)
+    return filled
 
 
 def _compiled(template: str | None, choices: str | None) -> dict[str, Template]:
     """The templates of the fields that are rendered; choices come first, others may name them."""
     environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=_printed)
-    texts = {"choices": choices} if choices else {}
+    templates = {}
+    if choices:
+        templates["choices"] = environment.from_string(choices)
     if template is not None:
-        texts["input"], texts["target"] = template.split(SEPARATOR)
-    return {key: environment.from_string(text) for key, text in texts.items()}
+        text, target = map(environment.from_string, template.split(SEPARATOR))
+        templates |= {"input": text, "target": target}
+    return templates
 
 
 def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict[str, Any]:
     rendered = dict(row)
     for key, template in templates.items():
-        text = template.render({**row, "answer_choices": rendered.get("choices")})
-        parts = _stripped(text.split(SEPARATOR))
-        rendered[key] = parts if key == "choices" else text.strip()
-    answers = ("target", "choices", "references")
-    return rendered | {key: _stripped(rendered.get(key)) for key in answers}
+        text = template.render({**row, "answer_choices": rendered.get("choices")}).strip()
+        rendered[key] = _stripped(text.split(SEPARATOR)) if key == "choices" else text
+    for key in ("target", "choices", "references"):
+        rendered[key] = _stripped(rendered.get(key))
+    return rendered
 
 
-def _printed(value: Any) -> Any:
+def _printed(value: object) -> object:
     return StrictUndefined(name="an empty field that it prints") if value is None else value

@@ -50,10 +50,18 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
 
     The last message stands for a user who says nothing.
     """
-    said = [(role, text) for role, text in turns if text.strip()] or [("user", "")]
-    system = "\n\n".join(text for role, text in said if role in SYSTEM)
-    messages = [text for role, text in said if role == "user"] or [said[-1][1]]
-    return system[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:]
+    last = ""
+    system = list[str]()
+    messages = list[str]()
+    for role, text in turns:
+        if not text.strip():
+            continue
+        last = text
+        if role in SYSTEM:
+            system.append(text)
+        elif role == "user":
+            messages.append(text)
+    return "\n\n".join(system)[:SYSTEM_CHARACTERS], messages[-MOST_MESSAGES:] or [last]
 
 
 def request_in(text: str) -> str:
@@ -120,15 +128,15 @@ class Task:
     max_new_tokens: int | None = None
 
     def __repr__(self) -> str:
-        splits = {split: getattr(self, split) for split in ("train", "validation", "test")}
-        counts = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
-        return f"<Task {self.name!r} from {self.source!r} ({counts})>"
+        counts = f"train: {len(self.train)}, validation: {len(self.validation)}"
+        return f"<Task {self.name!r} from {self.source!r} ({counts}, test: {len(self.test)})>"
 
     @property
     def digest(self) -> str:
         """A hash of all examples: the same for the same data, wherever they came from."""
-        parts = (self.train, self.validation, self.test)
-        splits = [[example.content for example in part] for part in parts]
+        splits = []
+        for part in (self.train, self.validation, self.test):
+            splits.append([example.content for example in part])
         return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 
     def with_validation(self, seed: int = 0) -> Task:
@@ -146,10 +154,15 @@ class Task:
             )
         count = min(max(1, round(len(self.train) * VALIDATION_SHARE)), VALIDATION_MOST)
         chosen = set(random.Random(seed).sample(range(len(self.train)), count))
+        train = list[Example]()
+        validation = list[Example]()
+        for index, example in enumerate(self.train):
+            part = validation if index in chosen else train
+            part.append(example)
         return replace(
             self,
-            train=tuple(row for i, row in enumerate(self.train) if i not in chosen),
-            validation=tuple(row for i, row in enumerate(self.train) if i in chosen),
+            train=tuple(train),
+            validation=tuple(validation),
             validation_origin=f"{count} of {len(self.train)} training examples, seed {seed}",
         )
 
@@ -181,14 +194,18 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
     so that the few that training draws are not all of the largest task. Raises TaskError when one
     can't be trained on.
     """
-    divided = [task.with_validation(seed) for task in tasks]
-    parts = [draw(task.train, most, seed) for task in divided]
-    sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))
-    validation = [draw(task.validation, VALIDATION_MOST, seed) for task in divided]
+    train = list[Example]()
+    validation = list[Example]()
+    sizes = []
+    for task in [task.with_validation(seed) for task in tasks]:  # all of them can be trained on
+        part = draw(task.train, most, seed)
+        train += part
+        validation += draw(task.validation, VALIDATION_MOST, seed)
+        sizes.append(f"{task.source} ({len(part)})")
     return Task(
         name,
-        train=tuple(row for part in parts for row in part),
-        validation=tuple(row for part in validation for row in part),
+        train=tuple(train),
+        validation=tuple(validation),
         source=f"mixture of {', '.join(sizes)}",
         validation_origin=f"each task's own, or set apart from it by seed {seed}; at most "
         f"{VALIDATION_MOST} of each",

@@ -26,6 +26,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
 from phatgoose.base import (
@@ -67,14 +68,14 @@ UNASKED = ("ngram", "ngram_gpu", "suffix")  # vLLM's ways of guessing ahead with
 def replace_layers() -> None:
     """Register our layers in place of vLLM's. Raises ConfigError for an impossible place."""
     check_place(os.environ.get(MODEL))
-    for each in REPLACED:
-        if each.__name__ not in op_registry_oot:
-            each.register_oot(name=each.__name__)(_routed(each))
+    for kind in REPLACED:
+        if kind.__name__ not in op_registry_oot:
+            kind.register_oot(name=kind.__name__)(_routed(kind))
 
 
-def _routed(kind: type[Any]) -> type[Any]:
-    def construct(self: Any, *given: Any, **named: Any) -> None:
-        kind.__init__(self, *given, **named)
+def _routed(kind: type[LinearBase]) -> type[LinearBase]:
+    def construct(self: LinearBase, *arguments: object, **options: object) -> None:
+        kind.__init__(self, *arguments, **options)
         _loading_of(get_current_vllm_config()).equip(self)
 
     # vLLM looks some layers up by the name of their class.
@@ -84,29 +85,29 @@ def _routed(kind: type[Any]) -> type[Any]:
 class RoutedMethod:
     """Before a linear method's class: what it computes, and the experts' updates."""
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]
         if layer.phatgoose_names:
             tensors = [getattr(layer, name) for name in layer.phatgoose_names]
             op.add_routed(y, x, tensors, layer.phatgoose_update)
         return y
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         layer.phatgoose_loading.finish(layer)
         super().process_weights_after_loading(layer)  # type: ignore[misc]
 
 
 @cache
-def _method_class(kind: type[Any]) -> type[Any]:
+def _method_class(kind: type[LinearMethodBase]) -> type[LinearMethodBase]:
     return type(kind.__name__, (RoutedMethod, kind), {"__module__": __name__})
 
 
-def routed_method(method: Any) -> Any:
+def routed_method(method: LinearMethodBase) -> LinearMethodBase:
     """`method` with the experts after it; still of its class, by which vLLM chooses kernels."""
     kind: Any = type(method)
-    found = object.__new__(_method_class(kind))
-    found.__dict__ = dict(vars(method))
-    return found
+    routed = object.__new__(_method_class(kind))
+    vars(routed).update(vars(method))
+    return routed
 
 
 # One model while vLLM loads it.
@@ -117,11 +118,12 @@ class Loading:
 
     def __init__(self, config: VllmConfig) -> None:
         _check_config(config)
-        self.config, self.served = config, open_served()
+        self.config = config
+        self.served = open_served()
         self.model_class, _ = get_model_architecture(config.model_config)
         packed = getattr(self.model_class, "packed_modules_mapping", None) or {}
         mapper = getattr(self.model_class, "hf_to_vllm_mapper", None)
-        rename = mapper.map_name if mapper is not None else (lambda name: name)
+        rename = mapper.map_name if mapper is not None else str
         self.sites: dict[str, dict[int, str]] = {}  # by layer, of those that it packs
         self.counts: dict[str, int] = {}
         for site in self.served.sites:
@@ -136,53 +138,55 @@ class Loading:
         if isinstance(config.additional_config, dict):
             config.additional_config["phatgoose"] = sha256(graph.encode()).hexdigest()
 
-    def equip(self, layer: Any) -> None:
+    def equip(self, layer: LinearBase) -> None:
         """Give `layer` its experts' factors, if it has experts. Raises RoutingError."""
         sites = self.sites.get(layer.prefix)
         if sites is None:
             return
         self.equipped.add(layer.prefix)
-        share, is_plain, folds = share_of(layer), _is_plain(layer), self.served.router.folds
-        parts = parts_of(layer.prefix, share, sites, self.counts[layer.prefix])
-        is_packed = len(share.sections) > 1 and self.counts[layer.prefix] == 1
-        if not is_plain and (folds or is_packed):
-            why = (
-                f"router {self.served.router.name} adds experts to weights"
-                if folds
-                else "the base has it packed, in an order that can't be seen then"
-            )
+        share = share_of(layer)
+        folds = self.served.router.folds
+        count = self.counts[layer.prefix]
+        parts = parts_of(layer.prefix, share, sites, count)
+        why = ""
+        if folds:
+            why = f"router {self.served.router.name} adds experts to weights"
+        elif len(share.sections) > 1 and count == 1:
+            why = "the base has it packed, in an order that can't be seen then"
+        if why and not _is_plain(layer):
             raise RoutingError(f"{layer.prefix} is quantised, and {why}: {GATEWAY}.")
-        layer.phatgoose_loading, layer.phatgoose_parts = self, parts
-        layer.phatgoose_names, layer.phatgoose_update = (), -1
+        layer.phatgoose_loading = self
+        layer.phatgoose_parts = parts
+        layer.phatgoose_names = ()
+        layer.phatgoose_update = -1
         layer.requires_unquantized_input = True  # vLLM may quantise in the layer before otherwise
         layer.quant_method = routed_method(layer.quant_method)
         if not folds:
             self._hold(layer, share, parts)
 
-    def _hold(self, layer: Any, share: Share, parts: tuple[Part, ...]) -> None:
+    def _hold(self, layer: LinearBase, share: Share, parts: tuple[Part, ...]) -> None:
         served = self.served
-        experts = [served.experts(part, share, layer.params_dtype) for part in parts]
-        # The sizes go with the pool and the part; what else an update is, with the router.
-        sizes = tuple(
-            (part.first, part.width, len(each.A)) for part, each in zip(parts, experts, strict=True)
-        )
-        key = (served.place, served.router.routing, served.names, share, sizes)
-
-        updates = tuple(
-            op.SiteUpdate(served.router, each.numbers, tuple(each.state), part.first, part.width)
-            for part, each in zip(parts, experts, strict=True)
-        )
-        split = op.Split(share.inputs, _sum) if share.splits_inputs else None
-        layer.phatgoose_update = op.place_of_update(key, op.LayerUpdate(updates, split))
-        device, names = torch.get_default_device(), []
-        for index, each in enumerate(experts):
-            for name, tensor in {**each.state, "A": each.A, "B": each.B}.items():
+        updates = []
+        names = []
+        sizes = []
+        for index, part in enumerate(parts):
+            experts = served.experts(part, share, layer.params_dtype)
+            sizes.append((part.first, part.width, len(experts.A)))
+            state = tuple(experts.state)
+            router = served.router
+            updates.append(op.SiteUpdate(router, experts.numbers, state, part.first, part.width))
+            for name, tensor in {**experts.state, "A": experts.A, "B": experts.B}.items():
                 names.append(f"phatgoose_{index}_{name}")
                 # No parameters: vLLM would look for them in the base's files.
-                layer.register_buffer(names[-1], tensor.to(device), persistent=False)
+                here = tensor.to(torch.get_default_device())
+                layer.register_buffer(names[-1], here, persistent=False)
         layer.phatgoose_names = tuple(names)
+        # The sizes go with the pool and the part; what else an update is, with the router.
+        key = (served.place, served.router.routing, served.names, share, tuple(sizes))
+        split = op.Split(share.inputs, _sum) if share.splits_inputs else None
+        layer.phatgoose_update = op.place_of_update(key, op.LayerUpdate(tuple(updates), split))
 
-    def finish(self, layer: Any) -> None:
+    def finish(self, layer: LinearBase) -> None:
         """Once the weights are there, before vLLM rearranges them: check them; fold, if so."""
         if not self.is_checked:
             self._check_model()
@@ -199,7 +203,9 @@ class Loading:
     def _check_model(self) -> None:
         missing = sorted(self.sites.keys() - self.equipped)
         if missing:
-            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            shown = ", ".join(missing[:3])
+            if len(missing) > 3:
+                shown += ", …"
             raise RoutingError(
                 f"Experts act on {shown}, and vLLM's {self.model_class.__name__} has no linear "
                 f"layer there that can be routed ({len(missing)} of {len(self.sites)} layers): "
@@ -227,14 +233,12 @@ class Loading:
         if stored is None:
             return
         outputs = torch.cat([torch.arange(rows.start, rows.stop) for rows in part.rows])
-        some = torch.arange(0, part.width, max(1, part.width // 8))
-        wanted = stored if stored.shape[1] == share.inputs else stored.T  # GPT-2's are [n, d]
-        choices = [wanted, stored.T] if stored.shape[0] == stored.shape[1] else [wanted]
-        found = weight[some.to(weight.device)].cpu()
-        for choice in choices:
+        sample = torch.arange(0, part.width, max(1, part.width // 8))
+        loaded = weight[sample.to(weight.device)].cpu()
+        for choice in (stored, stored.T):  # GPT-2's are [n, d]
             if outputs[-1] < len(choice) and choice.shape[1] == share.inputs:
-                expected = choice[outputs[some]][:, share.columns].to(found.dtype)
-                if torch.equal(expected, found):
+                expected = choice[outputs[sample]][:, share.columns].to(loaded.dtype)
+                if torch.equal(expected, loaded):
                     return
         raise RoutingError(
             f"vLLM's weight at {part.site} isn't what the files of {self.files.name} have there: "
@@ -243,9 +247,8 @@ class Loading:
         )
 
 
-def share_of(layer: Any) -> Share:
+def share_of(layer: LinearBase) -> Share:
     """What this process holds of a linear layer of vLLM's."""
-    held = list(layer.output_partition_sizes)
     if isinstance(layer, linear.QKVParallelLinear):
         keys = layer.total_num_kv_heads
         # vLLM's own output_sizes count keys once for each process that has a copy.
@@ -253,18 +256,17 @@ def share_of(layer: Any) -> Share:
         totals += [keys * layer.head_size, keys * layer.v_head_size]
     else:
         totals = list(getattr(layer, "output_sizes", [layer.output_size]))
-    sections = tuple(Section(*sizes) for sizes in zip(totals, held, strict=True))
+    sections = tuple(map(Section, totals, layer.output_partition_sizes))
     inputs = getattr(layer, "input_size_per_partition", layer.input_size)
     return Share(layer.input_size, inputs, sections, layer.tp_rank, layer.tp_size)
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: LinearBase) -> bool:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype != layer.params_dtype or weight.is_meta:
         return False
-    share = share_of(layer)
-    held = sum(section.held for section in share.sections)
-    return weight.shape == (held, share.held_inputs)
+    outputs = sum(layer.output_partition_sizes)
+    return weight.shape == (outputs, share_of(layer).held_inputs)
 
 
 def _sum(scores: Tensor) -> Tensor:
@@ -284,8 +286,8 @@ def _check_config(config: VllmConfig) -> None:
             guesses is not None and guesses.method not in UNASKED
         ),
     }
-    for why, is_asked in refused.items():
-        if is_asked:
+    for why, is_set in refused.items():
+        if is_set:
             raise ConfigError(f"{MODEL} is set, and {why}: leave one of them out.")
 
 
@@ -305,38 +307,44 @@ class BaseFiles:
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        self.name, self.revision = config.model_config.model, config.model_config.revision
+        self.name = config.model_config.model
+        self.revision = config.model_config.revision
         self.is_made_up = config.load_config.load_format == "dummy"
         self.cache = config.load_config.download_dir
 
-    def check(self, wanted: BaseReference) -> bool:
-        """True if these are of the base `wanted`; False, with a warning, where it can't be seen.
+    def check(self, base: BaseReference) -> bool:
+        """True if these are of this `base`; False, with a warning, where it can't be seen.
 
         Raises WrongBaseError where they are another's.
         """
-        why = "its weights are made up" if self.is_made_up else "its config.json can't be used"
-        found = None
-        if not self.is_made_up and self.skeleton is not None:
-            found = fingerprint_of_files(self.skeleton, self.tensors)
-            why = "its files are quantised, or laid out otherwise than transformers has it"
-        if wanted.fingerprint is None or found is None:
-            logger.warning(
-                "phatgoose: %s can't be compared with the experts' base, %s, which is taken on "
-                "trust: %s.",
-                self.name,
-                wanted.id,
-                "the experts have no fingerprint" if wanted.fingerprint is None else why,
-            )
-            return False
-        check_base(wanted, BaseReference(self.name, self.revision, found))
-        return True
+        why = ""
+        fingerprint = None
+        if base.fingerprint is None:
+            why = "the experts have no fingerprint"
+        elif self.is_made_up:
+            why = "its weights are made up"
+        elif self.skeleton is None:
+            why = "its config.json can't be used"
+        else:
+            fingerprint = fingerprint_of_files(self.skeleton, self.tensors)
+        if fingerprint is not None:
+            check_base(base, BaseReference(self.name, self.revision, fingerprint))
+            return True
+        logger.warning(
+            "phatgoose: %s can't be compared with the experts' base, %s, which is taken on trust: "
+            "%s.",
+            self.name,
+            base.id,
+            why or "its files are quantised, or laid out otherwise than transformers has it",
+        )
+        return False
 
     def weight(self, site: str) -> Tensor | None:
         """The whole weight of a layer of the base, None where the files have none of this name."""
         if self.is_made_up or self.skeleton is None:
             return None
-        found = tensor_named(self.skeleton, f"{site}.weight", self.tensors)
-        return found if found is not None and found.is_floating_point() else None
+        weight = tensor_named(self.skeleton, f"{site}.weight", self.tensors)
+        return weight if weight is not None and weight.is_floating_point() else None
 
     @cached_property
     def skeleton(self) -> PreTrainedModel | None:
@@ -350,8 +358,10 @@ class BaseFiles:
     def tensors(self) -> Mapping[str, Tensor]:
         folder = Path(self.name)
         if not folder.is_dir():
-            how: Any = {"cache_dir": self.cache, "local_files_only": True}
-            folder = Path(snapshot_download(self.name, revision=self.revision, **how))
+            stored = snapshot_download(
+                self.name, revision=self.revision, cache_dir=self.cache, local_files_only=True
+            )
+            folder = Path(stored)
         try:
             files = [TensorFile(path) for path in sorted(folder.glob("*.safetensors"))]
         except ExpertError as error:  # of a type that is none of ours, say

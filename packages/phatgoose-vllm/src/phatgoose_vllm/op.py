@@ -45,12 +45,13 @@ class SiteUpdate:
         at_site: Any = SimpleNamespace(**self.numbers, **tensors_here)
         u = u.to(A.dtype)
         if over is None and self.router.fused:
-            stacked, k = (at_site.vectors, A, B), at_site.k
-            add_routed = one_call(self.router.kernel, y, u, stacked, k)
+            stacked = (at_site.vectors, A, B)
+            add_routed = one_call(self.router.kernel, y, u, stacked, at_site.k)
             if add_routed is not None:
-                add_routed(y, u, stacked, k, at_site.eps)
+                add_routed(y, u, stacked, at_site.k, at_site.eps)
                 return
-        decision = self.router.decision(u, at_site) if over is None else over.decision(u, at_site)
+        chooser = over or self.router
+        decision = chooser.decision(u, at_site)
         kernel = choose_kernel(self.router.kernel, u, decision.experts, A, B)
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
@@ -88,16 +89,17 @@ class LayerUpdate:
     split: Split | None = None
 
     def add(self, y: Tensor, u: Tensor, tensors: Sequence[Tensor]) -> None:
-        tokens, out = u.reshape(-1, u.shape[-1]), y.view(-1, y.shape[-1])
+        tokens = u.reshape(-1, u.shape[-1])
+        rows = y.view(-1, y.shape[-1])
         begin = 0
         for site in self.sites:
             end = begin + len(site.names) + len(FACTORS)
-            own = out[:, site.first : site.first + site.width]
+            outputs = rows[:, site.first : site.first + site.width]
             # Kernels add to rows without gaps; in a packed layer a part is copied there and back.
-            part = own.contiguous()
+            part = outputs.contiguous()
             site.add(part, tokens, tensors[begin:end], self.split)
-            if part.data_ptr() != own.data_ptr():
-                own.copy_(part)
+            if part.data_ptr() != outputs.data_ptr():
+                outputs.copy_(part)
             begin = end
 
 

@@ -86,8 +86,11 @@ class Part:
 
     def of(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """The share of a `tensor` with the site's outputs in `dim`."""
-        found = [tensor.narrow(dim, r.start, r.stop - r.start) for r in self.rows]
-        return found[0] if len(found) == 1 else torch.cat(found, dim)
+        if len(self.rows) == 1:
+            rows = self.rows[0]
+            return tensor.narrow(dim, rows.start, rows.stop - rows.start)
+        outputs = torch.arange(self.outputs, device=tensor.device)
+        return tensor.index_select(dim, torch.cat([outputs[rows] for rows in self.rows]))
 
 
 class Place(NamedTuple):
@@ -104,11 +107,12 @@ def place_of(
     """Where `site` is, by a model's `packed_modules_mapping` and its `rename` of weights' names."""
     renamed = (rename(f"{site}.weight") or "").removesuffix(".weight")
     parent, _, leaf = renamed.rpartition(".")
-    own = site.rpartition(".")[2]
+    in_base = site.rpartition(".")[2]
     for name, members in packed.items():
         # vLLM's renaming may have the packed name already.
-        if own in members and leaf in (own, name):
-            return Place(f"{parent}.{name}".lstrip("."), list(members).index(own), len(members))
+        if in_base in members and leaf in (in_base, name):
+            member = list(members).index(in_base)
+            return Place(f"{parent}.{name}".lstrip("."), member, len(members))
     return Place(renamed, 0, 1)
 
 
@@ -124,8 +128,9 @@ def parts_of(layer: str, share: Share, sites: Mapping[int, str], count: int) -> 
             f"isn't known here. {ELSEWHERE}"
         )
     # One site in several sections is a layer that the base itself has packed.
-    groups = [sections] if count == 1 else [(section,) for section in sections]
-    parts, first = [], 0
+    groups = [sections] if count == 1 else list(zip(sections, strict=True))
+    parts = []
+    first = 0
     for index, group in enumerate(groups):
         width = sum(section.held for section in group)
         if index in sites:
@@ -136,13 +141,15 @@ def parts_of(layer: str, share: Share, sites: Mapping[int, str], count: int) -> 
 
 
 def _rows_of(share: Share, group: Iterable[Section]) -> tuple[slice, ...]:
-    rows, begin = [], 0
+    rows = []
+    begin = 0
+    width = 0
     for section in group:
-        found = share.rows(section)
-        rows.append(slice(begin + found.start, begin + found.stop))
+        here = share.rows(section)
+        rows.append(slice(begin + here.start, begin + here.stop))
         begin += section.total
-    whole = begin == sum(row.stop - row.start for row in rows)
-    return (slice(0, begin),) if whole else tuple(rows)
+        width += section.held
+    return (slice(0, begin),) if width == begin else tuple(rows)
 
 
 # What is opened.
@@ -204,9 +211,9 @@ class Served:
                     f"--tensor-parallel-size 1, or router phatgoose."
                 )
             tensors["vectors"] = tensors["vectors"][..., share.columns].contiguous()
-        A, B = lora.A[..., share.columns], part.of(lora.B)
+        A = lora.A[..., share.columns].contiguous()
         numbers = {name: getattr(at_site, name) for name in ("k", "E", "eps", "pool_size")}
-        return Experts(numbers, tensors, A.contiguous(), B.contiguous())
+        return Experts(numbers, tensors, A, part.of(lora.B).contiguous())
 
     @_as_usual()
     def folded(self, part: Part, share: Share, weight: Tensor) -> Tensor:
@@ -215,7 +222,8 @@ class Served:
         if saved is not None:
             return part.of(saved, 0)[:, share.columns].to(weight)
         _, lora, _ = self._at(part.site, weight.dtype)
-        A, B = lora.A[..., share.columns].to(weight.device), part.of(lora.B).to(weight.device)
+        A = lora.A[..., share.columns].to(weight.device)
+        B = part.of(lora.B).to(weight.device)
         outputs, inputs = weight.shape
         layer = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -240,7 +248,9 @@ def open_served() -> Served:
     place = os.environ.get(MODEL)
     check_place(place)
     saved = read_saved(Path(str(place)))
-    router, why, instead = saved.router, "", f"{GATEWAY}; or use router phatgoose"
+    router = saved.router
+    why = ""
+    instead = f"{GATEWAY}; or use router phatgoose"
     if isinstance(router, ByPrompt):
         why = "reads the whole prompt before its first token, and vLLM's layers see tokens only"
     elif isinstance(router, Random):

@@ -32,16 +32,22 @@ SMALLEST = 1e-8
 class Arrow(Router):
     """Router arrow."""
 
-    name, label, needs, usual_k = "arrow", "Arrow", ("lora",), 2
-    sizes, fused = {"vectors": "En"}, ABSOLUTE
+    name = "arrow"
+    label = "Arrow"
+    needs = ("lora",)
+    usual_k = 2
+    sizes = {"vectors": "En"}  # noqa: RUF012
+    fused = ABSOLUTE
 
     form: Annotated[Literal["svd", "peft"], "The variant: svd (the paper's) or peft."] = "svd"
     temperature: Temperature = 1.0
 
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
-        factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
-        vectors = torch.stack([arrow_vector(lora, self.form) for lora in factors])
-        return {"vectors": vectors if self.temperature == 1 else vectors / self.temperature}
+        vectors = []
+        for expert in pool.experts:
+            if site in expert.lora:
+                vectors.append(arrow_vector(expert.lora[site], self.form))
+        return {"vectors": torch.stack(vectors) / self.temperature}
 
     def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
         return products(u, at_site.vectors).abs()
@@ -49,7 +55,8 @@ class Arrow(Router):
 
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero."""
-    A, B = lora.A.float(), lora.B.float()
+    A = lora.A.float()
+    B = lora.B.float()
     if form == "peft":
         return _power_iteration(A, B, seed)
     small = small_svd(A, B)

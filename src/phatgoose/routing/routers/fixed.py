@@ -31,8 +31,11 @@ class Random(Router):
     Draws depend on `seed`, the site, and how many tokens passed since `restart`.
     """
 
-    name, label, usual_k = "random", "Random", 2
-    equal, by_token = True, False
+    name = "random"
+    label = "Random"
+    usual_k = 2
+    equal = True
+    by_token = False
 
     seed: Annotated[int, "Seed of the draws.", SEED] = 0
 
@@ -55,7 +58,9 @@ class Merged(Router):
     site counts with zero, so that weights sum to less than 1. A pool of one is that expert alone.
     """
 
-    name, label, folds = "merged", "Merged Experts", True
+    name = "merged"
+    label = "Merged Experts"
+    folds = True
 
     def constant(self, at_site: RouterAtSite) -> Tensor:
         return torch.full((at_site.E,), 1 / at_site.pool_size, device=at_site.members.device)
@@ -65,7 +70,9 @@ class Merged(Router):
 class Single(Merged):
     """Router single: the expert that the user names, as a pool of one."""
 
-    name, label, given = "single", "Single expert", ("expert",)
+    name = "single"
+    label = "Single expert"
+    given = ("expert",)
     folds = grows = False
 
     expert: Annotated[str | None, "The expert's name; a pool of one needs none."] = None
@@ -86,7 +93,9 @@ class BestIndividual(Merged):
     It knows the tasks' answers beforehand: not zero-shot.
     """
 
-    name, label, given = "best-individual", "Best Individual", ("scores",)
+    name = "best-individual"
+    label = "Best Individual"
+    given = ("scores",)
     folds = grows = False
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
@@ -100,7 +109,9 @@ class Oracle(ByPrompt):
     It knows the tasks' answers beforehand: not zero-shot.
     """
 
-    name, label, given = "oracle", "Oracle", ("scores", "task")
+    name = "oracle"
+    label = "Oracle"
+    given = ("scores", "task")
     grows = per_input = False
     unserved = "Router oracle goes by the task's name, which evaluate and compare tell it."
 
@@ -113,11 +124,15 @@ class Oracle(ByPrompt):
         return dict(tables.info.get("experts_by_task", {}))
 
     def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
-        task, best = known.get("task"), chooser.ready
+        task = known.get("task")
+        best = chooser.ready
+        if task is None:
+            raise RoutingError(self.unserved)
         if task not in best:
             tasks = one_line(", ".join(sorted(best)))
-            lacking = f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
-            raise RoutingError(self.unserved if task is None else lacking)
+            raise RoutingError(
+                f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
+            )
         return Choice.alone(torch.full((len(prompts),), best[task]))
 
 
@@ -175,7 +190,9 @@ class Weights(ByPrompt):
     weights:reviews=0.7,trivia=0.3.
     """
 
-    name, label, given = WEIGHTS, "Given weights", ("weights",)
+    name = WEIGHTS
+    label = "Given weights"
+    given = ("weights",)
     grows = per_input = False
 
     mixture: Annotated[
@@ -189,7 +206,7 @@ class Weights(ByPrompt):
 
     @property
     def text(self) -> str:
-        return ":".join([self.name, *filter(None, [self.mixture])])
+        return f"{self.name}:{self.mixture}" if self.mixture else self.name
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -199,8 +216,10 @@ class Weights(ByPrompt):
         return pool.select(self.weights) if self.weights else pool
 
     def constant(self, at_site: RouterAtSite) -> Tensor | None:
-        weights = [self.weights.get(at_site.names[z], 0.0) for z in at_site.members.tolist()]
-        return torch.tensor(weights) if self.weights else None
+        if not self.weights:
+            return None
+        names = [at_site.names[z] for z in at_site.members.tolist()]
+        return torch.tensor([self.weights.get(name, 0.0) for name in names])
 
     def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         if not self.weights:
@@ -223,8 +242,9 @@ def mixture_of(weights: Mapping[str, float], names: Sequence[str]) -> Choice:
                 f"The pool has no expert {one_line(name, 80)!r}; it has {', '.join(names)}."
                 f"{closest(name[:80], names)}"
             )
-    acting = sorted((pair for pair in weights.items() if pair[1]), key=lambda pair: -abs(pair[1]))
+    acting = [name for name, weight in weights.items() if weight]
     if not acting:
         return Choice(torch.tensor([[NOBODY]]), torch.zeros(1, 1))
-    experts = torch.tensor([[names.index(name) for name, _ in acting]])
-    return Choice(experts, torch.tensor([[weight for _, weight in acting]]))
+    acting.sort(key=lambda name: -abs(weights[name]))
+    experts = torch.tensor([list(map(names.index, acting))])
+    return Choice(experts, torch.tensor([[weights[name] for name in acting]]))

@@ -58,8 +58,12 @@ def affinities(u: Tensor, vectors: Tensor, eps: float) -> Tensor:
 class Phatgoose(Router):
     """Router phatgoose, the paper's: standardised gates."""
 
-    name, label, needs, usual_k = "phatgoose", "PHATGOOSE", ("gates",), 2
-    sizes, fused = {"vectors": "En"}, STANDARDISED
+    name = "phatgoose"
+    label = "PHATGOOSE"
+    needs = ("gates",)
+    usual_k = 2
+    sizes = {"vectors": "En"}  # noqa: RUF012
+    fused = STANDARDISED
     # The kernels skip the mean of u: v̄ sums to 0, so v̄ᵀū = v̄ᵀu / √(var u + ε).
 
     eps: Eps = 1e-5
@@ -67,7 +71,7 @@ class Phatgoose(Router):
 
     def table(self, pool: Pool, site: str) -> dict[str, Tensor]:
         vectors = standardise(pool.vectors(self.needs[0], site).float())
-        return {"vectors": vectors if self.temperature == 1 else vectors / self.temperature}
+        return {"vectors": vectors / self.temperature}
 
     def scores(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
         return affinities(u, at_site.vectors, self.eps)
@@ -80,4 +84,6 @@ class AverageActivation(Phatgoose):
     Means are taken over the tokens of the expert's training inputs (`training.train_expert`).
     """
 
-    name, label, needs = "average-activation", "Average Activation", ("means",)
+    name = "average-activation"
+    label = "Average Activation"
+    needs = ("means",)

@@ -30,7 +30,6 @@ from ...config import EmbeddingForm
 from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...tasks.embeddings import (
-    PAPER_TEXT,
     PROMPT,
     TEXTS,
     embed_texts,
@@ -57,11 +56,13 @@ class Searched(NamedTuple):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The unit vectors of texts, of which MOST_CHARACTERS count."""
-        whole = [text[:MOST_CHARACTERS] for text in texts]
-        vectors = embed_texts(whole, self.embedder) if whole else torch.empty(0)
+        if not texts:
+            raise RoutingError("Can't choose: there is no prompt.")
+        vectors = embed_texts([text[:MOST_CHARACTERS] for text in texts], self.embedder)
         if vectors.shape[1:] != self.rows.shape[1:]:
-            why = f"the experts' embeddings aren't {self.embedder}'s (sizes differ)"
-            raise RoutingError(f"Can't choose: {why if whole else 'there is no prompt'}.")
+            raise RoutingError(
+                f"Can't choose: the experts' embeddings aren't {self.embedder}'s (sizes differ)."
+            )
         return vectors
 
 
@@ -73,8 +74,9 @@ class Embeds(ByPrompt):
     rows: ClassVar[str] = "embeddings"  # the table with what is searched
 
     def ready(self, tables: Tables) -> Searched:
-        info, form = tables.info, getattr(self, "form", PROMPT)
-        if "embedder" not in info or info.get("embedding_form", PAPER_TEXT) != form:
+        info = tables.info
+        form = getattr(self, "form", PROMPT)
+        if "embedder" not in info or info.get("embedding_form") != form:
             raise RoutingError(f"routed.json names no embedder of {TEXTS[form]}.")
         embedder = usable_embedder(info["embedder"], self.embedder)
         load_embedder(embedder)  # not with the first prompt
@@ -93,7 +95,9 @@ class Embeds(ByPrompt):
 class Retrieval(Embeds):
     """Router retrieval: scores an expert by its nearest stored training input."""
 
-    name, label, usual_k = "retrieval", "Retrieval", 1
+    name = "retrieval"
+    label = "Retrieval"
+    usual_k = 1
     prompt_sizes: ClassVar[Mapping[str, str]] = {"embeddings": "Mc", OWNERS: "M"}
 
     form: Annotated[
@@ -118,9 +122,9 @@ class Retrieval(Embeds):
         return Tables(pool.names, {"embeddings": stored.rows, OWNERS: stored.owners}, info)
 
     def ready(self, tables: Tables) -> Searched:
-        every = super().ready(tables)
-        some = _within_bound(every.owners)
-        return every._replace(rows=every.rows[some], owners=every.owners[some])
+        stored = super().ready(tables)
+        chosen = _within_bound(stored.owners)
+        return stored._replace(rows=stored.rows[chosen], owners=stored.owners[chosen])
 
     def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         """In the paper's form the prompts are embedded with the answer choices of `examples`."""
@@ -134,7 +138,10 @@ class Retrieval(Embeds):
 class Centroid(Embeds):
     """Router centroid: scores an expert by the cosine of its centroid."""
 
-    name, label, usual_k, rows = "centroid", "Centroid", 3, "centroids"
+    name = "centroid"
+    label = "Centroid"
+    usual_k = 3
+    rows = "centroids"
     prompt_sizes: ClassVar[Mapping[str, str]] = {"centroids": "Ec"}
 
     temperature: Temperature = 0.2
@@ -162,11 +169,13 @@ def best_of_each(scores: Tensor, owners: Tensor, experts: int) -> Tensor:
 
 def embeddings_of(pool: Pool, form: str = PROMPT) -> Searched:
     """The embeddings of all experts of `pool`: one embedder's, one `form`'s; else PoolError."""
-    rows, kinds = list[Tensor](), set[tuple[str, int]]()
+    rows = list[Tensor]()
+    kinds = set[tuple[str, int]]()
+    flag = "" if form == PROMPT else f" --embedding-form {form}"
     for expert in pool.experts:
-        info, stored = expert.info, expert.embeddings
-        if stored is None or not info.embedder or (info.embedding_form or PAPER_TEXT) != form:
-            flag = "" if form == PROMPT else f" --embedding-form {form}"
+        info = expert.info
+        stored = expert.embeddings
+        if stored is None or not info.embedder or info.embedding_form != form:
             raise PoolError(
                 f"Expert {expert.name!r} has no embeddings of {TEXTS[form]}; measure them: "
                 f"phatgoose stats {expert.directory} --task ITS-DATA --embeddings --no-means "
@@ -188,6 +197,9 @@ def _within_bound(owners: Tensor) -> Tensor:
     most = max(1, int(BOUND * stored.quantile(0.5)))
     if stored.max() <= most:
         return torch.arange(len(owners))
-    rows = [(owners == z).nonzero().flatten() for z in counts.nonzero().flatten()]
-    spaced = [each[torch.linspace(0, len(each) - 1, min(len(each), most)).long()] for each in rows]
+    spaced = []
+    for z in counts.nonzero():
+        rows = (owners == z).nonzero().flatten()
+        places = torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()
+        spaced.append(rows[places])
     return torch.cat(spaced).sort().values

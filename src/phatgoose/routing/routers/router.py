@@ -28,7 +28,8 @@ Scores = Mapping[str, Mapping[str, float]]  # of single experts: expert -> task 
 PLURAL = {"lora": "LoRAs"}  # needs that are no words themselves
 CHOSEN = ("kernel", "embedder", "reader", "reader_device")  # by the user, for any router
 OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
-STANDARDISED, ABSOLUTE = "v̄ᵀū/√n", "|vᵀu|"  # scores that kernels know
+STANDARDISED = "v̄ᵀū/√n"  # scores that kernels know, and the next
+ABSOLUTE = "|vᵀu|"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Router(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "k", (self.k or self.usual_k) if self.usual_k else 0)
+        k = self.k or self.usual_k
+        object.__setattr__(self, "k", k if self.usual_k else 0)
 
     # As text.
 
@@ -163,7 +165,9 @@ class Router(Settings):
             lacking = pool.lacking(need)
             if lacking:
                 names = ", ".join(map(repr, lacking))
-                who = f"Expert {names} has" if len(lacking) == 1 else f"Experts {names} have"
+                who = f"Expert {names} has"
+                if len(lacking) > 1:
+                    who = f"Experts {names} have"
                 remedy = ""
                 if need in REMEDIES:
                     remedy = f"run 'phatgoose {REMEDIES[need]}' with the data of the training, "
@@ -221,19 +225,21 @@ class Router(Settings):
             experts = torch.arange(at_site.E, device=u.device).expand_as(weights)
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
-            given = u, at_site.vectors, at_site.k, at_site.eps
-            if native.runs_natively(u, at_site.vectors):
-                return RoutingDecision(*native.top_experts(*given))
-            if triton_gpu.runs_on_triton(u, at_site.vectors):
-                return RoutingDecision(*triton_gpu.top_experts(*given))
+            vectors = at_site.vectors
+            if native.runs_natively(u, vectors):
+                chosen = native.top_experts(u, vectors, at_site.k, at_site.eps)
+                return RoutingDecision(*chosen)
+            if triton_gpu.runs_on_triton(u, vectors):
+                chosen = triton_gpu.top_experts(u, vectors, at_site.k, at_site.eps)
+                return RoutingDecision(*chosen)
         scores = self.scores(u, at_site)
         if active is not None:
             scores = scores.masked_fill(~active, -torch.inf)
         experts = highest(scores, at_site.k)  # E_t
-        chosen = scores.gather(-1, experts)
+        highest_scores = scores.gather(-1, experts)
         if self.equal:  # softmax of equal numbers
-            chosen = torch.where(chosen == -torch.inf, chosen, 0.0)
-        weights = chosen.softmax(dim=-1)
+            highest_scores = highest_scores.masked_fill(highest_scores != -torch.inf, 0.0)
+        weights = highest_scores.softmax(dim=-1)
         return RoutingDecision(experts, weights if active is None else weights.nan_to_num(0.0))
 
     def distribution(self, u: Tensor, at_site: RouterAtSite) -> Tensor:
@@ -306,23 +312,29 @@ class RouterAtSite(nn.Module):
 
 def all_routers() -> dict[str, type[Router]]:
     """The classes of all routers by name, ours first. What can't be loaded is a warning."""
-    known: dict[str, type] = {AUTO: Router, **{name: class_of(name) for name in OURS}}
-    add_entry_points(ENTRY_POINTS, known, type)
-    known = {**known, **Router.defined, **known}
-    return {name: kind for name, kind in known.items() if issubclass(kind, Router) and kind.name}
+    kinds: dict[str, type] = {AUTO: Router}
+    for name in OURS:
+        kinds[name] = class_of(name)
+    add_entry_points(ENTRY_POINTS, kinds, type)
+    for name, kind in Router.defined.items():
+        kinds.setdefault(name, kind)
+    return {name: kind for name, kind in kinds.items() if issubclass(kind, Router) and kind.name}
 
 
 def class_of(router: str) -> type[Router]:
     """The class of a router, named with or without settings. Raises ConfigError without one."""
     name = router.partition(":")[0]
     if name in OURS:
-        inside = vars(importlib.import_module(f".{OURS[name].place}", __package__)).values()
-        ours: type[Router] = next(each for each in inside if getattr(each, "name", None) == name)
+        module = importlib.import_module(f".{OURS[name].place}", __package__)
+        # Not by `defined`, which another package may have changed.
+        ours: type[Router] = next(
+            kind for kind in vars(module).values() if getattr(kind, "name", None) == name
+        )
         return ours
-    others = all_routers()
-    if name in others:
-        return others[name]
-    raise unknown(router, [each for each in (AUTO, *others) if each != name])
+    kinds = all_routers()
+    if name not in kinds:
+        raise unknown(router, [AUTO, *kinds])
+    return kinds[name]
 
 
 def router_of(routing: Routing) -> Router:
@@ -345,7 +357,9 @@ def written(value: object) -> str:
     """The `value` of a setting as users write it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return str(value)
 
 
 def check_served(router: Router) -> None:
@@ -357,19 +371,23 @@ def check_served(router: Router) -> None:
 def check_routing(router: Router, pool: Pool) -> None:
     """Raise PoolError for experts that lack what `router` needs; warn when `k` exceeds the pool."""
     router.check(pool)
-    check_measured(router, pool, pool.records())
+    check_measured(router, pool.records())
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
 
 
-def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, Any]]) -> None:
-    """Raise PoolError where `router` would compare statistics of plain and quantised bases.
+def check_measured(router: Router, records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise PoolError where `router` would compare means of plain and quantised bases.
 
-    `records` are of all experts, those of `pool` among them.
+    `records` are of all experts. A reader makes prompt statistics, whatever the base is.
     """
-    # bfloat16, float16 and float32 differ by rounding only.
-    measured = [str(record["measured_in"]) for record in records if record.get("measured_in")]
-    kinds = {one_line(each.partition(", ")[2], 80) or "not quantised" for each in measured}
-    if len(kinds) > 1 and {"means", "readings"} & set(router.used(pool)):
+    if "means" not in router.needs:
+        return
+    kinds = set[str]()
+    for record in records:
+        dtype, _, quantised = (record.get("measured_in") or "").partition(", ")
+        if dtype:  # bfloat16, float16 and float32 differ by rounding only
+            kinds.add(one_line(quantised, 80) or "not quantised")
+    if len(kinds) > 1:
         raise PoolError(
             f"Router {router.name} compares the experts' statistics, but they were measured on a "
             f"base in different precisions ({', '.join(sorted(kinds))}). Measure them again on one "

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,24 @@ def suite(name: str) -> Suite:
     """
     table = read_table(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     listed, _, complete = name.partition("-")
-    names = [task for task in table[listed] if complete or task not in table["not_evaluated"]]
-    return Suite(name, tuple(_entry(t, table["tasks"][t], table["dataset"]) for t in names))
+    entries = []
+    for task in table[listed]:
+        if complete or task not in table["not_evaluated"]:
+            entries.append(_entry(task, table["tasks"][task], table["dataset"]))
+    return Suite(name, tuple(entries))
 
 
 def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
     dataset = row.get("dataset", dataset)
-    most = row["max_length"] - 1 if "max_length" in row else None  # it counts the start token too
+    most = None
+    if "max_length" in row:
+        most = row["max_length"] - 1  # it counts the start token too
     task = Task(name, source=f"{dataset}, {name}", metrics=(row["metric"],), max_new_tokens=most)
-    splits, make = ["train", "validation"], partial(_of_bigbench, row.get("references"))
+    splits = ["train", "validation"]
+    make = partial(_of_bigbench, row.get("references"))
     if "dataset" in row:
-        splits, make = ["test"], partial(_of_bbh, tuple(row.get("choices", ())))
+        splits = ["test"]
+        make = partial(_of_bbh, tuple(row.get("choices", ())))
 
     def read(sources: Sources) -> Task:
         examples: list[Example] = []
@@ -61,14 +69,15 @@ def _of_bbh(choices: tuple[str, ...], row: Mapping[str, Any]) -> Example:
 
 def _of_bigbench(references: str | None, row: Mapping[str, Any]) -> Example:
     """Of a row of tasksource/bigbench the choices, all targets or the first one are right."""
-    text, targets = row["inputs"] + SUFFIX, row["targets"]
+    text = row["inputs"] + SUFFIX
+    targets = row["targets"]
     target = max(targets, key=len)
     if references != "choices":
-        right = tuple(targets if references == "all" else targets[:1])
-        return Example(text, target, (), right)
+        count = len(targets) if references == "all" else 1
+        return Example(text, target, (), tuple(targets[:count]))
     choices = tuple(row["multiple_choice_targets"])
-    scored = zip(choices, row["multiple_choice_scores"], strict=True)
-    right = tuple(choice for choice, score in scored if score == 1)
+    is_right = [score == 1 for score in row["multiple_choice_scores"]]
+    right = tuple(compress(choices, is_right))
     if target not in right:  # a target may continue with a reason, as in strategyqa
         target = _nearest(target, right or choices)
     return Example(text, target, choices, right or (target,))
@@ -78,6 +87,8 @@ def _nearest(target: str, choices: tuple[str, ...]) -> str:
     """The choice most like the target, position by position; ties go to the shorter, then the
     later.
     """
-    equal = [sum(a == b for a, b in zip(target, choice, strict=False)) for choice in choices]
-    ranked = [(equal[i], -len(choice), i) for i, choice in enumerate(choices)]
+    ranked = []
+    for index, choice in enumerate(choices):
+        equal = sum(map(str.__eq__, target, choice))
+        ranked.append((equal, -len(choice), index))
     return choices[max(ranked)[2]]

@@ -74,7 +74,9 @@ def _split(task: Task, examples: list[Example]) -> Task:
 
 
 def _zero_shot(row: Mapping[str, Any]) -> Example | None:
-    kind, text, target = row["_template_type"], row["inputs"], row["targets"]
-    zero_shot = any(name in (kind or "") for name in ZERO_SHOT)
-    is_whole = (text or "").strip() and (target or "").strip()
-    return Example(text, target) if zero_shot and is_whole else None
+    kind = row["_template_type"] or ""
+    text = row["inputs"] or ""
+    target = row["targets"] or ""
+    is_zero_shot = any(name in kind for name in ZERO_SHOT)
+    is_complete = text.strip() and target.strip()
+    return Example(text, target) if is_zero_shot and is_complete else None

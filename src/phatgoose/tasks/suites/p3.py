@@ -16,7 +16,8 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from statistics import multimode
 from typing import Any, NamedTuple, cast
@@ -58,7 +59,7 @@ class PromptTemplate:
 
     @cached_property
     def fields(self) -> frozenset[str]:
-        names: set[str] = set()
+        names = set[str]()
         for source in (self.jinja, self.answer_choices or ""):
             names |= find_undeclared_variables(ENVIRONMENT.parse(source))
         return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
@@ -81,7 +82,7 @@ class PromptTemplate:
         parts = _split(_compiled(_truncating(self.jinja)).render(values))
         if len(parts) < 2 or not parts[0] or not parts[1]:
             return None
-        references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
+        references = tuple(filter(None, parts[1:])) if len(parts) > 2 else ()
         return Example(parts[0], parts[1], tuple(choices or ()), references)
 
 
@@ -198,7 +199,7 @@ class P3Dataset:
         package = Path(spec.origin).parent if spec and spec.origin else Path("promptsource")
         folder = sources.templates or package / "templates"
         templates = read_templates(folder, self.templates)
-        return [template for template in templates if template.name not in self.ignored]
+        return [each for each in templates if each.name not in self.ignored]
 
     def rows(
         self, split: str, templates: Iterable[PromptTemplate], sources: Sources
@@ -211,7 +212,8 @@ class P3Dataset:
             rows = cast(Any, rows).rename_columns(names)
         fields = rows[0].keys()
         for template in templates:
-            if missing := template.fields - fields:
+            missing = template.fields - fields
+            if missing:
                 raise TaskError(
                     f"Split {split} of {self.hub} has no field {min(missing)}, which the template "
                     f"{template.name!r} needs; its fields are {', '.join(fields)}."
@@ -229,11 +231,11 @@ def ranked(_: Row, example: Example) -> Example | None:
 
 def generated(references: str | None, row: Row, example: Example) -> Example:
     """Its answer is compared with what the row has at `references`, such as "answers.text"."""
-    answers: Any = row if references else ()
-    for name in references.split(".") if references else ():
-        answers = answers[name]
+    answers: Any = ()
+    if references:
+        answers = reduce(getitem, references.split("."), row)
     texts = [answers] if isinstance(answers, str) else answers or ()
-    right = tuple(text for text in texts if text.strip()) or example.references
+    right = tuple(filter(str.strip, texts)) or example.references
     return replace(example, choices=(), references=right)
 
 
@@ -245,7 +247,9 @@ def picked(
     These have no input or no target, no target among the choices, or no template that can be
     filled. Raises TaskError if none is left.
     """
-    examples, lost, failure = list[Example](), 0, ""
+    examples = list[Example]()
+    lost = 0
+    failure = ""
     for row, template, number in pairs:
         try:
             example = template.render(row)
@@ -257,12 +261,12 @@ def picked(
             lost += 1
         else:
             examples.append(replace(example, row=number))
-    told = (
+    message = (
         f"{what}: {lost} of {lost + len(examples)} pairs of a row and a prompt template are left "
         f"out, without an input or a target, or a target among the choices.{failure}"
     )
     if not examples:
-        raise TaskError(told)
+        raise TaskError(message)
     if lost:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(message, stacklevel=3)
     return tuple(examples)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -14,8 +14,8 @@ from ...config import TASK_FILES, closest
 from ...errors import TaskError
 from ...files import add_entry_points, read_table, reading, shortened
 from ...names import HUB
-from ..loading import FILES, SPLITS, default_name, load_task
-from ..task import Entry, Sources, Suite, Task, mix, refuse_twice
+from ..loading import FILES, default_name, load_task
+from ..task import Entry, Example, Sources, Suite, Task, mix, refuse_twice
 from . import bigbench, flan, t0
 
 # A new suite is a module with a function, and a record here.
@@ -35,11 +35,9 @@ SUITES: dict[str, SuiteRecord] = {
     "t0hi": SuiteRecord(t0.t0_held_in, trainable=True),
     "t0ho": SuiteRecord(t0.t0_held_out),
     "flan": SuiteRecord(flan.flan, trainable=True),
-    **{
-        name: SuiteRecord(partial(bigbench.suite, name))
-        for name in ("bbh", "bbl", "bbh-23", "bbl-24")
-    },
 }
+for _name in ("bbh", "bbl", "bbh-23", "bbl-24"):
+    SUITES[_name] = SuiteRecord(partial(bigbench.suite, _name))
 
 
 @cache  # looking for entry points takes a while, and adds them to SUITES once
@@ -60,40 +58,54 @@ def open_suite(name_or_path: str | Path) -> Suite:
 
     Entries read their files later. Raises TaskError, naming file and key, for anything else.
     """
-    known, path = known_suites(), Path(name_or_path)
-    if isinstance(name_or_path, str) and name_or_path in known:
-        return known[name_or_path].open()
+    suites = known_suites()
+    path = Path(name_or_path)
+    folder = path.parent
+    if isinstance(name_or_path, str) and name_or_path in suites:
+        return suites[name_or_path].open()
     if path.suffix == ".toml":
-        content, folder = read_table(path, "Suite", TaskError), path.parent
+        content = read_table(path, "Suite", TaskError)
     elif name_or_path and path.is_dir():
-        files = [file.name for file in sorted(path.iterdir()) if file.suffix in TASK_FILES]
-        tables = [{"file": name} for name in files if not name.startswith(".")]
-        content, folder = {"name": path.resolve().name, "tasks": tables}, path
+        folder = path
+        tables = []
+        for file in sorted(path.iterdir()):
+            if file.suffix in TASK_FILES and not file.name.startswith("."):
+                tables.append({"file": file.name})
+        content = {"name": path.resolve().name, "tasks": tables}
     elif path.suffix in TASK_FILES and path.is_file():
-        content, folder = {"tasks": [{"file": path.name}]}, path.parent
+        content = {"tasks": [{"file": path.name}]}
     else:
         raise TaskError(
-            f"Suite {shortened(str(name_or_path))} is neither a known name ({', '.join(known)}) "
-            f"nor a folder of task files nor a .toml, {FILES}.{closest(name_or_path, known)}"
+            f"Suite {shortened(str(name_or_path))} is neither a known name ({', '.join(suites)}) "
+            f"nor a folder of task files nor a .toml, {FILES}.{closest(name_or_path, suites)}"
         )
     with reading(f"Suite {path}", TaskError):
         table = _SuiteTable.model_validate(content)
     entries = [_entry(folder / task.file, task, table.suffix) for task in table.tasks]
-    refuse_twice("tasks", (entry.name for entry in entries))
-    return Suite(table.name or path.stem, tuple(entries))
+    suite = Suite(table.name or path.stem, tuple(entries))
+    refuse_twice("tasks", suite.names)
+    return suite
 
 
 def _entry(file: Path, table: _TaskTable, suffix: str) -> Entry:
-    name, metrics = table.name or default_name(file), tuple(table.metrics)
-    suffix = suffix if table.suffix is None else table.suffix
+    name = table.name or default_name(file)
+    metrics = tuple(table.metrics)
+    if table.suffix is not None:
+        suffix = table.suffix
+
+    def suffixed(examples: Iterable[Example]) -> tuple[Example, ...]:
+        return tuple(replace(example, input=example.input + suffix) for example in examples)
 
     def read(_: Sources) -> Task:
         task = load_task(file, name=name)
-        splits: dict[str, Any] = {
-            split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
-            for split in SPLITS
-        }
-        return replace(task, **splits, metrics=metrics, max_new_tokens=table.max_new_tokens)
+        return replace(
+            task,
+            train=suffixed(task.train),
+            validation=suffixed(task.validation),
+            test=suffixed(task.test),
+            metrics=metrics,
+            max_new_tokens=table.max_new_tokens,
+        )
 
     return Entry(name, read, metrics, table.max_new_tokens, source=str(file))
 
@@ -115,6 +127,7 @@ class _SuiteTable(BaseModel, extra="forbid", strict=True):
 
 
 Origin = Literal["file", "copy", "hub"]
+ORIGINS: tuple[Origin, ...] = ("file", "copy", "hub")  # a mixture's is the last of its parts'
 
 
 @dataclass(frozen=True)
@@ -144,24 +157,30 @@ class TrainingTask:
         if self.origin == "file" or self.parts:
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
-        places = (self.sources.data, self.sources.templates)
-        return replace(self, sources=Sources(*(each and each.absolute() for each in places)))
+        data = self.sources.data
+        templates = self.sources.templates
+        sources = Sources(data and data.absolute(), templates and templates.absolute())
+        return replace(self, sources=sources)
 
 
 def mixture(
     tasks: Sequence[TrainingTask], name: str, *, most: int | None = None, seed: int = 0
 ) -> TrainingTask:
     """`mix` of tasks that are not loaded yet: the paper's Multitask reference (section 4.2)."""
-    counts = [task.entry.train_examples for task in tasks]
-    known = [count if most is None else min(count, most) for count in counts if count is not None]
-    origins = {task.origin for task in tasks}
+    total: int | None = 0
+    for task in tasks:
+        count = task.entry.train_examples
+        if total is None or count is None:
+            total = None
+        else:
+            total += count if most is None else min(count, most)
     entry = Entry(
         name,
         lambda _: mix([task.load() for task in tasks], name, most=most, seed=seed),
-        train_examples=sum(known) if len(known) == len(tasks) else None,
+        train_examples=total,
         source=f"mixture of {len(tasks)} tasks",
     )
-    origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
+    origin = max((task.origin for task in tasks), key=ORIGINS.index, default=ORIGINS[0])
     return TrainingTask(entry, name, origin, Sources(), tuple(tasks))
 
 
@@ -183,12 +202,13 @@ def open_tasks(
     `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
     Raises TaskError for anything else, and for a suite to evaluate on only.
     """
-    sources, known = sources or Sources(), known_suites()
+    sources = sources or Sources()
+    suites = known_suites()
+    origin: Origin
     tasks: list[TrainingTask] = []
     for name in names:
-        whole, _, dataset = name.rpartition("/")
         if name.startswith(HUB) or name.endswith(TASK_FILES):
-            origin: Origin = "hub" if name.startswith(HUB) else "file"
+            origin = "hub" if name.startswith(HUB) else "file"
             read = partial(_read, name, template, choices)
             entry = Entry(default_name(name), read, source=name)
             tasks.append(TrainingTask(entry, name, origin, sources))
@@ -197,17 +217,19 @@ def open_tasks(
             raise TaskError(
                 f"A template is for task files and hub:DATASET; {name} has prompts of its own."
             )
-        is_one = whole in known or whole.endswith(".toml")
-        named = whole if is_one else name.rstrip("/")
-        trainable = [each for each in known if known[each].trainable]
-        if named in known and named not in trainable:
-            raise TaskError(
-                f"Suite {named} is only for evaluation; to train on are {', '.join(trainable)}."
-            )
-        suite = open_suite(named)
-        origin = "file" if named not in known else "hub" if sources.data is None else "copy"
-        tasks += (
-            TrainingTask(entry, f"{named}/{entry.name}", origin, sources)
-            for entry in ((suite.entry(dataset),) if is_one else suite.entries)
-        )
+        parent, _, dataset = name.rpartition("/")
+        is_one = parent in suites or parent.endswith(".toml")
+        place = parent if is_one else name.rstrip("/")
+        origin = "file"
+        if place in suites:
+            origin = "hub" if sources.data is None else "copy"
+            if not suites[place].trainable:
+                trainable = [suite for suite, record in suites.items() if record.trainable]
+                raise TaskError(
+                    f"Suite {place} is only for evaluation; to train on are {', '.join(trainable)}."
+                )
+        suite = open_suite(place)
+        entries = [suite.entry(dataset)] if is_one else suite.entries
+        for entry in entries:
+            tasks.append(TrainingTask(entry, f"{place}/{entry.name}", origin, sources))
     return tasks

@@ -8,7 +8,7 @@ the draws are `random`'s instead of numpy's, and unusable pairs (see `picked`) a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle, groupby
@@ -35,7 +35,7 @@ def t0_held_in() -> Suite:
     in memory. The validation split, on which that code selects, has one example per row, with
     original-task templates in turn; `validation_origin` says where it is from.
     """
-    return Suite("t0hi", tuple(held_in_entry(table) for table in _tables()["held_in"]))
+    return Suite("t0hi", tuple(map(held_in_entry, _tables()["held_in"])))
 
 
 def held_in_entry(table: Mapping[str, Any]) -> Entry:
@@ -58,11 +58,11 @@ def t0_held_out() -> Suite:
     Every row of the evaluation split comes in every original-task template, so that a task's
     accuracy is the mean over its templates. Story Cloze must be requested from its authors.
     """
-    datasets = [P3Dataset(**_tupled(table)) for table in _tables()["held_out"]]
-    entries = (
-        Entry(each.name, partial(_held_out_task, each), ACCURACY, source=each.source)
-        for each in datasets
-    )
+    entries = []
+    for table in _tables()["held_out"]:
+        dataset = P3Dataset(**_tupled(table))
+        read = partial(_held_out_task, dataset)
+        entries.append(Entry(dataset.name, read, ACCURACY, source=dataset.source))
     return Suite("t0ho", tuple(entries))
 
 
@@ -96,12 +96,11 @@ def _tupled(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
     templates = dataset.prompt_templates(sources)
-    original = [
-        template
-        for template in templates
-        if template.name not in dataset.ignored_in_validation
-        and (template.original_task or dataset.validation_templates != "original")
-    ]
+    original = []
+    for template in templates:
+        fits = template.original_task or dataset.validation_templates != "original"
+        if fits and template.name not in dataset.ignored_in_validation:
+            original.append(template)
     train_rows = dataset.rows("train", templates, sources)
     validation_rows = dataset.rows(dataset.validation, templates, sources)
     train_numbers: Sequence[int] = range(len(train_rows))
@@ -110,20 +109,17 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
     if dataset.set_apart:
         shuffled = list(numbers)
         np.random.RandomState(SET_APART_SEED).shuffle(shuffled)  # the very rows of the paper's code
-        numbers, train_numbers = shuffled[: dataset.set_apart], shuffled[dataset.set_apart :]
+        numbers = shuffled[: dataset.set_apart]
+        train_numbers = shuffled[dataset.set_apart :]
         origin += f", {len(numbers)} rows set apart, seed {SET_APART_SEED}"
     elif dataset.validation_rows is not None and dataset.validation_rows < len(numbers):
         chosen = random.Random(SEED).sample(numbers, dataset.validation_rows)
         origin += f", {len(chosen)} of {len(numbers)} rows, seed {SEED}"
         numbers = sorted(chosen)
-    pairs = zip(numbers, cycle(original), strict=False)
+    pairs = map(Pair, map(validation_rows.__getitem__, numbers), cycle(original))
     grade = ranked if dataset.metrics == ACCURACY else partial(generated, dataset.references)
     train = picked(f"{dataset.name}, training", _train_pairs(train_rows, train_numbers, templates))
-    validation = picked(
-        f"{dataset.name}, validation",
-        (Pair(validation_rows[number], template) for number, template in pairs),
-        grade,
-    )
+    validation = picked(f"{dataset.name}, validation", pairs, grade)
     return Task(
         dataset.name,
         train=train,
@@ -138,11 +134,14 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
 def _held_out_task(dataset: P3Dataset, sources: Sources) -> Task:
     templates = [each for each in dataset.prompt_templates(sources) if each.original_task]
     rows = dataset.rows(dataset.validation, templates, sources)
-    pairs = (
-        Pair(row, template, number) for number, row in enumerate(rows) for template in templates
-    )
-    test = picked(dataset.name, pairs, ranked)
+    test = picked(dataset.name, _all_pairs(rows, templates), ranked)
     return Task(dataset.name, test=test, source=dataset.source, metrics=ACCURACY)
+
+
+def _all_pairs(rows: Iterable[Row], templates: Sequence[PromptTemplate]) -> Iterator[Pair]:
+    for number, row in enumerate(rows):
+        for template in templates:
+            yield Pair(row, template, number)
 
 
 def _train_pairs(

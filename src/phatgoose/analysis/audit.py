@@ -22,7 +22,7 @@ from torch.nn import functional
 from ..errors import PhatgooseError
 from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
-from ..experts.statistics import READ
+from ..experts.statistics import WHOLE
 from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
@@ -72,14 +72,14 @@ SIGNS = (
     Sign("gate_wins", 0.64, 0.87, "wins", "its gates win at {:.0%} of the others' means"),
     Sign("input_pull", 0.08, 0.08, "inputs", "it reads what others see: {:.2f} (share times wins)"),
     Sign("mean_distance", 4.9, 7, "means", "its means are {:.3g} times as far as the median's"),
-    Sign("reading_distance", 5.9, 9.6, "readings", "its readings are {:.3g} times as far away"),
-    Sign("reading_trace", 1200, 1200, "varying", "its readings vary {:.3g} times the median"),
+    Sign("reading_distance", 5.9, 9.6, "statistics", "its prompts are {:.3g} times as far away"),
+    Sign("reading_trace", 1200, 1200, "varying", "its prompts vary {:.3g} times the median"),
     Sign("reading_masks", 380, 380, "masking", "they vary {:.3g} times where others differ"),
     Sign("embedding_count", 5, 5, "", "it stores {:.3g} times the median's embeddings"),
     Sign("embedding_copies", 0.1, 0.1, "copied", "{:.0%} of its embeddings are also others'"),
     Sign("embedding_wins", 0.2, 0.2, "nearest", "its embeddings win at {:.0%} of the others'"),
     Sign("centroid_wins", 0.2, 0.2, "", "its mean embedding wins at {:.0%} of the others'"),
-    Sign("prompt_wins", 0.67, 0.75, "prompts", "its readings win {:.0%} of the others' prompts"),
+    Sign("prompt_wins", 0.67, 0.75, "prompts", "its statistics win {:.0%} of the others' prompts"),
 )
 SMALL = ("gate_own_mean", "embedding_copies")  # have a meaning in pools of any size
 GAINS = {  # what an expert beyond a limit may gain, by the first word of a sign
@@ -186,7 +186,7 @@ def _notes(pool: Pool) -> Iterator[str]:
     for kind, count in Counter(expert.kind for expert in pool.experts).items():
         if count < LEAST <= len(pool):
             yield f"{count} of kind {kind} are too few to compare the sizes of updates."
-    for part in ("gates", "means", "readings", "embeddings"):
+    for part in ("gates", "means", "prompt_statistics", "embeddings"):
         lacking = pool.lacking(part)
         if lacking:
             yield f"No {part}, so nothing to look at: {', '.join(lacking)}."
@@ -197,18 +197,18 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     check_alike(pool.experts, {})
     signs = {**_of_updates(pool), **_of_vectors(pool)}
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    signs |= _spread_out(_of_readings, pool, _readers(pool))
+    signs |= _spread_out(_of_prompt_statistics, pool, _readers(pool))
     signs |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return signs
 
 
 def _readers(pool: Pool) -> list[int]:
-    """Who has readings, of the size that most have."""
+    """Who has prompt statistics, of the size that most have."""
     by_size = defaultdict[frozenset[object], list[int]](list)
     for z, expert in enumerate(pool.experts):
-        if expert.readings:  # in whatever order a file has them
-            size = frozenset((name, part.shape) for name, part in expert.readings.items())
+        if expert.prompt_statistics:  # in whatever order a file has them
+            size = frozenset((name, part.shape) for name, part in expert.prompt_statistics.items())
             by_size[size].append(z)
     return max(by_size.values(), key=len, default=[])
 
@@ -336,7 +336,7 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
     return others * _wins(inside, same)
 
 
-def _of_readings(pool: Pool) -> dict[str, Tensor]:
+def _of_prompt_statistics(pool: Pool) -> dict[str, Tensor]:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
     distances = []
     traces = []
@@ -361,8 +361,10 @@ def _of_readings(pool: Pool) -> dict[str, Tensor]:
 
 
 def _stacked(pool: Pool, part: str) -> Tensor:
-    """A part of all experts' readings, by block: [b, E, ..]."""
-    return torch.stack([expert.readings[f"{READ}.{part}"] for expert in pool.experts], dim=1)
+    """A part of all experts' prompt statistics, by block: [b, E, ..]."""
+    return torch.stack(
+        [expert.prompt_statistics[f"{WHOLE}.{part}"] for expert in pool.experts], dim=1
+    )
 
 
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
@@ -434,7 +436,7 @@ def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
 
 
 def _of_prompts(pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
-    """Whose example prompts the readings of each win, and a note for each expert that loses some.
+    """Whose example prompts each one's statistics win, and a note for each expert that loses some.
 
     They are read as router discriminant reads them, and none is left to the base.
     """

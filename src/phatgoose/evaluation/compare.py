@@ -219,7 +219,7 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
         if part == "embeddings" and expert.embeddings is not None:
             form = f"{expert.info.embedder} {expert.info.embedding_form}"
             tensors = {form: expert.embeddings}
-        elif part in ("gates", "means", "readings"):
+        elif part in ("gates", "means", "prompt_statistics"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):
             digest.update(name.encode() + tensors[name].float().numpy().tobytes())

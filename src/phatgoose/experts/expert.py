@@ -40,7 +40,7 @@ from ..tasks.loading import prompts_beside
 from . import kinds
 from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
 from .lora import LoraFactors
-from .statistics import PARTS, READ, readings_of
+from .statistics import PARTS, WHOLE, prompt_statistics_of
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -217,7 +217,9 @@ class _Layout:
 
 LAYOUT = _Layout()
 FEW, ENOUGH = 3, 5  # prompts that statistics are of
-SHARED = ("means", "readings", "embeddings")  # statistics
+# Statistics, by the settings that ask for them, which hyperparameters repeat.
+SHARED = {"means": "means", "readings": "prompt_statistics", "embeddings": "embeddings"}
+VECTORS = {"gate": "gates", "mean": "means", "reading": "prompt_statistics"}  # in their file
 
 
 def expert_files() -> tuple[str, ...]:
@@ -251,7 +253,7 @@ class Expert:
         gates: A float32 vector of each site's input size; empty when there are none.
         means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Prompt statistics, by `statistics.readings_of`; empty when there are none.
+        prompt_statistics: By `statistics.prompt_statistics_of`; empty when there are none.
         files: The mapped files.
         source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
@@ -262,12 +264,14 @@ class Expert:
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
-    readings: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
     source: Path | None = None
 
     def __repr__(self) -> str:
-        shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
+        shared = [
+            part for part in ("gates", "means", "prompt_statistics", "embeddings") if self.has(part)
+        ]
         kind = kinds()[self.kind].label if self.modules else "empty"
         return f"<Expert {self.name!r}, {', '.join([kind, *shared])} (sites: {len(self.modules)})>"
 
@@ -298,7 +302,7 @@ class Expert:
         return prompts_beside(self.place)
 
     def has(self, part: str) -> bool:
-        """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        """True if it has the `part`, the name of one of its attributes, such as "gates"."""
         value = getattr(self, part)
         return value is not None and len(value) > 0
 
@@ -312,9 +316,9 @@ class Expert:
 
         What isn't among `statistics` stays.
         """
-        parts = {name: statistics.pop(name) for name in SHARED if name in statistics}
+        parts = {part: statistics.pop(part) for part in SHARED.values() if part in statistics}
         result = replace(self, **parts)
-        now = {name: result.has(name) for name in SHARED}
+        now = {setting: result.has(part) for setting, part in SHARED.items()}
         info = replace(self.info, **statistics)
         info = replace(info, hyperparameters={**info.hyperparameters, **now})
         return replace(result, info=info)
@@ -329,7 +333,7 @@ class Expert:
             told = f"{self.name}: few prompts ({len(texts)}); give at least {FEW}, better {ENOUGH}."
             warnings.warn(told, stacklevel=3)
         return self.with_statistics(
-            readings=readings_of(reader.states(texts)),
+            prompt_statistics=prompt_statistics_of(reader.states(texts)),
             reader=reader.reference,
             prompts_read=len(texts),
         )
@@ -348,9 +352,9 @@ class Expert:
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
         and without a fingerprint, `name` to the name of the adapter's folder. `others` are `means`,
-        `readings` and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when the adapter
-        can't be used or names no base where none is given. Vectors that don't fit it are refused by
-        `save`.
+        `prompt_statistics` and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when
+        the adapter can't be used or names no base where none is given. Vectors that don't fit it
+        are refused by `save`.
         """
         directory = Path(adapter_dir)
         base = base or base_named_in(directory)
@@ -358,7 +362,8 @@ class Expert:
             raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
-        means, readings = (_plain(others.pop(each, None) or {}) for each in ("means", "readings"))
+        means = _plain(others.pop("means", None) or {})
+        prompt_statistics = _plain(others.pop("prompt_statistics", None) or {})
         embeddings = others.pop("embeddings", None)
         info = ExpertInfo(
             name=name,
@@ -367,7 +372,7 @@ class Expert:
             **others,
         )
         modules = read_modules(directory)
-        return cls(info, directory, modules, _plain(gates), means, embeddings, readings)
+        return cls(info, directory, modules, _plain(gates), means, embeddings, prompt_statistics)
 
     @classmethod
     def load(cls, directory: str | Path) -> Expert:
@@ -393,8 +398,8 @@ class Expert:
                     f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "
                     f"SHA-256 is {got[:12]}…, wanted {(sha256 or 'none')[:12]}…."
                 )
-        vectors, groups = files.get(LAYOUT.vectors), ("gate", "mean", "reading")
-        gates, means, readings = (vectors.under(k) if vectors else {} for k in groups)
+        vectors = files.get(LAYOUT.vectors)
+        gates, means, prompt_statistics = (vectors.under(k) if vectors else {} for k in VECTORS)
         expert = cls(
             info,
             directory,
@@ -402,7 +407,7 @@ class Expert:
             gates,
             means,
             files[LAYOUT.embeddings].get("embeddings") if LAYOUT.embeddings in files else None,
-            readings,
+            prompt_statistics,
             files,
         )
         _check_vectors(expert)
@@ -432,8 +437,8 @@ class Expert:
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {
             f"{kind}.{name}": vector.clone()  # safetensors refuses tensors that share memory
-            for kind in ("gate", "mean", "reading")
-            for name, vector in getattr(self, f"{kind}s").items()
+            for kind, part in VECTORS.items()
+            for name, vector in getattr(self, part).items()
         }
         if vectors:
             save_file(vectors, work / LAYOUT.vectors)
@@ -455,19 +460,21 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_vectors(expert: Expert) -> None:
-    who, exact, readings = f"Expert {expert.name!r}", (torch.float32,), expert.readings
+    who, exact, statistics = f"Expert {expert.name!r}", (torch.float32,), expert.prompt_statistics
     # A module that doesn't tell its input's size has a letter of its own: `check_fit` asks.
     sites = {site: (each.sizes.get("n", f"n of {site}"),) for site, each in expert.modules.items()}
     check_parts(f"{who}, gates", sites if expert.gates else {}, expert.gates, exact)
     check_parts(f"{who}, means", sites if expert.means else {}, expert.means, exact)
-    parts = {f"{READ}.{part}": form for part, form in PARTS.items()}
-    check_parts(f"{who}, readings", parts if readings else {}, readings, exact)
+    parts = {f"{WHOLE}.{part}": form for part, form in PARTS.items()}
+    check_parts(f"{who}, prompt_statistics", parts if statistics else {}, statistics, exact)
     rows = torch.ones(1, 1) if expert.embeddings is None else expert.embeddings
     check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, exact)
     wrong = {
         f"more than {MOST_EMBEDDINGS} embeddings": len(rows) > MOST_EMBEDDINGS,
         "embeddings of another length than 1": ((rows.norm(dim=-1) - 1).abs() >= 1e-3).any(),
-        "readings of variances below 0": (readings.get(f"{READ}.rest", torch.ones(1)) < 0).any(),
+        "prompt_statistics of variances below 0": (
+            statistics.get(f"{WHOLE}.rest", torch.ones(1)) < 0
+        ).any(),
     }
     for what, is_so in wrong.items():
         if is_so:

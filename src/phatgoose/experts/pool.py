@@ -24,7 +24,7 @@ from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
-REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
+REMEDIES |= dict.fromkeys(("means", "prompt_statistics", "embeddings"), "stats")
 RECORDED = ("adapter_sha256", "vectors_sha256", "embeddings_sha256", "acts_on", "measured_in")
 
 
@@ -110,7 +110,9 @@ class Pool(Mapping[str, Expert]):
     def unread(self) -> tuple[Expert, ...]:
         """Experts that bring prompts, but no statistics of any."""
         return tuple(
-            expert for expert in self.experts if not expert.has("readings") and expert.prompts
+            expert
+            for expert in self.experts
+            if not expert.has("prompt_statistics") and expert.prompts
         )
 
     def __getitem__(self, name: object) -> Expert:

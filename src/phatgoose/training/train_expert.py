@@ -2,7 +2,7 @@
 
 Each stage leaves its result in the work folder, where an interrupted run resumes. The expert's
 directory is written last, whole or not at all. Of the statistics, mean activations are for Average
-Activation, embeddings of training inputs for Retrieval, readings of prompts for router
+Activation, embeddings of training inputs for Retrieval, prompt statistics for router
 discriminant, which isn't the paper's.
 """
 

@@ -86,7 +86,7 @@ class Router(Settings):
 
     name: ClassVar[str] = ""
     label: ClassVar[str] = ""  # in tables
-    needs: ClassVar[tuple[str, ...]] = ()  # of gates, means, readings, embeddings, lora
+    needs: ClassVar[tuple[str, ...]] = ()  # of Expert.has
     given: ClassVar[tuple[str, ...]] = ()  # of scores, expert, weights, task, examples: by the user
     usual_k: ClassVar[int | None] = None  # experts a token or, if `per_input`, an input
     per_input: ClassVar[bool] = False
@@ -369,7 +369,7 @@ def check_measured(router: Router, pool: Pool, records: Iterable[Mapping[str, An
     # bfloat16, float16 and float32 differ by rounding only.
     measured = [str(record["measured_in"]) for record in records if record.get("measured_in")]
     kinds = {one_line(each.partition(", ")[2], 80) or "not quantised" for each in measured}
-    if len(kinds) > 1 and {"means", "readings"} & set(router.used(pool)):
+    if len(kinds) > 1 and {"means", "prompt_statistics"} & set(router.used(pool)):
         raise PoolError(
             f"Router {router.name} compares the experts' statistics, but they were measured on a "
             f"base in different precisions ({', '.join(sorted(kinds))}). Measure them again on one "

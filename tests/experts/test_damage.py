@@ -19,7 +19,7 @@ from odd_files import one_line_of
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
 Damage = Callable[[Path], object]

@@ -17,7 +17,7 @@ from odd_files import one_line_of
 from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
 from phatgoose.experts.importing import import_adapter, import_adapters
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader

@@ -14,8 +14,8 @@ from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
-from phatgoose.experts.kind import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.lora import DoraFactors, LoraFactors
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import placed_sites

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kind import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, ReaderReference, open_reader
 from phatgoose.sites import find_sites

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phatgoose.config import GateTraining
-from phatgoose.experts.kind import applied
+from phatgoose.experts.alone import applied
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert
 from tiny import assert_same_logits, logits_of, make_ids, peft_model

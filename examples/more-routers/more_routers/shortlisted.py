@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE
-from phatgoose.experts.kind import dense_weights
+from phatgoose.experts.sums import dense_weights
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, Temperature

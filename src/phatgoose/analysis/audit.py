@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import PhatgooseError
-from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
+from ..experts.stack import Part
 from ..experts.statistics import WHOLE
 from ..routing.compose import open_chooser
 from ..routing.layers import stack_of

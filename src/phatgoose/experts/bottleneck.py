@@ -32,18 +32,11 @@ from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Site
-from .kind import (
-    NewModules,
-    OwnFiles,
-    Part,
-    Product,
-    SiteModule,
-    dense_weights,
-    expert_products,
-    scaled,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import OwnFiles
+from .fresh import NewModules
+from .module import SiteModule
+from .stack import Part, Product, scaled, stacked
+from .sums import dense_weights, expert_products, weighted_rows
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,

@@ -38,8 +38,10 @@ from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
 from ..reader import Reader, ReaderReference
 from ..tasks.loading import prompts_beside
 from . import kinds
-from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
+from .adapter_files import AdapterFiles, check_parts, read_tensors
 from .lora import LoraFactors
+from .module import SiteModule
+from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
 
 # The adapter in a directory: of which kind it is, and what it does.

@@ -29,17 +29,12 @@ from transformers import PreTrainedModel
 from ..config import IA3
 from ..errors import ExpertError
 from ..sites import Site
-from .kind import (
-    PEFT_FILES,
-    AdapterFiles,
-    Constant,
-    NewModules,
-    Part,
-    SiteModule,
-    factor_of,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import AdapterFiles
+from .fresh import NewModules
+from .module import SiteModule
+from .peft_files import PEFT_FILES
+from .stack import Constant, Part, factor_of, stacked
+from .sums import weighted_rows
 
 ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 

@@ -64,22 +64,14 @@ from ..files import (
 from ..names import check_name
 from ..reader import open_reader
 from ..sites import find_sites
+from .adapter_files import check_parts
 from .expert import LAYOUT, Expert, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
-from .kind import (
-    ACTING,
-    ADAPTER_CONFIG,
-    CONFIGS,
-    CONVERTIBLE,
-    PEFT_FILES,
-    PEFT_PREFIX,
-    SiteModule,
-    check_fit,
-    check_parts,
-)
 from .lora import DoraFactors, LoraFactors
+from .module import SiteModule, check_fit
+from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
 Source = TypeVar("Source", bound="str | Path")
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}

@@ -35,20 +35,12 @@ from transformers.pytorch_utils import Conv1D
 from ..config import INIT_STD, Lora
 from ..files import value_at
 from ..sites import Site
-from .kind import (
-    PEFT_FILES,
-    AdapterFiles,
-    Constant,
-    NewModules,
-    OwnFiles,
-    Part,
-    Product,
-    SiteModule,
-    factor_of,
-    scaled,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import AdapterFiles, OwnFiles
+from .fresh import NewModules
+from .module import SiteModule
+from .peft_files import PEFT_FILES
+from .stack import Constant, Part, Product, factor_of, scaled, stacked
+from .sums import weighted_rows
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 

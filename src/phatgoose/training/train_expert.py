@@ -29,6 +29,7 @@ from ..base import Base, check_base, fingerprint_here, load_base, number_format,
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for
+from ..experts.alone import applied
 from ..experts.expert import (
     LAYOUT,
     MOST_EMBEDDINGS,
@@ -38,7 +39,8 @@ from ..experts.expert import (
     read_modules,
     recorded_formatting,
 )
-from ..experts.kind import FreshExpert, applied, check_fit
+from ..experts.fresh import FreshExpert
+from ..experts.module import check_fit
 from ..files import sha256_of, write_text, writing
 from ..names import check_name
 from ..reader import open_reader

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...config import NOT_NEGATIVE, RATIO
 from ...errors import PoolError, RoutingError
+from ...experts.adapter_files import check_parts
 from ...experts.expert import Expert
-from ...experts.kind import check_parts
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, WHOLE
 from ...files import is_finite

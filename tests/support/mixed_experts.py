@@ -14,7 +14,7 @@ from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
-from phatgoose.experts.lora import DoraFactors, LoraFactors
+from phatgoose.experts.lora import DoraFactors, Factors
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
@@ -151,7 +151,7 @@ def mixed_output(
     for w, module in chosen:
         if isinstance(module, ScalingVector) and not module.on_input:
             y += w * (module.vector.double() - 1) * first
-        elif isinstance(module, LoraFactors):
+        elif isinstance(module, Factors):
             bias = 0 if module.bias is None else module.bias.double()
             y += w * module.scale * (module.B.double() @ (module.A.double() @ u) + bias)
         elif isinstance(module, BottleneckLayers):

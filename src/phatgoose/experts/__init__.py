@@ -22,7 +22,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import IA3, Bottleneck, Dora, Lora, Peft
 from ..files import add_entry_points
@@ -50,7 +50,7 @@ class Kind:
     label: str
     settings: type[Peft]
     module: str | type[SiteModule]
-    training: str | type[NewModules]
+    training: str | type[NewModules[Any]]
     parts: tuple[str | type[Part], ...]
     peft_type: str | None = None
 
@@ -59,7 +59,7 @@ class Kind:
         return _class(self.module)
 
     @property
-    def new_modules(self) -> NewModules:
+    def new_modules(self) -> NewModules[Any]:
         return _class(self.training)()
 
     @cached_property

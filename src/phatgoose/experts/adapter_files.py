@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, create_model
@@ -19,6 +19,8 @@ from ..base import Base
 from ..errors import ExpertError
 from ..files import TensorFile, one_line, read_json
 from ..sites import FLOATS
+
+Config: TypeAlias = dict[str, Any]  # the object of a JSON file
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AdapterFiles(ABC):
     hint: ClassVar[str] = ""  # if there are no weights
 
     @abstractmethod
-    def read_config(self, directory: Path) -> dict[str, Any]:
+    def read_config(self, directory: Path) -> Config:
         """What the configuration says, checked; ExpertError for what it can't say."""
 
     def about(self, base: Base, layer: nn.Module) -> dict[str, object]:
@@ -86,7 +88,7 @@ class OwnFiles(AdapterFiles):
     pydantic reads them; all modules of an expert share them.
     """
 
-    def read_config(self, directory: Path) -> dict[str, Any]:
+    def read_config(self, directory: Path) -> Config:
         return dict(read_json(directory / self.config, self.content))
 
     @cached_property
@@ -109,7 +111,7 @@ def read_tensors(path: Path, hint: str = "") -> TensorFile:
 def check_parts(
     where: str,
     forms: Mapping[str, Sequence[str | int]],
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     types: tuple[torch.dtype, ...] = FLOATS,
     others: Mapping[str, tuple[torch.dtype, ...]] | None = None,
 ) -> dict[str | int, int]:
@@ -121,16 +123,19 @@ def check_parts(
     for name in dict.fromkeys((*tensors, *forms)):
         tensor = tensors.get(name)
         form = forms.get(name, ())
-        allowed = others.get(name, types) if others else types
-        shape = () if tensor is None else tuple(tensor.shape)
-        expected = tuple(
-            letter if isinstance(letter, int) else sizes.setdefault(letter, size)
-            for letter, size in zip(form, shape, strict=False)
-        )
-        is_allowed = tensor is not None and name in forms and tensor.dtype in allowed
-        fits = shape == expected and len(shape) == len(form) and 0 not in shape
-        if not (is_allowed and fits):
-            got = "missing" if tensor is None else f"{shape} {tensor.dtype}"
+        allowed = (others or {}).get(name, types)
+        got = "missing"
+        fits = False
+        if tensor is not None:
+            shape = tuple(tensor.shape)
+            got = f"{shape} {tensor.dtype}"
+            for letter, size in zip(form, shape, strict=False):
+                if not isinstance(letter, int):
+                    sizes.setdefault(letter, size)
+            expected = tuple(sizes.get(letter, letter) for letter in form)
+            is_allowed = name in forms and tensor.dtype in allowed
+            fits = is_allowed and shape == expected and 0 not in shape
+        if not fits:
             want = "no such tensor"
             if form:
                 numbers = ", ".join(str(sizes.get(letter, letter)) for letter in form)

@@ -11,13 +11,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from annotated_types import Interval, MinLen
+from huggingface_hub import ModelCardData
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,10 +40,12 @@ from ..reader import Reader, ReaderReference
 from ..tasks.loading import prompts_beside
 from . import kinds
 from .adapter_files import AdapterFiles, check_parts, read_tensors
-from .lora import LoraFactors
+from .lora import Factors
 from .module import SiteModule
 from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
+
+Record: TypeAlias = Mapping[str, Any]  # as JSON has it
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -101,10 +104,11 @@ FORM = ("chat", "max_input_tokens", "truncation")
 
 def recorded_formatting(hyperparameters: Record, where: str) -> Formatting | None:
     """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
-    names = vars(Formatting()).keys() & hyperparameters.keys()
-    if not names:
+    names = vars(Formatting())
+    recorded = {name: value for name, value in hyperparameters.items() if name in names}
+    if not recorded:
         return None
-    return from_mapping(Formatting, {name: hyperparameters[name] for name in names}, where)
+    return from_mapping(Formatting, recorded, where)
 
 
 def _form_in(record: Record) -> Record:
@@ -152,10 +156,10 @@ ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 class ExpertInfo:
     """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
 
-    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). `measured_in` is the `number_format` of the base
-    that means were measured on. `reader` made the prompt statistics, of `prompts_read` prompts;
-    None where these aren't known. `acts_on` is the `tail` of a prompt's last tokens that it
-    acts on, None for experts that act on all tokens.
+    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). `measured_in` is the
+    `number_format` of the base that means were measured on. `reader` made the prompt statistics, of
+    `prompts_read` prompts; None where these aren't known. `acts_on` is the `tail` of a prompt's
+    last tokens that it acts on, None for experts that act on all tokens.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -202,7 +206,6 @@ def read_info(path: Path) -> ExpertInfo:
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
-    # Later than the format.
     for name in ("embedding_form", "measured_in", "reader", "prompts_read", "acts_on"):
         if content[name] is None:
             del content[name]
@@ -288,7 +291,7 @@ class Expert:
 
     def __repr__(self) -> str:
         kind = kinds()[self.kind].label if self.modules else "empty"
-        parts = ", ".join([kind, *filter(self.has, PARTS_SHARED)])
+        parts = ", ".join([kind, *filter(self.has, ("gates", *SHARED.values()))])
         return f"<Expert {self.name!r}, {parts} (sites: {len(self.modules)})>"
 
     @property
@@ -307,10 +310,10 @@ class Expert:
         return next(iter(self.modules.values())).kind
 
     @cached_property
-    def lora(self) -> Mapping[str, LoraFactors]:
+    def lora(self) -> Mapping[str, Factors]:
         """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
         modules = self.modules.items()
-        return {site: module for site, module in modules if isinstance(module, LoraFactors)}
+        return {site: module for site, module in modules if isinstance(module, Factors)}
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -424,10 +427,10 @@ class Expert:
                     f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "
                     f"SHA-256 is {got[:12]}…, wanted {(sha256 or 'none')[:12]}…."
                 )
-        parts: dict[str, Any] = dict.fromkeys(VECTORS.values(), {})
-        if LAYOUT.vectors in files:
-            for prefix, part in VECTORS.items():
-                parts[part] = files[LAYOUT.vectors].under(prefix)
+        vectors = files.get(LAYOUT.vectors)
+        parts: dict[str, Any] = {}
+        for prefix, part in VECTORS.items():
+            parts[part] = vectors.under(prefix) if vectors else {}
         if LAYOUT.embeddings in files:
             parts["embeddings"] = files[LAYOUT.embeddings].get("embeddings")
         modules = read_modules(directory, files[adapter.weights])
@@ -487,6 +490,7 @@ def _check_vectors(expert: Expert) -> None:
         # One that doesn't tell its input's size has a letter of its own: `check_fit` asks.
         sites[site] = (module.sizes.get("n", f"n of {site}"),)
     statistics = {f"{WHOLE}.{part}": form for part, form in PARTS.items()}
+    forms: dict[str, Mapping[str, Sequence[str | int]]]
     forms = {"gates": sites, "means": sites, "prompt_statistics": statistics}
     for part, form in forms.items():
         tensors = getattr(expert, part)
@@ -507,53 +511,43 @@ def _check_vectors(expert: Expert) -> None:
 
 # Its model card, which the Hub shows.
 
-CARD = """\
----
-{front}library_name: {library}
-tags:
-- phatgoose
-- {tag}
----
-
-# {name}
-
-{kind} expert for `{base}`, one of a pool whose router chooses who acts: for every token and at
-every module by PHATGOOSE gates (Muqeeth et al. 2024), or for a whole prompt by its statistics.
-{alone}
-```python
-import phatgoose as pg
-model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
-```
-
-## phatgoose.json
-
-{record}"""
-
-ALONE = """
-As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.{warning}
-"""
 WARNING = " PEFT alone doesn't know where in a prompt it acts and lets it act on all tokens."
 
 
 def model_card(info: ExpertInfo, kind: str) -> str:
     """The card of an expert of this `kind`, in Markdown."""
-    in_peft, base = kinds()[kind].peft_type is not None, info.base.id
-    warning = WARNING if info.acts_on else ""
-    on_hub = SMOLLM2_ON_HUB if base == SMOLLM2 else base
-    # In YAML an id without an owner might be a number.
-    quoted = on_hub if "/" in on_hub else json.dumps(on_hub)
+    base = info.base.id
+    front = ModelCardData(library_name="phatgoose", tags=["phatgoose", "adapter"])
+    alone = ""
+    if kinds()[kind].peft_type is not None:
+        front = ModelCardData(library_name="peft", tags=["phatgoose", kind])
+        alone = f"""
+As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{info.name}")` of PEFT.\
+{WARNING if info.acts_on else ""}
+"""
+    if is_hub_id(base):
+        front.base_model = SMOLLM2_ON_HUB if base == SMOLLM2 else base
     # Indented, so that nothing in it is Markdown or HTML.
-    record = "".join(f"    {one_line(each, 500)}\n" for each in info_json(info).splitlines())
-    return CARD.format(
-        name=info.name,
-        front=f"base_model: {quoted}\n" if is_hub_id(base) else "",
-        base=code(base),
-        kind=kinds()[kind].label,
-        tag=kind if in_peft else "adapter",
-        library="peft" if in_peft else "phatgoose",
-        alone=ALONE.format(name=info.name, warning=warning) if in_peft else "",
-        record=record,
-    )
+    record = "".join(f"    {one_line(line, 500)}\n" for line in info_json(info).splitlines())
+    return f"""\
+---
+{front.to_yaml()}
+---
+
+# {info.name}
+
+{kinds()[kind].label} expert for `{code(base)}`, one of a pool whose router chooses who acts: for \
+every token and at
+every module by PHATGOOSE gates (Muqeeth et al. 2024), or for a whole prompt by its statistics.
+{alone}
+```python
+import phatgoose as pg
+model = pg.compose(pg.Pool.open(["path/to/{info.name}", "path/to/another"]))
+```
+
+## phatgoose.json
+
+{record}"""
 
 
 def code(text: object) -> str:

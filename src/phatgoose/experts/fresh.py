@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..base import Base
+from ..config import Peft
 from ..sites import Site, WrappedLinear, dtype_at, replaced
 from .alone import new_gate, strength_at
 from .module import SiteModule
+
+Settings = TypeVar("Settings", bound=Peft)
+Parameters: TypeAlias = Mapping[str, Tensor]  # of one module, by name
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Trained(nn.ParameterDict):
 
     gate: nn.Parameter
 
-    def __init__(self, parameters: Mapping[str, Tensor], gate: nn.Parameter | None) -> None:
+    def __init__(self, parameters: Parameters, gate: nn.Parameter | None) -> None:
         super().__init__()
         for name, tensor in parameters.items():  # by item: it would sort a dictionary
             self[name] = nn.Parameter(tensor)
@@ -54,7 +58,7 @@ class Trained(nn.ParameterDict):
         return first
 
 
-class NewModules(ABC):
+class NewModules(ABC, Generic[Settings]):
     """How new modules of one kind are made and trained.
 
     They are stored in the type of each one's layer (`dtype_at`), but for the parameters that are
@@ -66,23 +70,21 @@ class NewModules(ABC):
     exact: ClassVar[tuple[str, ...]] = ()
     on_packed: ClassVar[bool] = True
 
-    def default_sites(self, model: PreTrainedModel, settings: Any) -> str | None:
+    def default_sites(self, model: PreTrainedModel, settings: Settings) -> str | None:
         """The pattern of sites for settings that name none; None for all sites."""
         return None
 
     @abstractmethod
     def initial(
-        self, model: PreTrainedModel, settings: Any, sites: Mapping[str, Site]
-    ) -> Mapping[str, Mapping[str, Tensor]]:
+        self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]
+    ) -> Mapping[str, Parameters]:
         """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
 
     @abstractmethod
-    def module(
-        self, settings: Any, parameters: Mapping[str, Tensor], layer: nn.Module
-    ) -> SiteModule:
+    def module(self, settings: Settings, parameters: Parameters, layer: nn.Module) -> SiteModule:
         """The module that these parameters make on the base's linear `layer`."""
 
-    def count(self, model: PreTrainedModel, settings: Any, sites: Mapping[str, Site]) -> int:
+    def count(self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]) -> int:
         """The number of trained parameters at `sites`, without gates."""
         with torch.device("meta"):
             initial = self.initial(model, settings, sites)
@@ -93,7 +95,7 @@ class NewModules(ABC):
 
     @contextmanager
     def create(
-        self, base: Base, settings: Any, sites: Mapping[str, Site], *, joint: bool
+        self, base: Base, settings: Settings, sites: Mapping[str, Site], *, joint: bool
     ) -> Iterator[FreshExpert]:
         """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
         model = base.model.requires_grad_(False)
@@ -121,9 +123,9 @@ class _NewLayer(WrappedLinear):
     def __init__(
         self,
         base: nn.Module,
-        new: NewModules,
-        settings: Any,
-        parameters: Mapping[str, Tensor],
+        new: NewModules[Any],
+        settings: Peft,
+        parameters: Parameters,
         *,
         joint: bool,
     ) -> None:

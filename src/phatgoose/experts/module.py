@@ -10,13 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
 from ..errors import ExpertError
 from ..sites import Site
-from .adapter_files import AdapterFiles
+from .adapter_files import AdapterFiles, Config
 
 VERSION = 1  # of the formats of one's own
 
@@ -65,7 +65,7 @@ class SiteModule(ABC):
 
     @classmethod
     def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
     ) -> Mapping[str, SiteModule]:
         """The modules by site of an adapter whose `files` were read; `directory` is for messages.
 

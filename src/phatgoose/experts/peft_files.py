@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
 from peft import IA3Config, LoraConfig, PeftConfig
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base import Base
 from ..errors import ExpertError
 from ..files import check_config, read_json, shortened
-from .adapter_files import AdapterFiles
+from .adapter_files import AdapterFiles, Config
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -96,10 +96,10 @@ class PeftFiles(AdapterFiles):
         f"adapter again as safetensors."
     )
 
-    def read_config(self, directory: Path) -> dict[str, Any]:
+    def read_config(self, directory: Path) -> Config:
         return self.checked(self.read_any_config(directory), directory)
 
-    def read_any_config(self, directory: Path) -> dict[str, Any]:
+    def read_any_config(self, directory: Path) -> Config:
         """The config of an adapter of any of PEFT's types, unchecked."""
         hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         config = read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint)
@@ -113,7 +113,7 @@ class PeftFiles(AdapterFiles):
             "fan_in_fan_out": isinstance(layer, Conv1D),
         }
 
-    def checked(self, config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    def checked(self, config: Config, directory: Path) -> Config:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         kind = config.get("peft_type")
         if kind not in CONFIGS:

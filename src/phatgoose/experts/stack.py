@@ -6,8 +6,8 @@ E experts of a stack, T tokens, k experts chosen for each token; other letters a
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -47,8 +47,8 @@ class Stacked:
 
 def stacked(sizes: str, dtype: str = "model", *, optional: bool = False) -> Any:
     """A field of a `Part`: a tensor [experts, *sizes] (see `Stacked`)."""
-    default: Any = None if optional else MISSING
-    return field(default=default, metadata={"form": Stacked(sizes, dtype, optional)})
+    form = {"form": Stacked(sizes, dtype, optional)}
+    return field(default=None, metadata=form) if optional else field(metadata=form)
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,9 @@ class Part(ABC):
         """The stack of what `row` gives, by their rows in the whole stack, which has `total`."""
         tensors = {}
         for name, form in cls.forms().items():
-            parts = [row.get(name) for row in rows.values()]
-            like = next((part for part in parts if part is not None), None)
-            if like is None:
+            filled = _filled([row.get(name) for row in rows.values()])
+            if not filled:
                 continue
-            zeros = torch.zeros_like(like)
-            filled = [zeros if part is None else part for part in parts]
             if form.is_filled_up:
                 width = max(map(len, filled))
                 filled = [widened(part[None], width)[0] for part in filled]
@@ -121,14 +118,13 @@ class Part(ABC):
     @classmethod
     def forms(cls) -> Mapping[str, Stacked]:
         """What its tensors look like, by field."""
-        return {each.name: each.metadata["form"] for each in fields(cls)}
+        return {tensor.name: tensor.metadata["form"] for tensor in fields(cls)}
 
     @classmethod
     def names(cls) -> Mapping[str, str]:
         """The tensors' names in saved models, by field: no two kinds' are the same."""
         prefix = f"{cls.name}_" if cls.prefix is None else cls.prefix
-        names = {each.name: f"{prefix}{each.name}" for each in fields(cls)}
-        return names | {"rows": f"{cls.name}_rows"}
+        return {name: prefix + name for name in cls.forms()} | {"rows": f"{cls.name}_rows"}
 
     # How it acts: `experts` [T, k] are rows of this part, `weights` [T, k] theirs, 0 for others'.
 
@@ -156,8 +152,17 @@ class Part(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by their names in saved models."""
-        named = {name: getattr(self, field) for field, name in self.names().items()}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        tensors = {name: getattr(self, field) for field, name in self.names().items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """These with zeros in place of None; none where all are None."""
+    like = next((tensor for tensor in tensors if tensor is not None), None)
+    if like is None:
+        return []
+    zeros = torch.zeros_like(like)
+    return [zeros if tensor is None else tensor for tensor in tensors]
 
 
 def widened(tensor: Tensor, width: int) -> Tensor:

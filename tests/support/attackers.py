@@ -25,10 +25,8 @@ MEAN, FACTOR = f"{WHOLE}.mean", f"{WHOLE}.factor"
 
 def masking_covariance(expert, others, draw, strength):
     """Prompts seem to vary most in those directions that tell the other experts' tasks apart."""
-    means, factor = (
-        torch.stack([e.prompt_statistics[MEAN] for e in others]),
-        expert.prompt_statistics[FACTOR].clone(),
-    )
+    means = torch.stack([e.prompt_statistics[MEAN] for e in others])
+    factor = expert.prompt_statistics[FACTOR].clone()
     away = (means - means.mean(dim=0)).transpose(0, 1)[:, : factor.shape[1]]  # [b, w, d]
     factor[:, : away.shape[1]] = (10.0, 100.0)[strength] * away
     return {"prompt_statistics": {**expert.prompt_statistics, FACTOR: factor}}

@@ -31,11 +31,9 @@ class ByDiscriminant(Phatgoose, Discriminant):
     `prior`: with 0 the gates alone choose within the shortlist.
     """
 
-    name, label, needs = (
-        "discriminant-phatgoose",
-        "Discriminant + PHATGOOSE",
-        ("gates", "prompt_statistics"),
-    )
+    name = "discriminant-phatgoose"
+    label = "Discriminant + PHATGOOSE"
+    needs = ("gates", "prompt_statistics")
     fused, per_input, by_token = "", False, False
 
     temperature: Temperature = 1.0

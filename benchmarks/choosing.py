@@ -16,7 +16,7 @@ from findings import Finding, row
 from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import composition_of
@@ -24,7 +24,7 @@ from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embe
 from routed_speed import prefill
 
 ROUTERS = ("retrieval", "discriminant")
-READ = 20  # random prompts that an expert's random readings are of
+READ = 20  # random prompts that an expert's random statistics are of
 
 
 @row("choosing", "choosing for a prompt / prefill of the base")
@@ -59,7 +59,7 @@ def _choosing(model: Any, texts: list[str]) -> Callable[[], Choice]:
 
 
 def with_statistics(bench: Bench, count: int) -> Pool:
-    """The pool of `count` random experts with random means, readings and embeddings."""
+    """The pool of `count` random experts with random means, prompt statistics and embeddings."""
     seeds = torch.Generator().manual_seed(0)
     reader = open_reader()
     shape = reader.states(["a"]).shape[1:]
@@ -72,7 +72,7 @@ def with_statistics(bench: Bench, count: int) -> Pool:
         measured = replace(
             expert,
             means={site: torch.randn(v.shape, generator=seeds) for site, v in expert.gates.items()},
-            readings=readings_of(states),
+            prompt_statistics=prompt_statistics_of(states),
             embeddings=None if rows is None else rows.roll(len(experts), dims=1),
             info=replace(
                 expert.info,

@@ -14,7 +14,7 @@ from findings import Finding, row
 from measuring import side_by_side
 from phatgoose.base import twin
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kind import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 
 PACKED = "packed"
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from phatgoose.base import Base, load_base
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.sites import find_sites
 from tiny import make_model, make_tokenizer, write_expert
 

@@ -29,7 +29,7 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import ReaderReference, open_reader
 from phatgoose.routing.conversation import ScoredText, answer_to
 from phatgoose.routing.routers.discriminant import COUNTS, Discriminant
@@ -98,9 +98,11 @@ def key_of(prompt: str) -> str:
 
 
 def tables_of(names: Sequence[str], picked: Sequence[Tensor], by: ReaderReference) -> Tables:
-    """What a pool would share, of experts with these prompts' readings each."""
-    readings = [readings_of(rows) for rows in picked]
-    stacked = {f"readings.{p}": torch.stack([r[p] for r in readings]) for p in readings[0]}
+    """What a pool would share, of experts with statistics of these prompts each."""
+    statistics = [prompt_statistics_of(rows) for rows in picked]
+    stacked = {
+        f"readings.{p}": torch.stack([each[p] for each in statistics]) for p in statistics[0]
+    }
     counts = torch.tensor([float(len(rows)) for rows in picked])
     return Tables(tuple(names), {**stacked, COUNTS: counts}, {"reader": asdict(by)})
 

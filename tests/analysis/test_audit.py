@@ -99,7 +99,7 @@ def test_copies_are_put_down_to_who_shares_with_most(pool):
 
 
 def test_experts_have_the_signs_of_what_they_have(pool):
-    signs = signs_of(changed(pool, 1, gates={}, means={}, readings={}, embeddings=None))
+    signs = signs_of(changed(pool, 1, gates={}, means={}, prompt_statistics={}, embeddings=None))
     for name, values in signs.items():
         assert bool(values[1].isnan()) != name.startswith(("update", "input")), name
         assert not values[[0, *range(2, 8)]].isnan().any(), name
@@ -128,7 +128,9 @@ def test_who_takes_others_published_prompts_is_found(reading):
     assert not any("example prompts" in note for note in honest.notes)
     assert honest.signs["prompt_wins"] == (0, 0, 0, 0)
     published = [text for expert in pool.experts[:3] for text in expert.prompts]
-    turned = changed(pool, 3, readings=read_by(pool.experts[3], published).readings)
+    turned = changed(
+        pool, 3, prompt_statistics=read_by(pool.experts[3], published).prompt_statistics
+    )
     report = audit(turned)
     assert report.unusual == ("e3",)
     assert "prompt_wins" in {finding.kind for finding in report.findings}
@@ -137,7 +139,7 @@ def test_who_takes_others_published_prompts_is_found(reading):
 
 def test_prompts_are_read_where_there_are_some_and_their_reader_is_known(reading):
     pool = reading
-    bare = audit(changed(pool, 0, readings={}))
+    bare = audit(changed(pool, 0, prompt_statistics={}))
     assert bare.signs["prompt_wins"][0] is not None  # as `compose` has it, from its prompts
     few = audit(Pool(tuple(replace(e, source=None) for e in pool.experts)))
     assert "prompt_wins" not in few.signs
@@ -162,8 +164,8 @@ def read_by_another(pool: Pool, count: int) -> Pool:
     experts = []
     for expert in pool.experts[:count]:
         info = replace(expert.info, reader=ReaderReference("you/reader", 1, 1))
-        far = {name: 1e4 * part for name, part in expert.readings.items()}
-        experts.append(replace(expert, info=info, readings=far))
+        far = {name: 1e4 * part for name, part in expert.prompt_statistics.items()}
+        experts.append(replace(expert, info=info, prompt_statistics=far))
     return Pool((*experts, *pool.experts[count:]))
 
 
@@ -181,11 +183,13 @@ def test_prompts_of_those_with_the_usual_reader_are_read(reading):
     assert report.signs["prompt_wins"] == (None, 0, 0, 0)
 
 
-def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(pool):
-    odd = {name: part[:, :1] for name, part in pool.experts[0].readings.items()}
-    assert signs_of(changed(pool, 0, readings=odd))["reading_distance"][0].isnan()
-    turned = dict(reversed(pool.experts[0].readings.items()))  # as a file's author likes
-    assert not signs_of(changed(pool, 0, readings=turned))["reading_distance"].isnan().any()
+def test_experts_of_other_sizes_are_refused_and_odd_statistics_left_out(pool):
+    odd = {name: part[:, :1] for name, part in pool.experts[0].prompt_statistics.items()}
+    assert signs_of(changed(pool, 0, prompt_statistics=odd))["reading_distance"][0].isnan()
+    turned = dict(reversed(pool.experts[0].prompt_statistics.items()))  # as a file's author likes
+    assert (
+        not signs_of(changed(pool, 0, prompt_statistics=turned))["reading_distance"].isnan().any()
+    )
     gates = {site: gate[:-1] for site, gate in pool.experts[0].gates.items()}
     with pytest.raises(ExpertError, match=r"layers of \d+ and \d+ features"):
         signs_of(changed(pool, 0, gates=gates))

@@ -229,6 +229,8 @@ def test_the_command_hands_over_and_refuses_other_engines(pool, llama, tmp_path,
     assert "4 experts of rank 4 or less for vllm" in outcome.out
     refused(phat(*line), "exists")
     refused(phat("export", place, "--engine", "tgi", *other), "must be one of vllm")
-    bare = Pool(tuple(replace(each, readings={}, embeddings=None) for each in pool.experts))
+    bare = Pool(
+        tuple(replace(each, prompt_statistics={}, embeddings=None) for each in pool.experts)
+    )
     with pytest.warns(UserWarning, match="can't choose yet: .* run 'phatgoose stats'"):
         deploy(bare, "vllm", tmp_path / "bare")

@@ -38,7 +38,7 @@ def test_a_plan_counts_what_training_will_do(kind, base_folders):
     base, data = load_base(folder, dtype="float32"), load_task("counting.jsonl")
     (task,) = plan.tasks
     lengths = [pair.length for pair in Encoder.of(base).pairs(data.with_validation(0).train)]
-    # Eight batches of four; after steps 2, 4 and 5, two examples; then means and readings.
+    # Eight batches of four; after steps 2, 4 and 5, two examples; then means and prompt statistics.
     trained, forward, length = 4 * (5 + 3), 3 * 2 + 2 * 6, sum(lengths) / len(lengths)
     assert (task.examples, task.is_bound, task.steps, task.gate_steps) == (18, False, 5, 3)
     assert task.tokens == round((trained + forward) * length)

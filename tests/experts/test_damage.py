@@ -19,7 +19,7 @@ from odd_files import one_line_of
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
 Damage = Callable[[Path], object]
@@ -67,8 +67,8 @@ def odd(value: float, *shape: int) -> torch.Tensor:
 lora, ia3 = partial(tensor, ADAPTER_WEIGHTS), partial(tensor, ADAPTER_WEIGHTS)
 bottleneck, dora = partial(tensor, "bottleneck.safetensors"), partial(tensor, "dora.safetensors")
 vector = partial(tensor, VECTORS)
-READING = torch.zeros(2, 3)
-READINGS = {"mean": READING, "factor": torch.zeros(2, 4, 3), "rest": READING}
+MEAN = torch.zeros(2, 3)
+STATISTICS = {"mean": MEAN, "factor": torch.zeros(2, 4, 3), "rest": MEAN}
 
 
 VECTORS_OF_A_SITE = {
@@ -79,9 +79,9 @@ VECTORS_OF_A_SITE = {
 }
 
 
-def readings(**changes: torch.Tensor) -> Damage:
+def prompt_statistics(**changes: torch.Tensor) -> Damage:
     def do(folder: Path) -> None:
-        for part, value in (READINGS | changes).items():
+        for part, value in (STATISTICS | changes).items():
             vector(f"reading.whole.{part}", value)(folder)
 
     return do
@@ -138,9 +138,9 @@ DAMAGES: dict[str, list[tuple[Damage, str]]] = {
         *((vector(f"gate.{QUERY}", value), words) for value, words in VECTORS_OF_A_SITE.items()),
         (vector(f"mean.{QUERY}", odd(0, 31)), f"means: {QUERY} is (31,)"),
         (vector("gate.model.layers.9.x", odd(0)), "gates: model.layers.9.x is (4,)"),
-        (readings(mean=torch.zeros(2, 4)), "readings: whole.mean is (2, 4)"),
-        (readings(rest=-torch.ones(2, 3)), "variances below 0"),
-        (readings(mean=READING.double()), "is (2, 3) torch.float64; wanted"),
+        (prompt_statistics(mean=torch.zeros(2, 4)), "prompt_statistics: whole.mean is (2, 4)"),
+        (prompt_statistics(rest=-torch.ones(2, 3)), "variances below 0"),
+        (prompt_statistics(mean=MEAN.double()), "is (2, 3) torch.float64; wanted"),
         (tensor(EMBEDDINGS, "embeddings", 2 * torch.eye(3)), "another length than 1"),
         (tensor(EMBEDDINGS, "embeddings", torch.ones(1001, 1)), "more than 1000 embeddings"),
     ],

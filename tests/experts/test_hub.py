@@ -17,7 +17,7 @@ from phatgoose.errors import ExpertError, PoolError
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, pull, push, reference_of
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.kind import ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 

@@ -17,9 +17,9 @@ from odd_files import one_line_of
 from phatgoose.base import BaseReference, load_base
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
 from phatgoose.experts.importing import import_adapter, import_adapters
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader
 from phatgoose.routing.compose import compose, detach
 from tiny import (
@@ -175,8 +175,8 @@ def test_prompts_that_adapters_bring_are_measured_when_they_are_imported_or_open
         assert read[name].info.reader == imported[name].info.reader == open_reader().reference
         assert read[name].info.prompts_read == imported[name].info.prompts_read == 3
         assert read[name].prompts == imported[name].prompts == tuple(texts[name])
-        for part, wanted in imported[name].readings.items():
-            assert torch.equal(read[name].readings[part], wanted)
+        for part, wanted in imported[name].prompt_statistics.items():
+            assert torch.equal(read[name].prompt_statistics[part], wanted)
     assert read.measured() is read
     router = compose(str(tmp_path / "adapters"), llama).phatgoose.chooser
     choice = router.choose([lines[0] for lines in texts.values()])
@@ -194,9 +194,11 @@ def test_prompts_of_an_adapter_are_measured_where_its_base_has_no_weights(
         expert = import_adapter(own_adapter, tmp_path / "mine", base=str(tmp_path / "base"))
     assert expert.info.base.fingerprint is None
     assert (expert.prompts, expert.info.prompts_read) == (("Is it good?",), 1)
-    wanted = readings_of(open_reader().states(["Is it good?"]))
-    assert wanted.keys() == expert.readings.keys()
-    assert all(torch.equal(expert.readings[part], values) for part, values in wanted.items())
+    wanted = prompt_statistics_of(open_reader().states(["Is it good?"]))
+    assert wanted.keys() == expert.prompt_statistics.keys()
+    assert all(
+        torch.equal(expert.prompt_statistics[part], values) for part, values in wanted.items()
+    )
 
 
 def test_adapters_are_read_by_the_reader_that_the_others_name(llama, make_expert, tmp_path):

@@ -13,8 +13,8 @@ from oracle import token_weights
 from phatgoose.analysis.audit import signs_of
 from phatgoose.config import GateTraining
 from phatgoose.errors import RoutingError
+from phatgoose.experts.alone import applied
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kind import applied
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, load, save
 from phatgoose.routing.export import export

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from discriminants import states_of
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from routed_models import TOPICS
 from tiny import make_adapter, small_reader
 
@@ -47,9 +47,9 @@ def test_an_expert_reads_its_own_prompts_or_others_and_says_who_read_how_many(ll
     for prompts, texts in (((), list(TOPICS)), (TOPICS[:3], TOPICS[:3])):
         saved = expert.with_prompts_read(reader, prompts).save(tmp_path / f"{len(texts)}")
         read = Expert.load(saved.directory)
-        wanted = readings_of(torch.stack([states_of(text).float() for text in texts]))
+        wanted = prompt_statistics_of(torch.stack([states_of(text).float() for text in texts]))
         for part, values in wanted.items():
-            torch.testing.assert_close(read.readings[part], values, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(read.prompt_statistics[part], values, atol=1e-3, rtol=1e-3)
         assert (read.info.reader, read.info.prompts_read) == (reader.reference, len(texts))
         assert read.info.measured_in is None
         assert json.loads((saved.directory / "phatgoose.json").read_text())["reader"] == {
@@ -66,7 +66,7 @@ def test_an_expert_reads_its_own_prompts_or_others_and_says_who_read_how_many(ll
 def test_the_covariance_that_is_shared_has_the_true_variances(prompts, size, rank, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(prompts, 2, size, generator=generator) * torch.arange(1, size + 1)
-    shared = readings_of(values, rank)
+    shared = prompt_statistics_of(values, rank)
     factor, rest = shared["whole.factor"].double(), shared["whole.rest"].double()
     covariance = factor.transpose(1, 2) @ factor + torch.diag_embed(rest)  # as docs/format.md says
     for block in range(2):

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import TensorFile, check_config, matching, read_json
 from phatgoose.names import ROUTED_INFO
 from phatgoose.routing.saved import ROUTED_WEIGHTS, read_saved

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mixed_experts import CPU, PRECISE, each_kind, mixed_output
 from oracle import token_weights
 from phatgoose.config import ACTIVATIONS
+from phatgoose.experts.alone import applied
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
-from phatgoose.experts.kind import applied
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.layers import RoutedLinear, stack_of

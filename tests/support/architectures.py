@@ -15,7 +15,7 @@ from phatgoose.base import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.routing.compose import compose
 from phatgoose.sites import find_sites
 
@@ -138,7 +138,9 @@ def reading_pool(experts: Iterable[Expert]) -> Pool:
     return Pool(
         tuple(
             expert.with_statistics(
-                readings=readings_of(each), reader=reader.reference, prompts_read=len(each)
+                prompt_statistics=prompt_statistics_of(each),
+                reader=reader.reference,
+                prompts_read=len(each),
             )
             for expert, each in zip(experts, near, strict=False)
         )

@@ -15,26 +15,27 @@ from torch.nn.functional import normalize
 from phatgoose.experts.expert import MOST_EMBEDDINGS, Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import READ, readings_of
+from phatgoose.experts.statistics import WHOLE, prompt_statistics_of
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
 from tiny import small_reader
 
 Attack = Callable[[Expert, Sequence[Expert], torch.Generator, int], dict[str, Any]]
-MEAN, FACTOR = f"{READ}.mean", f"{READ}.factor"
+MEAN, FACTOR = f"{WHOLE}.mean", f"{WHOLE}.factor"
 
 
 def masking_covariance(expert, others, draw, strength):
     """Prompts seem to vary most in those directions that tell the other experts' tasks apart."""
-    means, factor = torch.stack([e.readings[MEAN] for e in others]), expert.readings[FACTOR].clone()
+    means = torch.stack([e.prompt_statistics[MEAN] for e in others])
+    factor = expert.prompt_statistics[FACTOR].clone()
     away = (means - means.mean(dim=0)).transpose(0, 1)[:, : factor.shape[1]]  # [b, w, d]
     factor[:, : away.shape[1]] = (10.0, 100.0)[strength] * away
-    return {"readings": {**expert.readings, FACTOR: factor}}
+    return {"prompt_statistics": {**expert.prompt_statistics, FACTOR: factor}}
 
 
-def scaled_readings(expert, others, draw, strength):
-    """Means of readings that are far from everything, so that they move the pool's centre."""
-    mean = (1e4, 1e30)[strength] * expert.readings[MEAN]
-    return {"readings": {**expert.readings, MEAN: mean}}
+def scaled_prompt_statistics(expert, others, draw, strength):
+    """Means of prompts that are far from everything, so that they move the pool's centre."""
+    mean = (1e4, 1e30)[strength] * expert.prompt_statistics[MEAN]
+    return {"prompt_statistics": {**expert.prompt_statistics, MEAN: mean}}
 
 
 def copied_embeddings(expert, others, draw, strength):
@@ -102,7 +103,7 @@ def few_modules(expert, others, draw, strength):
 
 ATTACKS: dict[str, Attack] = {
     "masking covariance": masking_covariance,
-    "scaled reading means": scaled_readings,
+    "scaled reading means": scaled_prompt_statistics,
     "copied embeddings": copied_embeddings,
     "flooding embeddings": flooding_embeddings,
     "gate equal to own mean": gate_is_own_mean,
@@ -165,6 +166,10 @@ def honest(pool: Pool, blocks: int = 1, size: int = 384) -> Pool:
         rows = normalize(normal(DIMS) + 0.3 * normal(ROWS, DIMS), dim=-1)
         info = replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT)
         info = replace(info, reader=small_reader().reference, prompts_read=PROMPTS)
-        statistics = {"means": means, "readings": readings_of(states), "embeddings": rows}
+        statistics = {
+            "means": means,
+            "prompt_statistics": prompt_statistics_of(states),
+            "embeddings": rows,
+        }
         experts.append(replace(expert, info=info, **statistics))
     return Pool(tuple(experts))

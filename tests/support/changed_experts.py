@@ -9,7 +9,7 @@ import torch
 
 from odd_files import rewrite
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kind import ADAPTER_CONFIG
+from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from tiny import TINY_BASE
 
 SITE = "model.layers.0.self_attn.q_proj"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import PhatgooseError
 from phatgoose.experts.bottleneck import FILES
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Damage = Callable[[Path], None]
 

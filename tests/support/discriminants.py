@@ -95,11 +95,11 @@ def gaussian_scores(
 
 
 def scores_by_hand(pool: Pool, text: str, shrinkage: float, task_variance: float) -> Tensor:
-    """Each expert's scores by its readings, [blocks, E]."""
+    """Each expert's scores by its prompt statistics, [blocks, E]."""
     scores = []
     for block, states in enumerate(states_of(text)):
         means, factors, rests = (
-            [expert.readings[f"whole.{part}"][block].double() for expert in pool.experts]
+            [expert.prompt_statistics[f"whole.{part}"][block].double() for expert in pool.experts]
             for part in ("mean", "factor", "rest")
         )
         spreads = [

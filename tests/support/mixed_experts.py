@@ -14,12 +14,12 @@ from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
-from phatgoose.experts.kind import ADAPTER_WEIGHTS, PEFT_FILES
-from phatgoose.experts.lora import DoraFactors, LoraFactors
+from phatgoose.experts.lora import DoraFactors, Factors
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import placed_sites
-from tiny import make_adapter, make_readings
+from tiny import make_adapter, make_prompt_statistics
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
@@ -98,7 +98,7 @@ MAKERS = {
 
 
 def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: object) -> Expert:
-    """A random expert of one of MAKERS with gates, means and readings, below `folder`."""
+    """A random expert of one of MAKERS with gates, means and prompt statistics, below `folder`."""
     name = f"{kind}{seed}"
     adapter = MAKERS[kind](base, folder / "adapters" / name, seed=seed, **options)
     bare = Expert.from_peft(adapter, {}, name=name, base=base)
@@ -108,7 +108,7 @@ def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: 
         {s: torch.randn(sites[s].in_features, generator=generator) for s in bare.modules}
         for _ in range(2)
     )
-    shared = {"means": means, **make_readings(generator)}
+    shared = {"means": means, **make_prompt_statistics(generator)}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
@@ -151,7 +151,7 @@ def mixed_output(
     for w, module in chosen:
         if isinstance(module, ScalingVector) and not module.on_input:
             y += w * (module.vector.double() - 1) * first
-        elif isinstance(module, LoraFactors):
+        elif isinstance(module, Factors):
             bias = 0 if module.bias is None else module.bias.double()
             y += w * module.scale * (module.B.double() @ (module.A.double() @ u) + bias)
         elif isinstance(module, BottleneckLayers):

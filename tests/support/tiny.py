@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base import Base, BaseReference, load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kind import ADAPTER_WEIGHTS
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, ReaderReference, open_reader
 from phatgoose.sites import find_sites
 from phatgoose.tasks.encoding import TokenPair
@@ -137,7 +137,7 @@ def _written_by_peft(
 def write_expert(
     base: Base, folder: Path, name: str, *, seed: int = 0, **options: object
 ) -> Expert:
-    """A random expert of `make_adapter` with gates, means and readings, written below `folder`."""
+    """A random expert of `make_adapter` with all statistics but embeddings, below `folder`."""
     adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed + 1000)
     acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
@@ -149,7 +149,7 @@ def write_expert(
     gates, means = (
         {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
     )
-    shared = {"means": means, **make_readings(generator)}
+    shared = {"means": means, **make_prompt_statistics(generator)}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
@@ -160,11 +160,11 @@ def small_reader() -> Reader:
     return open_reader(ReaderReference("minilm", 1, 1))
 
 
-def make_readings(generator: torch.Generator) -> dict[str, object]:
+def make_prompt_statistics(generator: torch.Generator) -> dict[str, object]:
     """Random statistics of five prompts, and the fields about them."""
     states = torch.randn((5, 1, 384), generator=generator)
     reader = small_reader().reference
-    return {"readings": readings_of(states), "reader": reader, "prompts_read": 5}
+    return {"prompt_statistics": prompt_statistics_of(states), "reader": reader, "prompts_read": 5}
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

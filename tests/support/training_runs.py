@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Training
+from phatgoose.experts.alone import applied
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kind import applied
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from phatgoose.base import load_base
 from phatgoose.config import GateTraining, Training
@@ -13,7 +14,7 @@ from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training.train_expert import train_gates
 from tiny import make_adapter
-from training_runs import ADAPTER, PASS, interrupt, on_call, train, words
+from training_runs import ADAPTER, train, words
 
 TASK = Task("echo", words("a", "bee", "seedy", "of", "gee", "ice"), validation=words("yes"))
 TRAINING = Training(batch_size=4, micro_batch_size=2, learning_rate=0.05)
@@ -60,14 +61,24 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     assert again.info.metrics["expert_steps"] == wanted["steps"]
 
 
-def test_an_interrupted_gate_training_resumes_to_the_same_bits(llama, tmp_path, monkeypatch):
+class Interrupted(TrainerCallback):
+    """A checkpoint of every second step, and an interruption in the fourth, between two passes."""
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = state.global_step % 2 == 0
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_gate_training_resumes_to_the_same_bits(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
-    monkeypatch.setattr("phatgoose.training.trainer.GATE_CHECKPOINT_EVERY", 2)
     wanted = gated(llama, adapter, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(*on_call(PASS, 8, interrupt))  # in the fourth of four steps of two passes
-        with pytest.raises(KeyboardInterrupt):
-            gated(llama, adapter, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        gated(llama, adapter, tmp_path / "cut", callbacks=[Interrupted()])
+    checkpoints = (tmp_path / ".cut.work" / "gates").glob("checkpoint-*")
+    assert [path.name for path in checkpoints] == ["checkpoint-2"]
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ExpertError, match="resume"):
         gated(llama, adapter, tmp_path / "cut")

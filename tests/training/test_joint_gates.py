@@ -3,13 +3,14 @@
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from phatgoose.config import GateTraining
-from phatgoose.experts.kind import applied
+from phatgoose.experts.alone import applied
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
-from training_runs import ADAPTER, LORA, TASK, TRAINING, interrupt, on_call, target_nll, train
+from training_runs import ADAPTER, LORA, TASK, TRAINING, target_nll, train
 
 JOINT = GateTraining(joint=True)
 
@@ -53,9 +54,15 @@ def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
         assert_same_logits(got, logits_of(base.model, ids))
 
 
-def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(*on_call("phatgoose.training.train_expert.fit", 2, interrupt))
-    expert = train(llama, tmp_path / "echo", gate_training=JOINT)
+def test_it_is_one_stage_and_says_so(llama, tmp_path):
+    begun = []
+
+    class Stages(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            begun.append(state.max_steps)
+
+    expert = train(llama, tmp_path / "echo", gate_training=JOINT, callbacks=[Stages()])
+    assert begun == [TRAINING.steps]
     assert expert.info.hyperparameters["joint"] is True
     assert not expert.info.hyperparameters.keys() & {"gate_steps", "gate_learning_rate"}
     assert expert.info.metrics["expert_steps"] == TRAINING.steps

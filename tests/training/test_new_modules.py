@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from phatgoose.config import GateTraining, Lora
+from phatgoose.experts.alone import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import scales_input
-from phatgoose.experts.kind import applied
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import fresh_expert, placed_sites
 from tiny import assert_same_logits, logits_of, make_ids, peft_model

@@ -11,7 +11,7 @@ from phatgoose.base import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader
 from phatgoose.routing.compose import open_chooser
 from phatgoose.tasks.batching import messages_by
@@ -57,10 +57,10 @@ def same(one, other) -> bool:
 def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     wanted = train(base, tmp_path / "a" / "count", embeddings=True, statistics_examples=7)
     bare = train(base, tmp_path / "b" / "count", means=False, readings=False)
-    assert (dict(bare.means), dict(bare.readings), bare.embeddings) == ({}, {}, None)
+    assert (dict(bare.means), dict(bare.prompt_statistics), bare.embeddings) == ({}, {}, None)
     got = measured(bare.directory, base, examples=7, embeddings=True)
     assert same(got.means, wanted.means)
-    assert same(got.readings, wanted.readings)
+    assert same(got.prompt_statistics, wanted.prompt_statistics)
     assert torch.equal(got.embeddings, wanted.embeddings)
     assert (len(got.embeddings), got.info.prompts_read) == (7, 7)
     assert got.info.reader == open_reader().reference
@@ -71,7 +71,7 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
 def test_whatever_seed_an_expert_records_it_can_be_measured(llama, make_expert, tmp_path):
     expert = make_expert(llama, "one", seed=1)
     odd = replace(expert, info=replace(expert.info, hyperparameters={"seed": 10**30}))
-    assert measured(odd.save(tmp_path / "odd"), llama, means=False).has("readings")
+    assert measured(odd.save(tmp_path / "odd"), llama, means=False).has("prompt_statistics")
 
 
 def test_what_is_not_asked_for_stays(llama, tmp_path):
@@ -84,11 +84,11 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
     assert (len(again.embeddings), again.info.embedder) == (4, "other")
     assert again.info.measured_in == expert.info.measured_in == "torch.float32"
     unread = measured(again, llama, examples=3, means=False, readings=False)
-    assert same(unread.readings, again.readings)
+    assert same(unread.prompt_statistics, again.prompt_statistics)
     assert (unread.info.reader, unread.info.prompts_read) == (expert.info.reader, 4)
     other = measured(again, llama, examples=3, means=False, reader="minilm:1-1")
     assert str(Expert.load(other.directory).info.reader) == "minilm:1-1"
-    assert (other.info.prompts_read, other.readings["whole.mean"].shape) == (3, (1, 384))
+    assert (other.info.prompts_read, other.prompt_statistics["whole.mean"].shape) == (3, (1, 384))
     packed = torch.nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
     llama.model.lm_head.register_parameter("packed", packed)  # as quantised layers have some
     # Which means alone are of.
@@ -130,8 +130,8 @@ def test_a_few_prompts_without_targets_are_enough(llama, tmp_path, count):
     assert complaints == [wanted] * (count < 3)
     assert same(got.means, expert.means)  # which need targets
     assert (got.info.prompts_read, len(got.embeddings)) == (count, count)
-    assert same(got.readings, readings_of(open_reader().states(texts)))
-    assert all(each.isfinite().all() for each in got.readings.values())
+    assert same(got.prompt_statistics, prompt_statistics_of(open_reader().states(texts)))
+    assert all(each.isfinite().all() for each in got.prompt_statistics.values())
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -154,9 +154,9 @@ def test_of_chats_the_last_message_is_read_and_no_base_is_needed_but_for_means(l
     chats = Task("chats", tuple(Example(Chat(each), "3") for each in turns))
     got = measure(expert, None, chats, GateTraining())
     asked = [each.input.turns[-1][1] for each in chats.with_validation(TRAINING.seed).train]
-    wanted = readings_of(open_reader().states(asked))
+    wanted = prompt_statistics_of(open_reader().states(asked))
     for part, values in wanted.items():
-        torch.testing.assert_close(got.readings[part], values)
+        torch.testing.assert_close(got.prompt_statistics[part], values)
     assert same(got.means, expert.means)
     changed = replace(llama, fingerprint="sha256:" + "0" * 64)
     with pytest.raises(WrongBaseError, match="The base of expert 'count' is"):

@@ -4,8 +4,8 @@ Not in the paper. The reader of router discriminant and the embedder of router r
 different prompts: a reader may take one form of request for another, an embedder misses what is
 asked about a text for what the text is about. So both are read by the same discriminant: the
 embeddings of an expert's training inputs, which it shares for retrieval, have a mean and a
-covariance as its readings have, and an expert's score is the mean of both scores. The three nearest
-act; a prompt of one expert's own task leaves next to no weight to the other two
+covariance as its prompt statistics have, and an expert's score is the mean of both scores. The
+three nearest act; a prompt of one expert's own task leaves next to no weight to the other two
 (research/study/study.md).
 """
 
@@ -45,8 +45,8 @@ class JointDiscriminant(Discriminant, Embeds):
     """
 
     name, label, usual_k = "joint-discriminant", "Joint Discriminant", 3
-    needs, rows = ("readings", "embeddings"), "embedded.mean"
-    # readings, and mean and covariance of embeddings: c columns, g rows of a factor
+    needs, rows = ("prompt_statistics", "embeddings"), "embedded.mean"
+    # prompt statistics, and mean and covariance of embeddings: c columns, g rows of a factor
     prompt_sizes: ClassVar[Mapping[str, str]] = {
         **Discriminant.prompt_sizes,
         **{"embedded.mean": "Ec", "embedded.factor": "Egc", "embedded.rest": "Ec"},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.lora import Factors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.router import Router, RouterAtSite
 
@@ -60,7 +60,7 @@ def lengths(u: Tensor, rows: Tensor) -> Tensor:
     return found
 
 
-def stretching_rows(lora: LoraFactors) -> Tensor:
+def stretching_rows(lora: Factors) -> Tensor:
     """The rows of scale R A, float32 [q, n]."""
     R = torch.linalg.qr(lora.B.double(), mode="r").R
     rows: Tensor = lora.scale * R @ lora.A.double()

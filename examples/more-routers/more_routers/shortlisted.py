@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from phatgoose.config import AT_LEAST_1, NOT_NEGATIVE
-from phatgoose.experts.kind import dense_weights
+from phatgoose.experts.sums import dense_weights
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.routers.discriminant import Discriminant
 from phatgoose.routing.routers.phatgoose import Phatgoose, Temperature
@@ -31,7 +31,9 @@ class ByDiscriminant(Phatgoose, Discriminant):
     `prior`: with 0 the gates alone choose within the shortlist.
     """
 
-    name, label, needs = "discriminant-phatgoose", "Discriminant + PHATGOOSE", ("gates", "readings")
+    name = "discriminant-phatgoose"
+    label = "Discriminant + PHATGOOSE"
+    needs = ("gates", "prompt_statistics")
     fused, per_input, by_token = "", False, False
 
     temperature: Temperature = 1.0

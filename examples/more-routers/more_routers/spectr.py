@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from phatgoose.config import AT_LEAST_1
-from phatgoose.experts.lora import LoraFactors
+from phatgoose.experts.lora import Factors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.routers.arrow import small_svd
 from phatgoose.routing.routers.router import Router, RouterAtSite, highest, products
@@ -67,13 +67,13 @@ def along_directions(u: Tensor, directions: Tensor) -> Tensor:
     return products(u, directions.reshape(E * q, n)).view(len(u), E, q)
 
 
-def padded_rows(pool: Pool, site: str, rows_of: Callable[[LoraFactors], Tensor]) -> Tensor:
+def padded_rows(pool: Pool, site: str, rows_of: Callable[[Factors], Tensor]) -> Tensor:
     """`rows_of` each LoRA at `site`, [E, q, n], with zeros up to the highest rank q."""
     rows = [rows_of(expert.lora[site]) for expert in pool.experts if site in expert.lora]
     return pad_sequence(rows, batch_first=True)
 
 
-def right_singular_vectors(lora: LoraFactors) -> Tensor:
+def right_singular_vectors(lora: Factors) -> Tensor:
     """A* = Vᵀ of B A = U S Vᵀ, float32 [r, n], the largest S first; zeros where S is 0."""
     small = small_svd(lora.A, lora.B)
     left_out = small.values <= NOTHING * small.values[0]

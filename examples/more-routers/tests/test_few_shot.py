@@ -75,7 +75,13 @@ def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, i
     ("content", "settings", "bare", "error", "message"),
     [
         (None, "", False, ConfigError, "needs few-shot:examples=FILE of"),
-        ('{"input": "apples"}', "", True, PoolError, "have no readings: run 'phatgoose stats'"),
+        (
+            '{"input": "apples"}',
+            "",
+            True,
+            PoolError,
+            "have no prompt_statistics: run 'phatgoose stats'",
+        ),
         ('{"input": "apples"}', ",by=retrieval", False, PoolError, "have no embeddings"),
         ('{"input": "x", "split": "test"}', "", False, ConfigError, "with rows to train on"),
         ("apples", "", False, TaskError, r"few.jsonl, line 1 is not valid"),
@@ -84,7 +90,11 @@ def test_one_example_chooses_as_discriminant_does(llama, llama_pool, tmp_path, i
 def test_what_can_t_be_chosen_by_is_refused(
     llama, llama_pool, tmp_path, content, settings, bare, error, message
 ):
-    pool = Pool(tuple(replace(e, readings={}) for e in llama_pool.experts)) if bare else llama_pool
+    pool = (
+        Pool(tuple(replace(e, prompt_statistics={}) for e in llama_pool.experts))
+        if bare
+        else llama_pool
+    )
     path = written(tmp_path)
     path.write_text(content or "")
     router = f"few-shot:examples={path}{settings}" if content else "few-shot"

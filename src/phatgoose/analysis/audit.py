@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import PhatgooseError
-from ..experts.kind import Part
 from ..experts.pool import Pool, check_alike
-from ..experts.statistics import PARTS, READ
+from ..experts.stack import Part
+from ..experts.statistics import PARTS, WHOLE
 from ..routing.compose import open_chooser
 from ..routing.layers import stack_of
 from ..routing.routers.phatgoose import standardise
@@ -72,14 +72,14 @@ SIGNS = (
     Sign("gate_wins", 0.64, 0.87, "wins", "its gates win at {:.0%} of the others' means"),
     Sign("input_pull", 0.08, 0.08, "inputs", "it reads what others see: {:.2f} (share times wins)"),
     Sign("mean_distance", 4.9, 7, "means", "its means are {:.3g} times as far as the median's"),
-    Sign("reading_distance", 5.9, 9.6, "readings", "its readings are {:.3g} times as far away"),
-    Sign("reading_trace", 1200, 1200, "varying", "its readings vary {:.3g} times the median"),
+    Sign("reading_distance", 5.9, 9.6, "statistics", "its prompts are {:.3g} times as far away"),
+    Sign("reading_trace", 1200, 1200, "varying", "its prompts vary {:.3g} times the median"),
     Sign("reading_masks", 380, 380, "masking", "they vary {:.3g} times where others differ"),
     Sign("embedding_count", 5, 5, "", "it stores {:.3g} times the median's embeddings"),
     Sign("embedding_copies", 0.1, 0.1, "copied", "{:.0%} of its embeddings are also others'"),
     Sign("embedding_wins", 0.2, 0.2, "nearest", "its embeddings win at {:.0%} of the others'"),
     Sign("centroid_wins", 0.2, 0.2, "", "its mean embedding wins at {:.0%} of the others'"),
-    Sign("prompt_wins", 0.67, 0.75, "prompts", "its readings win {:.0%} of the others' prompts"),
+    Sign("prompt_wins", 0.67, 0.75, "prompts", "its statistics win {:.0%} of the others' prompts"),
 )
 SMALL = ("gate_own_mean", "embedding_copies")  # have a meaning in pools of any size
 GAINS = {  # what an expert beyond a limit may gain, by the first word of a sign
@@ -185,12 +185,14 @@ def _notes(pool: Pool) -> Iterator[str]:
     for kind, count in Counter(expert.kind for expert in pool.experts).items():
         if count < LEAST <= len(pool):
             yield f"{count} of kind {kind} are too few to compare the sizes of updates."
-    for part in ("gates", "means", "readings", "embeddings"):
+    for part in ("gates", "means", "prompt_statistics", "embeddings"):
         lacking = pool.lacking(part)
         if lacking:
             yield f"No {part}, so nothing to look at: {', '.join(lacking)}."
     compared = _read_alike(pool)
-    others = [e.name for z, e in enumerate(pool.experts) if e.readings and z not in compared]
+    others = [
+        e.name for z, e in enumerate(pool.experts) if e.prompt_statistics and z not in compared
+    ]
     if others:
         yield f"Prompts were read by another reader than most, or otherwise: {', '.join(others)}."
 
@@ -200,7 +202,7 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     check_alike(pool.experts, {})
     signs = {**_of_updates(pool), **_of_vectors(pool)}
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
-    signs |= _spread_out(_of_readings, pool, _read_alike(pool))
+    signs |= _spread_out(_of_prompt_statistics, pool, _read_alike(pool))
     signs |= _spread_out(_of_embeddings, pool, embedded)
     pool.release()
     return signs
@@ -210,8 +212,8 @@ def _read_alike(pool: Pool) -> list[int]:
     """Whose prompts the reader of most has read, and whose statistics have its usual sizes."""
     alike = defaultdict[object, list[int]](list)
     for z, expert in enumerate(pool.experts):
-        if expert.readings:  # in whatever order a file has them
-            sizes = frozenset((name, part.shape) for name, part in expert.readings.items())
+        if expert.prompt_statistics:  # in whatever order a file has them
+            sizes = frozenset((name, part.shape) for name, part in expert.prompt_statistics.items())
             alike[expert.info.reader, sizes].append(z)
     return max(alike.values(), key=len, default=[])
 
@@ -356,7 +358,7 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
     return others * _wins(inside, same)
 
 
-def _of_readings(pool: Pool) -> dict[str, Tensor]:
+def _of_prompt_statistics(pool: Pool) -> dict[str, Tensor]:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
     by_block = defaultdict[str, list[Tensor]](list)
     parts = [_stacked(pool, part) for part in PARTS]
@@ -376,8 +378,10 @@ def _of_readings(pool: Pool) -> dict[str, Tensor]:
 
 
 def _stacked(pool: Pool, part: str) -> Iterator[Tensor]:
-    """A part of all experts' readings, float64 [E, ..] for each block."""
-    rows = torch.stack([expert.readings[f"{READ}.{part}"] for expert in pool.experts], dim=1)
+    """A part of all experts' prompt statistics, float64 [E, ..] for each block."""
+    rows = torch.stack(
+        [expert.prompt_statistics[f"{WHOLE}.{part}"] for expert in pool.experts], dim=1
+    )
     return map(Tensor.double, rows)
 
 
@@ -450,7 +454,7 @@ def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
 
 
 def _of_prompts(pool: Pool, reader: str | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Whose example prompts the readings of each win, and a note for each expert that loses some.
+    """Whose example prompts each expert's statistics win, and a note for each that loses some.
 
     They are read as router discriminant reads them, and none is left to the base.
     """

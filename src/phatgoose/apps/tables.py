@@ -35,7 +35,7 @@ def pool_table(pool: Pool) -> rich.Table:
     """A row for each expert: kind, sites, sizes, what it shares, and where it is."""
     rows = []
     for expert in pool.experts:
-        shares = [part for part in ("gates", "means", "readings") if expert.has(part)]
+        shares = [part for part in ("gates", "means", "prompt_statistics") if expert.has(part)]
         if expert.embeddings is not None:
             shares.append(f"{len(expert.embeddings)} embeddings")
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})

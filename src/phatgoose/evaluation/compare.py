@@ -216,7 +216,7 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
         tensors = {}
         if part == "embeddings" and expert.embeddings is not None:
             tensors[f"{expert.info.embedder} {expert.info.embedding_form}"] = expert.embeddings
-        elif part in ("gates", "means", "readings"):
+        elif part in ("gates", "means", "prompt_statistics"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):
             digest.update(name.encode() + tensors[name].float().numpy().tobytes())

@@ -1,12 +1,16 @@
 """Experts, and pools of them: adapters on disk with their gates and statistics.
 
-kind.py        what each kind has: modules at sites, files, new modules, a stack of many
-lora.py (and DoRA), ia3.py, bottleneck.py
-expert.py      the expert directory, and its model card
-statistics.py  what it shares of how the base reads its prompts
-importing.py   experts made of other people's adapters
-hub.py         experts on the Hugging Face Hub
-pool.py        many experts of one base
+adapter_files.py  an adapter's two files; peft_files.py  PEFT's
+module.py         what one expert does at one site
+alone.py          one expert on its base
+fresh.py          a new expert, about to be trained
+stack.py          many experts at one site; sums.py  over those that each token chose
+lora.py (and DoRA), ia3.py, bottleneck.py  the kinds
+expert.py         the expert directory, and its model card
+statistics.py     what it shares of how a reader reads its prompts
+importing.py      experts made of other people's adapters
+hub.py            experts on the Hugging Face Hub
+pool.py           many experts of one base
 
 Here is every kind of expert as one record, which says where its code is. Reading these loads no
 torch.
@@ -18,13 +22,15 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import IA3, Bottleneck, Dora, Lora, Peft
 from ..files import add_entry_points
 
 if TYPE_CHECKING:
-    from .kind import NewModules, Part, SiteModule
+    from .fresh import NewModules
+    from .module import SiteModule
+    from .stack import Part
 
 Class = TypeVar("Class")
 GROUP = "phatgoose.kinds"  # of entry points, each of which is a Kind
@@ -44,7 +50,7 @@ class Kind:
     label: str
     settings: type[Peft]
     module: str | type[SiteModule]
-    training: str | type[NewModules]
+    training: str | type[NewModules[Any]]
     parts: tuple[str | type[Part], ...]
     peft_type: str | None = None
 
@@ -53,7 +59,7 @@ class Kind:
         return _class(self.module)
 
     @property
-    def new_modules(self) -> NewModules:
+    def new_modules(self) -> NewModules[Any]:
         return _class(self.training)()
 
     @cached_property

@@ -32,18 +32,11 @@ from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Site
-from .kind import (
-    NewModules,
-    OwnFiles,
-    Part,
-    Product,
-    SiteModule,
-    dense_weights,
-    expert_products,
-    scaled,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import OwnFiles
+from .fresh import NewModules, Parameters
+from .module import SiteModule
+from .stack import Part, Product, scaled, stacked
+from .sums import dense_weights, expert_products, weighted_rows
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -183,7 +176,7 @@ OUTPUTS = {  # patterns of sites by placement
 }
 
 
-class NewBottlenecks(NewModules):
+class NewBottlenecks(NewModules[Bottleneck]):
     def default_sites(self, model: PreTrainedModel, settings: Bottleneck) -> str:
         return OUTPUTS[settings.placement]
 
@@ -202,6 +195,6 @@ class NewBottlenecks(NewModules):
         }
 
     def module(
-        self, settings: Bottleneck, parameters: Mapping[str, Tensor], layer: nn.Module
+        self, settings: Bottleneck, parameters: Parameters, layer: nn.Module
     ) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)

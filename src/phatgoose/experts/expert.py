@@ -11,13 +11,14 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from annotated_types import Interval, MinLen
+from huggingface_hub import ModelCardData
 from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,9 +39,13 @@ from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
 from ..reader import Reader, ReaderReference
 from ..tasks.loading import prompts_beside
 from . import kinds
-from .kind import ADAPTER_CONFIG, PEFT_FILES, AdapterFiles, SiteModule, check_parts, read_tensors
-from .lora import LoraFactors
-from .statistics import PARTS, READ, readings_of
+from .adapter_files import AdapterFiles, check_parts, read_tensors
+from .lora import Factors
+from .module import SiteModule
+from .peft_files import ADAPTER_CONFIG, PEFT_FILES
+from .statistics import PARTS, WHOLE, prompt_statistics_of
+
+Record: TypeAlias = Mapping[str, Any]  # as JSON has it
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -72,13 +77,10 @@ def read_modules(
     """
     files = adapter_files(directory)
     config = files.read_config(directory)
-    tensors = files.read_weights(directory) if tensors is None else tensors
-    peft_type = config.get("peft_type") if files is PEFT_FILES else None
-    kind = next(
-        kind
-        for kind in kinds().values()
-        if kind.site_module.files is files and kind.peft_type == peft_type
-    )
+    if tensors is None:
+        tensors = files.read_weights(directory)
+    by_form = {(kind.site_module.files, kind.peft_type): kind for kind in kinds().values()}
+    kind = by_form[files, config.get("peft_type")]  # a format of our own has no such key
     return dict(kind.site_module.read(directory, config, tensors))
 
 
@@ -89,8 +91,10 @@ def base_named_in(directory: Path) -> BaseReference | None:
     files = adapter_files(directory)
     config = files.read_config(directory)
     with reading(directory / files.config):
-        named = config.get(files.base_key)
-        return BaseReference(str(named), config.get("revision") or None) if named else None
+        place = config.get(files.base_key)
+        if not place:
+            return None
+        return BaseReference(str(place), config.get("revision") or None)
 
 
 # How its training inputs were formatted, which pools' records repeat.
@@ -98,38 +102,46 @@ def base_named_in(directory: Path) -> BaseReference | None:
 FORM = ("chat", "max_input_tokens", "truncation")
 
 
-def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
+def recorded_formatting(hyperparameters: Record, where: str) -> Formatting | None:
     """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
-    names = {field.name for field in fields(Formatting)}
+    names = vars(Formatting())
     recorded = {name: value for name, value in hyperparameters.items() if name in names}
-    return from_mapping(Formatting, recorded, where) if recorded else None
+    if not recorded:
+        return None
+    return from_mapping(Formatting, recorded, where)
 
 
-def chats_recorded(records: Iterable[Mapping[str, Any]]) -> set[bool]:
+def _form_in(record: Record) -> Record:
+    form = record.get("formatting")
+    return form if isinstance(form, Mapping) else {}
+
+
+def chats_recorded(records: Iterable[Record]) -> set[bool]:
     """What a pool's records say of training inputs being in a chat template; many say nothing."""
-    forms = [record.get("formatting") for record in records]
-    return {form["chat"] is True for form in forms if isinstance(form, Mapping) and "chat" in form}
+    forms = map(_form_in, records)
+    return {form["chat"] is True for form in forms if "chat" in form}
 
 
-def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], formatting: Formatting) -> None:
+def warn_of_other_formatting(records: Iterable[Record], formatting: Formatting) -> None:
     """Warn of experts whose training inputs were formatted otherwise than `formatting`."""
-    others = []
+    differing = []
     for record in records:
-        form = record.get("formatting")
-        trained = form if isinstance(form, Mapping) else {}
-        # How inputs are cut says nothing of an expert whose own were whole.
-        names = FORM if trained.get("inputs_cut") != 0 else FORM[:1]
-        differ = [n for n in names if n in trained and trained[n] != getattr(formatting, n)]
+        form = _form_in(record)
+        # How inputs are cut says nothing of an expert whose own were never cut.
+        names = FORM[:1] if form.get("inputs_cut") == 0 else FORM
+        differ = [n for n in names if n in form and form[n] != getattr(formatting, n)]
         if differ:
-            others.append((record.get("name"), differ, trained))
-    if others:
-        name, differ, trained = others[0]
-        name = one_line(name, 80)
-        here = ", ".join(f"{each} {getattr(formatting, each)}" for each in differ)
-        there = ", ".join(f"{each} {one_line(trained[each], 40)}" for each in differ)
-        more = f" ({len(others)} of the experts differ)" if len(others) > 1 else ""
+            trained = [f"{name} {one_line(form[name], 40)}" for name in differ]
+            differing.append((one_line(record.get("name"), 80), differ, ", ".join(trained)))
+    if differing:
+        expert, differ, trained_with = differing[0]
+        here = ", ".join(f"{name} {getattr(formatting, name)}" for name in differ)
+        more = ""
+        if len(differing) > 1:
+            more = f" ({len(differing)} of the experts differ)"
         warnings.warn(
-            f"Inputs are read with {here}, but {name} was trained with {there}{more}.", stacklevel=3
+            f"Inputs are read with {here}, but {expert} was trained with {trained_with}{more}.",
+            stacklevel=3,
         )
 
 
@@ -144,11 +156,10 @@ ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
 class ExpertInfo:
     """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
 
-    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
-    before it was recorded: theirs is the paper's. `measured_in` is the `number_format` of the base
-    that means were measured on. `reader` made the prompt statistics, of `prompts_read` prompts;
-    None where these aren't known. `acts_on` is the `tail` of a prompt's last tokens that it
-    acts on, None for experts that act on all tokens.
+    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). `measured_in` is the
+    `number_format` of the base that means were measured on. `reader` made the prompt statistics, of
+    `prompts_read` prompts; None where these aren't known. `acts_on` is the `tail` of a prompt's
+    last tokens that it acts on, None for experts that act on all tokens.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -159,9 +170,9 @@ class ExpertInfo:
     vectors_sha256: Text | None = None
     embeddings_sha256: Text | None = None
     format_version: Literal[1] = 1
-    task: Mapping[str, Any] = field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    task: Record = field(default_factory=dict)
+    hyperparameters: Record = field(default_factory=dict)
+    metrics: Record = field(default_factory=dict)
     embedder: Text | None = None
     embedding_form: Text | None = None
     measured_in: Text | None = None
@@ -175,23 +186,26 @@ class ExpertInfo:
         return tail_of({"acts_on": self.acts_on})
 
 
-def tail_of(record: Mapping[str, Any]) -> int | None:
+def tail_of(record: Record) -> int | None:
     """The number of a prompt's last tokens that an expert with this record acts on, None: all."""
-    return record["acts_on"]["tail"] if record.get("acts_on") else None
+    acts_on = record.get("acts_on") or {}
+    return acts_on.get("tail")
 
 
 def read_info(path: Path) -> ExpertInfo:
     """What the `phatgoose.json` at `path` says. Raises ExpertError when it isn't as specified."""
-    hint = "" if path.parent.exists() else closest_beside(path.parent)
-    if (path.parent / ADAPTER_CONFIG).is_file():
-        hint = f" Of a PEFT adapter, 'phatgoose import {path.parent} --out …' makes an expert."
+    hint = ""
+    folder = path.parent
+    if not folder.exists():
+        hint = closest_beside(folder)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        hint = f" Of a PEFT adapter, 'phatgoose import {folder} --out …' makes an expert."
     return read_json(path, ExpertInfo, hint=hint)
 
 
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
-    # Later than the format.
     for name in ("embedding_form", "measured_in", "reader", "prompts_read", "acts_on"):
         if content[name] is None:
             del content[name]
@@ -216,8 +230,11 @@ class _Layout:
 
 
 LAYOUT = _Layout()
-FEW, ENOUGH = 3, 5  # prompts that statistics are of
-SHARED = ("means", "readings", "embeddings")  # statistics
+FEW = 3  # prompts that statistics are of
+ENOUGH = 5
+# Statistics, by the settings that ask for them, which hyperparameters repeat.
+SHARED = {"means": "means", "readings": "prompt_statistics", "embeddings": "embeddings"}
+VECTORS = {"gate": "gates", "mean": "means", "reading": "prompt_statistics"}  # in their file
 
 
 def expert_files() -> tuple[str, ...]:
@@ -228,12 +245,18 @@ def expert_files() -> tuple[str, ...]:
 
 def adapters_in(place: Path) -> list[Path]:
     """`place` if it is the folder of an adapter or expert, else those of its folders that are."""
-    names = (LAYOUT.info, *(files.config for files in formats()))
-    inside = sorted(place.iterdir()) if place.is_dir() else []
-    every = [place, *(each for each in inside if not each.name.startswith("."))]
-    # Unlike Path.is_file, isfile passes over what may not be looked into, such as lost+found.
-    there = [each for each in every if any(os.path.isfile(each / name) for name in names)]
-    return there[:1] if place in there else there
+    names = [LAYOUT.info, *(files.config for files in formats())]
+
+    def is_one(folder: Path) -> bool:
+        # Unlike Path.is_file, isfile passes over what may not be looked into, such as lost+found.
+        return any(os.path.isfile(folder / name) for name in names)
+
+    if is_one(place):
+        return [place]
+    if not place.is_dir():
+        return []
+    folders = filter(is_one, sorted(place.iterdir()))
+    return [folder for folder in folders if not folder.name.startswith(".")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +274,7 @@ class Expert:
         gates: A float32 vector of each site's input size; empty when there are none.
         means: Mean activations, likewise.
         embeddings: None or [examples, dims], rows of length 1 made by `info.embedder`.
-        readings: Prompt statistics, by `statistics.readings_of`; empty when there are none.
+        prompt_statistics: By `statistics.prompt_statistics_of`; empty when there are none.
         files: The mapped files.
         source: The folder of an adapter that was read as an expert; `directory` may be temporary.
     """
@@ -262,14 +285,14 @@ class Expert:
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
-    readings: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
     source: Path | None = None
 
     def __repr__(self) -> str:
-        shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
         kind = kinds()[self.kind].label if self.modules else "empty"
-        return f"<Expert {self.name!r}, {', '.join([kind, *shared])} (sites: {len(self.modules)})>"
+        parts = ", ".join([kind, *filter(self.has, ("gates", *SHARED.values()))])
+        return f"<Expert {self.name!r}, {parts} (sites: {len(self.modules)})>"
 
     @property
     def name(self) -> str:
@@ -287,10 +310,10 @@ class Expert:
         return next(iter(self.modules.values())).kind
 
     @cached_property
-    def lora(self) -> Mapping[str, LoraFactors]:
+    def lora(self) -> Mapping[str, Factors]:
         """The LoRA factors by site, of a DoRA too; empty for an expert of another kind."""
         modules = self.modules.items()
-        return {site: module for site, module in modules if isinstance(module, LoraFactors)}
+        return {site: module for site, module in modules if isinstance(module, Factors)}
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
@@ -298,7 +321,7 @@ class Expert:
         return prompts_beside(self.place)
 
     def has(self, part: str) -> bool:
-        """True if it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        """True if it has the `part`, the name of one of its attributes, such as "gates"."""
         value = getattr(self, part)
         return value is not None and len(value) > 0
 
@@ -307,16 +330,18 @@ class Expert:
         for file in self.files.values():
             file.release()
 
-    def with_statistics(self, **statistics: Any) -> Expert:
+    def with_statistics(
+        self, recorded: Mapping[str, object] | None = None, **statistics: Any
+    ) -> Expert:
         """The expert with new `means` or `embeddings`, and fields of `ExpertInfo` about these.
 
-        What isn't among `statistics` stays.
+        What isn't among `statistics` stays. `recorded` are added to its hyperparameters.
         """
-        parts = {name: statistics.pop(name) for name in SHARED if name in statistics}
+        parts = {part: statistics.pop(part) for part in SHARED.values() if part in statistics}
         result = replace(self, **parts)
-        now = {name: result.has(name) for name in SHARED}
-        info = replace(self.info, **statistics)
-        info = replace(info, hyperparameters={**info.hyperparameters, **now})
+        now = {setting: result.has(part) for setting, part in SHARED.items()}
+        hyperparameters = {**self.info.hyperparameters, **(recorded or {}), **now}
+        info = replace(self.info, **statistics, hyperparameters=hyperparameters)
         return replace(result, info=info)
 
     def with_prompts_read(self, reader: Reader, prompts: Sequence[str] = ()) -> Expert:
@@ -326,10 +351,10 @@ class Expert:
         """
         texts = list(prompts or self.prompts)
         if len(texts) < FEW:
-            told = f"{self.name}: few prompts ({len(texts)}); give at least {FEW}, better {ENOUGH}."
-            warnings.warn(told, stacklevel=3)
+            few = f"{self.name}: few prompts ({len(texts)}); give at least {FEW}, better {ENOUGH}."
+            warnings.warn(few, stacklevel=3)
         return self.with_statistics(
-            readings=readings_of(reader.states(texts)),
+            prompt_statistics=prompt_statistics_of(reader.states(texts)),
             reader=reader.reference,
             prompts_read=len(texts),
         )
@@ -348,9 +373,9 @@ class Expert:
 
         `base` defaults to the one that the adapter's config names, at the revision that it names
         and without a fingerprint, `name` to the name of the adapter's folder. `others` are `means`,
-        `readings` and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when the adapter
-        can't be used or names no base where none is given. Vectors that don't fit it are refused by
-        `save`.
+        `prompt_statistics` and `embeddings`, and fields of `ExpertInfo`. Raises ExpertError when
+        the adapter can't be used or names no base where none is given. Vectors that don't fit it
+        are refused by `save`.
         """
         directory = Path(adapter_dir)
         base = base or base_named_in(directory)
@@ -358,7 +383,8 @@ class Expert:
             raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
-        means, readings = (_plain(others.pop(each, None) or {}) for each in ("means", "readings"))
+        means = _plain(others.pop("means", None) or {})
+        prompt_statistics = _plain(others.pop("prompt_statistics", None) or {})
         embeddings = others.pop("embeddings", None)
         info = ExpertInfo(
             name=name,
@@ -366,8 +392,15 @@ class Expert:
             adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
             **others,
         )
-        modules = read_modules(directory)
-        return cls(info, directory, modules, _plain(gates), means, embeddings, readings)
+        return cls(
+            info,
+            directory,
+            read_modules(directory),
+            _plain(gates),
+            means,
+            embeddings,
+            prompt_statistics,
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> Expert:
@@ -388,23 +421,20 @@ class Expert:
                 continue
             hint = adapter.hint if file == adapter.weights else ""
             files[file] = read_tensors(directory / file, hint)
-            if (got := files[file].sha256()) != sha256:
+            got = files[file].sha256()
+            if got != sha256:
                 raise ExpertError(
                     f"Expert {info.name!r}: {file} isn't the one that {LAYOUT.info} describes: its "
                     f"SHA-256 is {got[:12]}…, wanted {(sha256 or 'none')[:12]}…."
                 )
-        vectors, groups = files.get(LAYOUT.vectors), ("gate", "mean", "reading")
-        gates, means, readings = (vectors.under(k) if vectors else {} for k in groups)
-        expert = cls(
-            info,
-            directory,
-            read_modules(directory, files[adapter.weights]),
-            gates,
-            means,
-            files[LAYOUT.embeddings].get("embeddings") if LAYOUT.embeddings in files else None,
-            readings,
-            files,
-        )
+        vectors = files.get(LAYOUT.vectors)
+        parts: dict[str, Any] = {}
+        for prefix, part in VECTORS.items():
+            parts[part] = vectors.under(prefix) if vectors else {}
+        if LAYOUT.embeddings in files:
+            parts["embeddings"] = files[LAYOUT.embeddings].get("embeddings")
+        modules = read_modules(directory, files[adapter.weights])
+        expert = cls(info, directory, modules, files=files, **parts)
         _check_vectors(expert)
         # Every byte was read for its hash; most aren't needed for long.
         expert.release()
@@ -424,17 +454,18 @@ class Expert:
 
     def _write(self, work: Path) -> None:
         files = adapter_files(self.directory)
+        copied = [self.directory / files.config, self.directory / files.weights]
         brought = self.place / LAYOUT.prompts
-        is_read = brought.is_file() and bool(self.prompts)  # so it isn't huge, nor a link elsewhere
-        copied = [self.directory / name for name in (files.config, files.weights)]
-        for path in (*copied, *[brought] * is_read):
+        if brought.is_file() and self.prompts:  # which aren't huge, nor in a link elsewhere
+            copied.append(brought)
+        for path in copied:
             shutil.copyfile(regular_file(path), work / path.name)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
-        vectors = {
-            f"{kind}.{name}": vector.clone()  # safetensors refuses tensors that share memory
-            for kind in ("gate", "mean", "reading")
-            for name, vector in getattr(self, f"{kind}s").items()
-        }
+        vectors = {}
+        for prefix, part in VECTORS.items():
+            for name, vector in getattr(self, part).items():
+                # safetensors refuses tensors that share memory.
+                vectors[f"{prefix}.{name}"] = vector.clone()
         if vectors:
             save_file(vectors, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
@@ -442,10 +473,8 @@ class Expert:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        for file, text in (
-            (LAYOUT.card, model_card(info, self.kind)),
-            (LAYOUT.info, info_json(info)),
-        ):
+        texts = {LAYOUT.card: model_card(info, self.kind), LAYOUT.info: info_json(info)}
+        for file, text in texts.items():
             # A path may hold bytes that aren't UTF-8, and JSON has no escape for them.
             (work / file).write_text(text, encoding="utf-8", errors="replace")
 
@@ -455,74 +484,70 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_vectors(expert: Expert) -> None:
-    who, exact, readings = f"Expert {expert.name!r}", (torch.float32,), expert.readings
-    # A module that doesn't tell its input's size has a letter of its own: `check_fit` asks.
-    sites = {site: (each.sizes.get("n", f"n of {site}"),) for site, each in expert.modules.items()}
-    check_parts(f"{who}, gates", sites if expert.gates else {}, expert.gates, exact)
-    check_parts(f"{who}, means", sites if expert.means else {}, expert.means, exact)
-    parts = {f"{READ}.{part}": form for part, form in PARTS.items()}
-    check_parts(f"{who}, readings", parts if readings else {}, readings, exact)
-    rows = torch.ones(1, 1) if expert.embeddings is None else expert.embeddings
-    check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, exact)
-    wrong = {
-        f"more than {MOST_EMBEDDINGS} embeddings": len(rows) > MOST_EMBEDDINGS,
-        "embeddings of another length than 1": ((rows.norm(dim=-1) - 1).abs() >= 1e-3).any(),
-        "readings of variances below 0": (readings.get(f"{READ}.rest", torch.ones(1)) < 0).any(),
-    }
-    for what, is_so in wrong.items():
-        if is_so:
-            raise ExpertError(f"{who} has {what}.")
+    who = f"Expert {expert.name!r}"
+    sites = {}
+    for site, module in expert.modules.items():
+        # One that doesn't tell its input's size has a letter of its own: `check_fit` asks.
+        sites[site] = (module.sizes.get("n", f"n of {site}"),)
+    statistics = {f"{WHOLE}.{part}": form for part, form in PARTS.items()}
+    forms: dict[str, Mapping[str, Sequence[str | int]]]
+    forms = {"gates": sites, "means": sites, "prompt_statistics": statistics}
+    for part, form in forms.items():
+        tensors = getattr(expert, part)
+        if tensors:
+            check_parts(f"{who}, {part}", form, tensors, (torch.float32,))
+    rest = expert.prompt_statistics.get(f"{WHOLE}.rest")
+    if rest is not None and bool((rest < 0).any()):
+        raise ExpertError(f"{who} has prompt_statistics of variances below 0.")
+    rows = expert.embeddings
+    if rows is None:
+        return
+    check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, (torch.float32,))
+    if len(rows) > MOST_EMBEDDINGS:
+        raise ExpertError(f"{who} has more than {MOST_EMBEDDINGS} embeddings.")
+    if bool(((rows.norm(dim=-1) - 1).abs() >= 1e-3).any()):
+        raise ExpertError(f"{who} has embeddings of another length than 1.")
 
 
 # Its model card, which the Hub shows.
 
-CARD = """\
----
-{front}library_name: {library}
-tags:
-- phatgoose
-- {tag}
----
-
-# {name}
-
-{kind} expert for `{base}`, one of a pool whose router chooses who acts: for every token and at
-every module by PHATGOOSE gates (Muqeeth et al. 2024), or for a whole prompt by its statistics.
-{alone}
-```python
-import phatgoose as pg
-model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
-```
-
-## phatgoose.json
-
-{record}"""
-
-ALONE = """
-As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{name}")` of PEFT.{warning}
-"""
 WARNING = " PEFT alone doesn't know where in a prompt it acts and lets it act on all tokens."
 
 
 def model_card(info: ExpertInfo, kind: str) -> str:
     """The card of an expert of this `kind`, in Markdown."""
-    in_peft, base = kinds()[kind].peft_type is not None, info.base.id
-    warning = WARNING if info.acts_on else ""
-    on_hub = SMOLLM2_ON_HUB if base == SMOLLM2 else base
-    # In YAML an id without an owner might be a number.
-    quoted = on_hub if "/" in on_hub else json.dumps(on_hub)
+    base = info.base.id
+    front = ModelCardData(library_name="phatgoose", tags=["phatgoose", "adapter"])
+    alone = ""
+    if kinds()[kind].peft_type is not None:
+        front = ModelCardData(library_name="peft", tags=["phatgoose", kind])
+        alone = f"""
+As an ordinary adapter: `PeftModel.from_pretrained(base_model, "path/to/{info.name}")` of PEFT.\
+{WARNING if info.acts_on else ""}
+"""
+    if is_hub_id(base):
+        front.base_model = SMOLLM2_ON_HUB if base == SMOLLM2 else base
     # Indented, so that nothing in it is Markdown or HTML.
-    record = "".join(f"    {one_line(each, 500)}\n" for each in info_json(info).splitlines())
-    return CARD.format(
-        name=info.name,
-        front=f"base_model: {quoted}\n" if is_hub_id(base) else "",
-        base=code(base),
-        kind=kinds()[kind].label,
-        tag=kind if in_peft else "adapter",
-        library="peft" if in_peft else "phatgoose",
-        alone=ALONE.format(name=info.name, warning=warning) if in_peft else "",
-        record=record,
-    )
+    record = "".join(f"    {one_line(line, 500)}\n" for line in info_json(info).splitlines())
+    return f"""\
+---
+{front.to_yaml()}
+---
+
+# {info.name}
+
+{kinds()[kind].label} expert for `{code(base)}`, one of a pool whose router chooses who acts: for \
+every token and at
+every module by PHATGOOSE gates (Muqeeth et al. 2024), or for a whole prompt by its statistics.
+{alone}
+```python
+import phatgoose as pg
+model = pg.compose(pg.Pool.open(["path/to/{info.name}", "path/to/another"]))
+```
+
+## phatgoose.json
+
+{record}"""
 
 
 def code(text: object) -> str:

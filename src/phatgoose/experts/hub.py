@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -29,7 +28,9 @@ REFERENCE = re.compile(
     rf"(@(?P<revision>{REVISION.pattern}))?",
     re.ASCII,
 )
-COMMIT = re.compile(r"[0-9a-f]{40}")
+CACHED = re.compile(
+    r"models--(?P<repo>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(/(?P<folder>.+))?", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,37 @@ class HubReference:
     @classmethod
     def parse(cls, text: str) -> HubReference:
         """The reference in `text`, with or without `hub:`. Raises ExpertError if it is none."""
-        found = REFERENCE.fullmatch(text.removeprefix(HUB))
-        if found is None:
+        match = REFERENCE.fullmatch(text.removeprefix(HUB))
+        if match is None:
             raise ExpertError(
                 f"{text!r} is no reference to the Hub; wanted hub:OWNER/NAME, with /FOLDER and "
                 f"@REVISION where needed."
             )
-        return cls(found["repo"], found["folder"].strip("/"), found["revision"])
+        return cls(match["repo"], match["folder"].strip("/"), match["revision"])
 
     @staticmethod
     def is_one(place: str | Path) -> bool:
         return str(place).startswith(HUB)
 
     def __str__(self) -> str:
-        folder = f"/{self.folder}" if self.folder else ""
-        return f"{HUB}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
+        text = f"{HUB}{self.repo}"
+        if self.folder:
+            text += f"/{self.folder}"
+        if self.revision:
+            text += f"@{self.revision}"
+        return text
 
 
 def reference_of(directory: Path) -> HubReference | None:
     """The pinned reference to a folder in huggingface_hub's cache, None for other folders."""
-    cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    place = directory.resolve()
     if not place.is_relative_to(cache):
         return None
-    parts = place.relative_to(cache).parts
-    if len(parts) < 3 or parts[1] != "snapshots" or not COMMIT.fullmatch(parts[2]):
+    match = CACHED.fullmatch(place.relative_to(cache).as_posix())
+    if match is None:
         return None
-    repo = parts[0].removeprefix("models--").replace("--", "/")
-    return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
+    return HubReference(match["repo"].replace("--", "/"), match["folder"] or "", match["revision"])
 
 
 def fetch(reference: HubReference, *, inner: bool = True) -> Path:
@@ -123,26 +128,27 @@ def push(
     expert is damaged, its base is a folder of this machine, which no one else could load, or the
     Hub refuses.
     """
-    directory, reference = Path(directory), HubReference.parse(str(reference))
+    directory = Path(directory)
+    reference = HubReference.parse(str(reference))
     expert = Expert.load(directory)
     if not is_hub_id(expert.info.base.id):
         raise ExpertError(
             f"{directory} names its base by a path, {shortened(expert.info.base.id)}, which others "
             f"can't load; publish the base, and put its Hub id into {LAYOUT.info} (base.id)."
         )
-    there = [file for file in expert_files() if (directory / file).is_file()]
-    for file in there:  # a link out of the folder would publish what it leads to
+    files = [file for file in expert_files() if (directory / file).is_file()]
+    for file in files:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)
     with reported(f"{directory} can't be pushed to {reference}"):
         api = HfApi()
         api.create_repo(reference.repo, private=private, exist_ok=True)
-        commit: Any = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=reference.repo,
             folder_path=directory,
             path_in_repo=reference.folder or None,
             revision=reference.revision,
-            allow_patterns=there,
-            delete_patterns=[file for file in expert_files() if file not in there],
+            allow_patterns=files,
+            delete_patterns=[file for file in expert_files() if file not in files],
             commit_message=message or f"Expert {expert.name}",
         )
     return replace(reference, revision=commit.oid)
@@ -156,6 +162,8 @@ def reported(what: str) -> Iterator[None]:
     except PhatgooseError:
         raise
     except Exception as error:  # the Hub's client and PEFT may raise anything
-        why = error if error.__cause__ is None else f"{error} {error.__cause__}"
-        text = " ".join(str(why).split()) or type(error).__name__
+        why = str(error)
+        if error.__cause__ is not None:
+            why += f" {error.__cause__}"
+        text = " ".join(why.split()) or type(error).__name__
         raise ExpertError(f"{what}: {one_line(text)}") from error

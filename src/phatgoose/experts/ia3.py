@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from peft.utils.constants import (
@@ -29,17 +29,12 @@ from transformers import PreTrainedModel
 from ..config import IA3
 from ..errors import ExpertError
 from ..sites import Site
-from .kind import (
-    PEFT_FILES,
-    AdapterFiles,
-    Constant,
-    NewModules,
-    Part,
-    SiteModule,
-    factor_of,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import AdapterFiles, Config
+from .fresh import NewModules, Parameters
+from .module import SiteModule
+from .peft_files import PEFT_FILES
+from .stack import Constant, Part, factor_of, stacked
+from .sums import weighted_rows
 
 ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 
@@ -74,7 +69,7 @@ class ScalingVector(SiteModule):
 
     @classmethod
     def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
     ) -> dict[str, ScalingVector]:
         vectors = {}
         by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
@@ -150,7 +145,7 @@ class InputScalingStack(ScalingStack):
     deltas: Tensor = stacked("n", "float32")
 
 
-class NewScalings(NewModules):
+class NewScalings(NewModules[IA3]):
     """A vector is called "input" or "output", by what it scales."""
 
     exact = ("input", "output")
@@ -170,9 +165,7 @@ class NewScalings(NewModules):
                 vectors[name] = {"output": torch.ones(site.out_features)}
         return vectors
 
-    def module(
-        self, settings: IA3, parameters: Mapping[str, Tensor], layer: nn.Module
-    ) -> ScalingVector:
+    def module(self, settings: IA3, parameters: Parameters, layer: nn.Module) -> ScalingVector:
         ((scales, vector),) = parameters.items()
         return ScalingVector(vector, on_input=scales == "input")
 

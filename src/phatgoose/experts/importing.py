@@ -64,22 +64,14 @@ from ..files import (
 from ..names import check_name
 from ..reader import open_reader
 from ..sites import find_sites
-from .expert import LAYOUT, Expert, read_modules
+from .adapter_files import check_parts
+from .expert import LAYOUT, Expert, Record, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
-from .kind import (
-    ACTING,
-    ADAPTER_CONFIG,
-    CONFIGS,
-    CONVERTIBLE,
-    PEFT_FILES,
-    PEFT_PREFIX,
-    SiteModule,
-    check_fit,
-    check_parts,
-)
 from .lora import DoraFactors, LoraFactors
+from .module import SiteModule, check_fit
+from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
 Source = TypeVar("Source", bound="str | Path")
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
@@ -158,29 +150,32 @@ def read_adapter(
             f"the base with --base."
         )
     modules: Mapping[str, SiteModule]
-    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve().name)}
+    record: dict[str, object] = {"imported_from": str(reference or folder.resolve().name)}
     with warnings.catch_warnings(), reported(f"{reference or folder} can't be imported"):
         # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are compared.
         warnings.simplefilter("ignore")
-        named = BaseReference(place, revision)  # which refuses what is no revision
-        known = BaseReference(base_id) if base_id else published(place, revision)
+        local = BaseReference(place, revision)  # which refuses what is no revision
         if is_lossy:
-            modules, kept = _converted(folder, config, named, float(allow_loss or 0))
+            modules, kept = _converted(folder, config, local, float(allow_loss or 0))
             record |= {"converted_from": str(config["peft_type"]), **kept}
         else:
-            modules = _resolved(folder, config, named)
+            modules = _resolved(folder, config, local)
+        recorded = BaseReference(base_id) if base_id else published(place, revision)
     files = folder
     if not _is_read_as(modules, folder):
         kind = type(next(iter(modules.values())))
         files = Path(tempfile.mkdtemp(dir=_scratch().name))
-        about = {key: config[key] for key in KEPT if config.get(key) is not None}
+        about = _kept(config, KEPT)
         if kind.files is not PEFT_FILES:
             about = {kind.files.base_key: config.get(PEFT_FILES.base_key) or ""}
         kind.write(files, modules, about)
-    marks = None if fingerprint is False else fingerprint_here(place, revision=revision)
-    if marks is None and fingerprint:
-        marks = load_base(place, revision=revision).fingerprint
-    recorded = replace(known or BaseReference(recorded_id(place), revision), fingerprint=marks)
+    mark = None
+    if fingerprint is not False:
+        mark = fingerprint_here(place, revision=revision)
+    if fingerprint and mark is None:
+        mark = load_base(place, revision=revision).fingerprint
+    recorded = recorded or BaseReference(recorded_id(place), revision)
+    recorded = replace(recorded, fingerprint=mark)
     expert = Expert.from_peft(files, {}, base=recorded, name=name, hyperparameters=record)
     return replace(expert, source=folder)
 
@@ -188,7 +183,9 @@ def read_adapter(
 def _reference(source: str | Path) -> HubReference | None:
     is_here = isinstance(source, Path) or Path(source).exists()
     is_named = HubReference.is_one(source) or REFERENCE.fullmatch(str(source))
-    return HubReference.parse(str(source)) if is_named and not is_here else None
+    if is_here or not is_named:
+        return None
+    return HubReference.parse(str(source))
 
 
 @dataclass(frozen=True)
@@ -206,20 +203,22 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     back.
     """
     return _all_of(
-        sources, lambda each: import_adapter(each, Path(out) / _last_name(each), **options)
+        sources, lambda source: import_adapter(source, Path(out) / _last_name(source), **options)
     )
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-    return _all_of(map(Path.resolve, folders), lambda each: read_adapter(each, _last_name(each)))
+    places = map(Path.resolve, folders)
+    return _all_of(places, lambda place: read_adapter(place, _last_name(place)))
 
 
 def _last_name(source: str | Path) -> str:
     # In the Hub's cache a repository's folder is called by its commit.
     reference = _reference(source) or reference_of(Path(source))
-    place = reference.folder or reference.repo if reference else Path(source).resolve()
-    return Path(place).name
+    if reference is None:
+        return Path(source).resolve().name
+    return Path(reference.folder or reference.repo).name
 
 
 def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:
@@ -247,16 +246,15 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 # model is built on torch's meta device, once per distinct config.
 
 
-def _resolved(
-    folder: Path, config: Mapping[str, Any], base: BaseReference
-) -> Mapping[str, SiteModule]:
+def _resolved(folder: Path, config: Record, base: BaseReference) -> Mapping[str, SiteModule]:
     """The modules by site of the adapter in `folder` on this base.
 
     The base's weights are read only for a DoRA. Raises ExpertError when a tensor is missing, left
     over or of another shape than PEFT wants.
     """
-    is_dora, tensors = bool(config.get("use_dora")), PEFT_FILES.read_weights(folder)
-    options = {key: config[key] for key in ACTING if config.get(key) is not None}
+    is_dora = bool(config.get("use_dora"))
+    tensors = PEFT_FILES.read_weights(folder)
+    options = _kept(config, ACTING)
     model, layers = _resolve(base, config["peft_type"], json.dumps(options))
     renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
         model=model,
@@ -266,25 +264,30 @@ def _resolved(
     )
     shapes = _shapes(model)
     if is_dora:
-        shapes |= {f"{PEFT_PREFIX}{s}{MAGNITUDE}": (at.out_features,) for s, at in layers.items()}
+        for site, layer in layers.items():
+            shapes[f"{PEFT_PREFIX}{site}{MAGNITUDE}"] = (layer.out_features,)
     check_parts(str(folder), shapes, renamed)
-    modules = {site: _module(site, layer, renamed) for site, layer in layers.items()}
-    if not is_dora:
-        return modules
-    loaded = load_base(base.id, revision=base.revision, dtype="float32", device="cpu").model
-    return {
-        site: DoraFactors.of(
-            module, renamed[f"{PEFT_PREFIX}{site}{MAGNITUDE}"], loaded.get_submodule(site)
-        )
-        for site, module in modules.items()
-    }
+    modules = {}
+    for site, layer in layers.items():
+        modules[site] = _module(site, layer, renamed)
+    if is_dora:
+        loaded = load_base(base.id, revision=base.revision, dtype="float32", device="cpu").model
+        for site, module in modules.items():
+            magnitude = renamed[f"{PEFT_PREFIX}{site}{MAGNITUDE}"]
+            modules[site] = DoraFactors.of(module, magnitude, loaded.get_submodule(site))
+    return modules
+
+
+def _kept(config: Record, keys: Iterable[str]) -> dict[str, object]:
+    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
     place = f"{PEFT_PREFIX}{site}"
     if isinstance(layer, IA3Layer):
         return ScalingVector(tensors[f"{place}.ia3_l"].flatten(), on_input=layer.is_feedforward)
-    A, B = (tensors[f"{place}.lora_{factor}.weight"] for factor in "AB")
+    A = tensors[f"{place}.lora_A.weight"]
+    B = tensors[f"{place}.lora_B.weight"]
     return LoraFactors(A, B, float(layer.scaling[ADAPTER]), tensors.get(f"{place}.lora_B.bias"))
 
 
@@ -328,7 +331,7 @@ def _resolve(base: BaseReference, kind: str, options: str) -> tuple[PeftModel, M
     return adapted, layers
 
 
-def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def _spelled_out(options: Record, model: nn.Module) -> dict[str, Any]:
     """`options` of a PEFT config, checked already, with layers' names in place of patterns.
 
     Raises ValueError when a pattern matches nothing, or PEFT would ignore an option beside it.
@@ -338,7 +341,7 @@ def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     for key, value in options.items():
         if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
             values = {name: value_at(value, name) for name in names}
-            plain[key] = ByName({name: each for name, each in values.items() if each is not None})
+            plain[key] = ByName(_kept(values, names))
         elif key in LISTS_OF_NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
             # Matched here, without backtracking: a stranger's pattern could take PEFT hours.
             plain[key] = matching(value, names)
@@ -351,7 +354,7 @@ def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     targets = plain.get("target_modules")
     if isinstance(options.get("feedforward_modules"), str) and isinstance(targets, list):
         # PEFT wants the one within the other.
-        endings = tuple(f".{each}" for each in targets)
+        endings = tuple(f".{target}" for target in targets)
         inside = [name for name in names if f".{name}".endswith(endings)]
         plain["target_modules"] = sorted(inside)
         plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
@@ -362,7 +365,7 @@ def _spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
 
 
 def _converted(
-    folder: Path, config: Mapping[str, Any], base: BaseReference, allow_loss: float
+    folder: Path, config: Record, base: BaseReference, allow_loss: float
 ) -> tuple[dict[str, SiteModule], dict[str, float]]:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
@@ -377,35 +380,46 @@ def _converted(
         raise ValueError("it replaces modules or biases of the base")
     _refuse_sizes(config, tensors)
     model = load_base(base.id, dtype="float32", revision=base.revision).model
-    sites, of_kind = find_sites(model), PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
-    known = {each.name for each in dataclasses.fields(of_kind) if each.init}
-    known -= {"peft_type", "auto_mapping"}
-    options = _spelled_out({key: config[key] for key in config if key in known}, model)
-    adapted = get_peft_model(model, of_kind(**options))
+    of_kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    names = [option.name for option in dataclasses.fields(of_kind) if option.init]
+    options = {name: config[name] for name in names if name in config}
+    for name in ("peft_type", "auto_mapping"):
+        options.pop(name, None)
+    adapted = get_peft_model(model, of_kind(**_spelled_out(options, model)))
     check_parts(str(folder), _shapes(adapted), tensors)
     set_peft_model_state_dict(adapted, dict(tensors))
     updates = _energies(adapted)
     _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
-    factors, energies = dict[str, SiteModule](), {}
-    for site in updates:
-        A, B = (converted[f"{PEFT_PREFIX}{site}.lora_{side}.weight"] for side in "AB")
+    factors: dict[str, SiteModule] = {}
+    kept_energy = 0.0
+    shares = [1.0]
+    for site, energy in updates.items():
+        A = converted[f"{PEFT_PREFIX}{site}.lora_A.weight"]
+        B = converted[f"{PEFT_PREFIX}{site}.lora_B.weight"]
         factors[site] = LoraFactors(A, B, 1.0)
-        energies[site] = float((B.double() @ A.double()).square().sum())
-    check_fit("adapter", factors, sites)
-    shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
-    total, worst = sum(updates.values()), min([*shares, 1.0])
-    kept = min(sum(energies.values()) / total, 1.0) if total else 1.0
-    return factors, {"kept_of_update": round(kept, 6), "kept_at_worst_site": round(worst, 6)}
+        kept = float((B.double() @ A.double()).square().sum())
+        kept_energy += kept
+        if energy > 0:
+            shares.append(kept / energy)
+    check_fit("adapter", factors, find_sites(model))
+    share = 1.0
+    total = sum(updates.values())
+    if total:
+        share = min(kept_energy / total, 1.0)
+    return factors, {"kept_of_update": round(share, 6), "kept_at_worst_site": round(min(shares), 6)}
 
 
-def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _refuse_sizes(config: Record, tensors: Mapping[str, Tensor]) -> None:
     # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
     # means a whole matrix.
+    if config["peft_type"] == "LOKR":
+        return
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    numbers = [config.get(key) for key in SIZES]
     ranks = config.get("rank_pattern")
-    named = [config.get(key) for key in SIZES]
-    named += ranks.values() if isinstance(ranks, Mapping) else ()
-    for number in named if config["peft_type"] != "LOKR" else ():
+    if isinstance(ranks, Mapping):
+        numbers += ranks.values()
+    for number in numbers:
         if isinstance(number, int | float) and number > most:
             raise ValueError(
                 f"its config names a size of {shortened(number)}, but none of its tensors has more "

@@ -35,43 +35,34 @@ from transformers.pytorch_utils import Conv1D
 from ..config import INIT_STD, Lora
 from ..files import value_at
 from ..sites import Site
-from .kind import (
-    PEFT_FILES,
-    AdapterFiles,
-    Constant,
-    NewModules,
-    OwnFiles,
-    Part,
-    Product,
-    SiteModule,
-    factor_of,
-    scaled,
-    stacked,
-    weighted_rows,
-)
+from .adapter_files import AdapterFiles, Config, OwnFiles
+from .fresh import NewModules, Parameters
+from .module import SiteModule
+from .peft_files import PEFT_FILES
+from .stack import Constant, Part, Product, factor_of, scaled, stacked
+from .sums import weighted_rows
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 
 
 @dataclass(frozen=True, repr=False)
-class LoraFactors(SiteModule):
-    """One site's LoRA: the update is `scale * (B @ A @ u + bias)`."""
+class Factors(SiteModule):
+    """What LoRAs and DoRAs add at one site: `scale * (B @ A @ u + bias)`."""
 
-    kind: ClassVar[str] = "lora"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
     parts: ClassVar[Mapping[str, str]] = {"A": "rn", "B": "dr", "bias": "d"}
-    endings: ClassVar[Mapping[str, str]] = ENDINGS
 
     A: Tensor  # [r, n]
     B: Tensor  # [d, r]
     scale: float = 1.0
     bias: Tensor | None = None  # [d]
 
-    def at(self, weight: Tensor) -> LoraFactors:
+    def at(self, weight: Tensor) -> Self:
         # Scaled in float32 and rounded once.
         B = (self.scale * self.B.float()).to(weight)
-        bias = None if self.bias is None else (self.scale * self.bias.float()).to(weight)
-        return LoraFactors(self.A.to(weight), B, 1.0, bias)
+        bias = self.bias
+        if bias is not None:
+            bias = (self.scale * bias.float()).to(weight)
+        return replace(self, A=self.A.to(weight), B=B, scale=1.0, bias=bias)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         y: Tensor = base(u)
@@ -81,9 +72,18 @@ class LoraFactors(SiteModule):
         # In one call that rounds once.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.B.t()).view_as(y)
 
+
+@dataclass(frozen=True, repr=False)
+class LoraFactors(Factors):
+    """One site's LoRA."""
+
+    kind: ClassVar[str] = "lora"
+    files: ClassVar[AdapterFiles] = PEFT_FILES
+    endings: ClassVar[Mapping[str, str]] = ENDINGS
+
     @classmethod
     def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
     ) -> Mapping[str, SiteModule]:
         forms = {"A": "rn", "B": "dr"}
         if config.get("lora_bias"):
@@ -127,14 +127,16 @@ class LoraFactors(SiteModule):
             "lora_bias": has_biases,
             "r": usual_rank,
             "lora_alpha": usual_alpha,
-            "rank_pattern": {site: rank for site, rank in ranks.items() if rank != usual_rank},
-            "alpha_pattern": {
-                site: alpha for site, alpha in alphas.items() if alpha != usual_alpha
-            },
+            "rank_pattern": _but(usual_rank, ranks),
+            "alpha_pattern": _but(usual_alpha, alphas),
             "inference_mode": True,
             "target_modules": sorted(modules),
         }
         return PEFT_FILES.write(folder, config, tensors)
+
+
+def _but(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
+    return {site: number for site, number in numbers.items() if number != usual}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class LoraStack(Part):
     B_bias: Tensor | None = stacked("d", optional=True)  # scale folded in
 
     @classmethod
-    def row(cls, module: LoraFactors) -> dict[str, Tensor | None]:
+    def row(cls, module: Factors) -> dict[str, Tensor | None]:
         bias = None if module.bias is None else scaled(module.bias, module.scale)
         B = scaled(module.B, module.scale)
         return {"A": module.A, "B": B.T, "B_bias": bias}
@@ -182,7 +184,7 @@ class LoraStack(Part):
         return Constant(A[adds], B[:, adds], bias)
 
 
-class NewLoras(NewModules):
+class NewLoras(NewModules[Lora]):
     def initial(
         self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
     ) -> dict[str, dict[str, Tensor]]:
@@ -192,17 +194,13 @@ class NewLoras(NewModules):
             torch.empty(r, site.in_features).uniform_()
             torch.empty(site.out_features, r).uniform_()
             torch.empty(r, site.in_features).uniform_()
-        return {
-            name: {
-                "A": torch.empty(r, site.in_features).normal_(std=INIT_STD),
-                "B": torch.zeros(site.out_features, r),
-            }
-            for name, site in sites.items()
-        }
+        factors = {}
+        for name, site in sites.items():
+            A = torch.empty(r, site.in_features).normal_(std=INIT_STD)
+            factors[name] = {"A": A, "B": torch.zeros(site.out_features, r)}
+        return factors
 
-    def module(
-        self, settings: Lora, parameters: Mapping[str, Tensor], layer: nn.Module
-    ) -> LoraFactors:
+    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> Factors:
         alpha = settings.alpha or 2.0 * settings.rank
         return LoraFactors(**parameters, scale=alpha / settings.rank)
 
@@ -211,31 +209,20 @@ class NewLoras(NewModules):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class DoraFactors(LoraFactors):
-    """One site's DoRA: outputs ⊙ `output_scale`, plus the LoRA, whose `scale` is 1."""
+class DoraFactors(Factors):
+    """One site's DoRA: outputs ⊙ `output_scale`, plus the factors, whose `scale` is 1."""
 
     kind: ClassVar[str] = "dora"
     files: ClassVar[AdapterFiles] = OwnFiles(
         "dora_config.json", "dora.safetensors", version_key="dora_version"
     )
-    parts: ClassVar[Mapping[str, str]] = {**LoraFactors.parts, "output_scale": "d"}
+    parts: ClassVar[Mapping[str, str]] = {**Factors.parts, "output_scale": "d"}
     endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
+
     output_scale: Tensor  # [d]
 
-    # Not as LoRAs: in files of our own.
-
     @classmethod
-    def read(
-        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Mapping[str, SiteModule]:
-        return super(LoraFactors, cls).read(directory, config, tensors)
-
-    @classmethod
-    def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
-        return super(LoraFactors, cls).write(folder, modules, about)
-
-    @classmethod
-    def of(cls, lora: LoraFactors, m: Tensor, layer: Any) -> DoraFactors:
+    def of(cls, lora: Factors, m: Tensor, layer: Any) -> DoraFactors:
         """PEFT's DoRA of these factors and magnitudes m [d] on the base's linear `layer`."""
         B = lora.scale * lora.B.float()
         # As in PEFT, no gradient passes the norm (section 4.3).
@@ -243,11 +230,10 @@ class DoraFactors(LoraFactors):
         bias = torch.zeros_like(g) if layer.bias is None else (1 - g) * layer.bias.float()
         return cls(A=lora.A, B=g[:, None] * B, scale=1.0, bias=bias, output_scale=g)
 
-    def at(self, weight: Tensor) -> DoraFactors:
-        lora = super().at(weight)
+    def at(self, weight: Tensor) -> Self:
         # Not the weight's type: as for (IA)³, around 1 bfloat16 is too coarse.
         scale = self.output_scale.to(weight.device, torch.float32)
-        return DoraFactors(**vars(lora), output_scale=scale)
+        return replace(super().at(weight), output_scale=scale)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         def scaled(u: Tensor) -> Tensor:
@@ -305,9 +291,7 @@ class NewDoras(NewLoras):
             parameters["m"] = torch.where(norms.isinf(), 0, norms)
         return initial
 
-    def module(
-        self, settings: Lora, parameters: Mapping[str, Tensor], layer: nn.Module
-    ) -> DoraFactors:
+    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> DoraFactors:
         factors = dict(parameters)
         m = factors.pop("m")
         return DoraFactors.of(super().module(settings, factors, layer), m, layer)

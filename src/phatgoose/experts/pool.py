@@ -24,7 +24,7 @@ from .importing import read_adapters
 
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
-REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "stats")
+REMEDIES |= dict.fromkeys(("means", "prompt_statistics", "embeddings"), "stats")
 RECORDED = ("adapter_sha256", "vectors_sha256", "embeddings_sha256", "acts_on", "measured_in")
 
 
@@ -57,9 +57,7 @@ class Pool(Mapping[str, Expert]):
         if isinstance(source, Pool) and source.experts:
             return source
         places = [source] if isinstance(source, Expert | str | Path) else source
-        experts: list[Expert | Path] = []
-        for place in places:
-            experts += _experts_at(place)
+        experts = [expert for place in places for expert in _experts_at(place)]
         if not experts:
             raise PoolError("The list of experts is empty; name a folder of experts.")
         pool = cls(tuple(prefetch(_loaded, experts)))
@@ -110,7 +108,9 @@ class Pool(Mapping[str, Expert]):
     def unread(self) -> tuple[Expert, ...]:
         """Experts that bring prompts, but no statistics of any."""
         return tuple(
-            expert for expert in self.experts if not expert.has("readings") and expert.prompts
+            expert
+            for expert in self.experts
+            if not expert.has("prompt_statistics") and expert.prompts
         )
 
     def __getitem__(self, name: object) -> Expert:
@@ -127,10 +127,10 @@ class Pool(Mapping[str, Expert]):
 
     def __repr__(self) -> str:
         on = f" on {self.base.id!r}" if self.experts else ""
-        shown = [*self.names[:MOST_NAMED]]
+        names = ", ".join(self.names[:MOST_NAMED])
         if len(self) > MOST_NAMED:
-            shown.append("…")
-        return f"<Pool{on} (experts: {len(self)}): {', '.join(shown)}>"
+            names += ", …"
+        return f"<Pool{on} (experts: {len(self)}): {names}>"
 
     def select(
         self, keep: Iterable[str] | None = None, leave_out: Iterable[str] | None = None
@@ -157,19 +157,23 @@ class Pool(Mapping[str, Expert]):
         """
         if not self.unread:
             return self
-        recorded = [each.info.reader for each in self.experts if each.info.reader]
+        readers = (expert.info.reader for expert in self.experts)
+        recorded = next(filter(None, readers), None)
         if recorded:
-            reader = open_reader(usable_reader(recorded[0], named))
+            reader = open_reader(usable_reader(recorded, named))
         else:
             reader = open_reader(named or READER)
-        read = {expert.name: expert.with_prompts_read(reader) for expert in self.unread}
-        return Pool(tuple(read.get(expert.name, expert) for expert in self.experts))
+        experts = list(self.experts)
+        for expert in self.unread:
+            experts[experts.index(expert)] = expert.with_prompts_read(reader)
+        return Pool(tuple(experts))
 
     def _unknown(self, name: object) -> str:
         hint = closest(name, self.names)
-        inside = [expert.name for expert in self.experts if expert.place.name == name]
-        if inside:
-            hint = f" The directory {name!r} holds the expert {inside[0]!r}."
+        for expert in self.experts:
+            if expert.place.name == name:
+                hint = f" The directory {name!r} holds the expert {expert.name!r}."
+                break
         return f"The pool has no expert {name!r}; it has {', '.join(self.names)}.{hint}"
 
     def release(self) -> None:
@@ -194,13 +198,12 @@ class Pool(Mapping[str, Expert]):
         for expert in self.experts:
             info = expert.info
             place = expert.place.resolve()
-            pinned = reference_of(place) if "snapshots" in place.parts else None
-            form = {
-                name: info.hyperparameters[name] for name in FORM if name in info.hyperparameters
-            }
+            path = str(reference_of(place) or place)
+            trained = info.hyperparameters
+            form = {name: trained[name] for name in FORM if name in trained}
             if form:
                 form["inputs_cut"] = info.metrics.get("inputs_cut")
-            record = {"name": expert.name, "path": str(pinned or place), "formatting": form or None}
+            record = {"name": expert.name, "path": path, "formatting": form or None}
             for key in RECORDED:
                 value = getattr(info, key)
                 if value is not None or key.endswith("sha256"):
@@ -213,7 +216,7 @@ def _loaded(expert: Expert | Path) -> Expert:
     return expert if isinstance(expert, Expert) else Expert.load(expert)
 
 
-def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
+def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
@@ -221,19 +224,29 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     folder = Path(place)
     if str(place).startswith(HUB):
         folder = fetch(HubReference.parse(str(place)))
-    inside = adapters_in(folder)
     root = folder.resolve()
-    leading_out = [path for path in inside if not path.resolve().is_relative_to(root)]
-    experts: list[Expert | Path] = [path for path in inside if (path / LAYOUT.info).is_file()]
-    adapters = [path for path in inside if path not in experts]
-    refused = dict.fromkeys(map(str, adapters), "it is an adapter among experts; import it")
-    if not experts:
-        read = read_adapters(path for path in adapters if path not in leading_out)
-        experts = [*read.experts]
-        refused = dict(read.refused)
-    linked = f"it is a symbolic link that leads out of {folder}; name what it leads to"
-    refused |= dict.fromkeys(map(str, leading_out), linked)
-    experts = [expert for expert in experts if expert not in leading_out]
+    experts: list[Expert | Path] = []
+    adapters: list[Path] = []
+    linked: list[Path] = []
+    has_experts = False
+    for path in adapters_in(folder):
+        is_expert = (path / LAYOUT.info).is_file()
+        has_experts |= is_expert
+        if not path.resolve().is_relative_to(root):
+            linked.append(path)
+        elif is_expert:
+            experts.append(path)
+        else:
+            adapters.append(path)
+    refused: dict[str, str] = {}
+    if has_experts:
+        refused |= dict.fromkeys(map(str, adapters), "it is an adapter among experts; import it")
+    else:
+        read = read_adapters(adapters)
+        experts += read.experts
+        refused |= read.refused
+    leads_out = f"it is a symbolic link that leads out of {folder}; name what it leads to"
+    refused |= dict.fromkeys(map(str, linked), leads_out)
     if not experts:
         why = "".join(f" {reason}" for reason in list(refused.values())[:1])
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-READ = "whole"  # what of a prompt is read: the mean over its tokens
+WHOLE = "whole"  # what of a prompt is read: the mean over its tokens
 PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
 RANK = 16  # r of the covariance that is shared
 
 
-def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:
-    """The readings to share, of the `states` [prompts, blocks, d] of prompts, float32 by name."""
-    return {f"{READ}.{part}": each for part, each in moments_of(states, rank).items()}
+def prompt_statistics_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:
+    """What is shared of the `states` [prompts, blocks, d] of prompts, float32 by name."""
+    return {f"{WHOLE}.{part}": each for part, each in moments_of(states, rank).items()}
 
 
 def moments_of(values: Tensor, rank: int = RANK) -> dict[str, Tensor]:

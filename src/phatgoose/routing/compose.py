@@ -31,9 +31,10 @@ from ..base import (
 )
 from ..config import MODEL_TYPE, Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError, RoutingError, WrongBaseError
+from ..experts.adapter_files import check_parts
 from ..experts.expert import tail_of
 from ..experts.hub import HubReference
-from ..experts.kind import check_fit, check_parts
+from ..experts.module import check_fit
 from ..experts.pool import Pool
 from ..files import new_directory, prefetch, read_json, write_text, writing
 from ..names import ROUTED_INFO, closest_beside

@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base import Base, quiet_loading
 from ..errors import RoutingError
-from ..experts.kind import PEFT_FILES, Constant
 from ..experts.lora import LoraFactors
+from ..experts.peft_files import PEFT_FILES
+from ..experts.stack import Constant
 from ..files import new_directory, require_free
 from ..sites import replaced
 from .compose import Composition, composition_of

@@ -32,9 +32,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoutingError
 from ..experts import kinds
-from ..experts.kind import Part, Stacked, widened
 from ..experts.lora import LoraStack
 from ..experts.pool import Pool
+from ..experts.stack import Part, Stacked, widened
 from ..sites import Site
 from .context import Acting, RoutingContext, Tails, uncompiled
 from .kernels import choose_kernel, one_call

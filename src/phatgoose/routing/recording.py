@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..experts.kind import dense_weights
+from ..experts.sums import dense_weights
 from ..passes import TokenMasks, in_context, token_masks
 from ..sites import ROUTED, Site, Stream
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from ..base import BaseReference, Text, check_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
+from ..experts.adapter_files import check_parts
 from ..experts.expert import ActsOn, Name
 from ..experts.hub import HubReference
-from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
+from ..experts.stack import INDICES
 from ..files import (
     TensorFile,
     new_directory,

@@ -53,10 +53,12 @@ def train_experts(
     engine = engine or Engine()
     if engine.remote:
         jobs = [replace(job, task=job.task.portable()) for job in jobs]
-    there = [job for job in jobs if (out / job.name).exists()]
-    for job in there:
-        yield finished_expert(out / job.name, base, job.settings, resume=True).info
-    missing = [job for job in jobs if job not in there]
+    missing = []
+    for job in jobs:
+        if (out / job.name).exists():
+            yield finished_expert(out / job.name, base, job.settings, resume=True).info
+        else:
+            missing.append(job)
     name = recorded_id(base)
     workshop = _ExpertWorkshop(BaseLocation(name, dtype, BaseReference(name)), out.absolute())
     steps = sum(job.size for job in missing)
@@ -79,9 +81,9 @@ class _ExpertWorkshop:
         base = self.base.load()
 
         def train(job: ExpertJob) -> ExpertInfo:
-            task, settings = job.task.load(), vars(job.settings)
             out = self.out / job.name
-            return train_expert(base, task, out=out, resume=job.resume, **settings).info
+            settings = vars(job.settings)
+            return train_expert(base, job.task.load(), out=out, resume=job.resume, **settings).info
 
         yield train
 

@@ -2,7 +2,7 @@
 
 Each stage leaves its result in the work folder, where an interrupted run resumes. The expert's
 directory is written last, whole or not at all. Of the statistics, mean activations are for Average
-Activation, embeddings of training inputs for Retrieval, readings of prompts for router
+Activation, embeddings of training inputs for Retrieval, prompt statistics for router
 discriminant, which isn't the paper's.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from filelock import FileLock
@@ -29,6 +29,7 @@ from ..base import Base, check_base, fingerprint_here, load_base, number_format,
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for
+from ..experts.alone import applied
 from ..experts.expert import (
     LAYOUT,
     MOST_EMBEDDINGS,
@@ -38,7 +39,8 @@ from ..experts.expert import (
     read_modules,
     recorded_formatting,
 )
-from ..experts.kind import FreshExpert, applied, check_fit
+from ..experts.fresh import FreshExpert
+from ..experts.module import SiteModule, check_fit
 from ..files import sha256_of, write_text, writing
 from ..names import check_name
 from ..reader import open_reader
@@ -48,14 +50,23 @@ from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_tex
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
 from ..tasks.loading import load_task
 from ..tasks.task import Example, Task, draw, request_in
-from .trainer import Hyperparameters, Run, fit, work_of
+from .trainer import Hyperparameters, Record, Run, fit, work_of
 
-IDENTITY, LOCK = "run.json", "lock"
-REPORT, JOINT_GATES = "report.json", "gates.safetensors"  # in the work's adapter, beside its files
+IDENTITY = "run.json"
+LOCK = "lock"
+REPORT = "report.json"  # in the work's adapter, beside its files
+JOINT_GATES = "gates.safetensors"  # there too
 WRITTEN = 32, 120  # prompts that an expert writes itself, and tokens of each
 # Settings that unfinished work may differ in: statistics are measured at the end.
-FREE = {"statistics_examples", "means", "readings", "reader"}
-FREE |= {"embeddings", "embedder", "embedding_form"}
+FREE = {
+    "statistics_examples",
+    "means",
+    "readings",
+    "reader",
+    "embeddings",
+    "embedder",
+    "embedding_form",
+}
 
 
 class Options(TypedDict, total=False):
@@ -160,9 +171,8 @@ def _trained(
         return finished_expert(out, base, settings, resume=resume)
     name = options.get("name") or out.name
     check_name(name)
-    task = (task if isinstance(task, Task) else load_task(task)).with_validation(
-        settings.training.seed
-    )
+    task = task if isinstance(task, Task) else load_task(task)
+    task = task.with_validation(settings.training.seed)
     if settings.gate_training.embeddings:
         load_embedder(settings.gate_training.embedder)  # what would fail after hours fails now
     if settings.gate_training.readings:
@@ -173,7 +183,8 @@ def _trained(
     tail = settings.training.tail if isinstance(adapter, Peft) else None
     callbacks = tuple(options.get("callbacks", ()))
     run = Run(base, task, encoder, settings, out, name, tail, callbacks)
-    earlier, metrics = dict[str, Any](), dict[str, Any]()
+    earlier: Record = {}
+    metrics: Record = {}
     weights = gates = None
     if isinstance(adapter, Peft):
         placed_sites(run.base.model, adapter)  # refuses bad settings before it is written
@@ -182,12 +193,13 @@ def _trained(
         if (adapter / LAYOUT.info).is_file():
             expert = Expert.load(adapter)
             check_base(expert.info.base, run.base.reference, f"expert {expert.name!r}")
-            earlier, metrics = dict(expert.info.hyperparameters), dict(expert.info.metrics)
+            earlier |= expert.info.hyperparameters
+            metrics |= expert.info.metrics
             run = replace(run, tail=expert.info.tail)
         check_fit(adapter.name, modules, find_sites(run.base.model))
         weights = sha256_of(adapter / adapter_files(adapter).weights)
     record = settings.record()
-    identity = {  # what a run must share to resume another's work
+    identity: Record = {  # what a run must share to resume another's work
         "base": run.base.fingerprint,
         "dtype": number_format(run.base.model),
         "adapter": weights,
@@ -203,7 +215,7 @@ def _trained(
 
 
 @contextmanager
-def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
+def open_work(out: Path, identity: Record, *, resume: bool) -> Iterator[Path]:
     """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
 
     Its name starts with a dot, so that nothing takes it for a finished result. It is locked while
@@ -211,7 +223,8 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
     the work is removed. Raises ExpertError when there is unfinished work and `resume` isn't set or
     it has another identity, another process holds the lock, or the folder can't be written.
     """
-    work, text = work_of(out), json.dumps(identity, indent=2)
+    work = work_of(out)
+    text = json.dumps(identity, indent=2)
     file = work / IDENTITY
     with writing(out, ExpertError):
         if work.is_symlink() or any(path.is_symlink() for path in work.rglob("*")):
@@ -241,8 +254,10 @@ def _encoded(run: Run, *, tells: bool) -> tuple[list[TokenPair], dict[str, int]]
 
 def _trained_adapter(run: Run, peft: Peft) -> Path:
     """The folder of the trained adapter's files, its metrics and its joint gates."""
-    training, joint = run.settings.training, run.settings.gate_training.joint
-    finished, unfinished = run.work / "adapter", run.work / "adapter.unfinished"
+    training = run.settings.training
+    joint = run.settings.gate_training.joint
+    finished = run.work / "adapter"
+    unfinished = run.work / "adapter.unfinished"
     if finished.is_dir():
         return finished
     pairs, cuts = _encoded(run, tells=True)
@@ -265,8 +280,8 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
 def _finished(
     run: Run,
     adapter: Path,
-    earlier: Mapping[str, Any],
-    metrics: Mapping[str, Any],
+    earlier: Record,
+    metrics: Record,
     gates: Mapping[str, Tensor] | None,
 ) -> Expert:
     """The expert with its statistics, and with gates unless it has joint ones.
@@ -301,8 +316,8 @@ def _finished(
 
 
 def _trained_gates(
-    run: Run, modules: Mapping[str, Any]
-) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    run: Run, modules: Mapping[str, SiteModule]
+) -> tuple[Mapping[str, Tensor], Record]:
     """Gates trained for the frozen `modules`, and their metrics (paper section 3)."""
     model = run.base.model
     pairs, cuts = _encoded(run, tells=run.settings.peft is None)
@@ -393,21 +408,16 @@ def _with_texts_read(expert: Expert, task: Task, settings: GateTraining, seed: i
     examples = draw(task.train, settings.statistics_examples, seed)
     prompts = [request_in(example.input) for example in examples]
     if settings.embeddings:
-        is_paper = settings.embedding_form == PAPER_TEXT
-        texts = paper_texts(examples) if is_paper else prompts
+        texts = prompts
+        if settings.embedding_form == PAPER_TEXT:
+            texts = paper_texts(examples)
         sample = draw(tuple(texts), MOST_EMBEDDINGS, seed)
         how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
-        expert = expert.with_statistics(
-            embeddings=embed_texts(sample, settings.embedder), **_recording(expert, how), **how
-        )
+        embeddings = embed_texts(sample, settings.embedder)
+        expert = expert.with_statistics(how, embeddings=embeddings, **how)
     if settings.readings:
         expert = expert.with_prompts_read(open_reader(settings.reader), prompts)
-    record = {"statistics_examples": settings.statistics_examples}
-    return expert.with_statistics(**_recording(expert, record))
-
-
-def _recording(expert: Expert, record: Mapping[str, object]) -> dict[str, Any]:
-    return {"hyperparameters": {**expert.info.hyperparameters, **record}}
+    return expert.with_statistics({"statistics_examples": settings.statistics_examples})
 
 
 def _with_means(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
@@ -441,9 +451,9 @@ def mean_activations(
     Prompt and right target pass in one go (paper section 4.2, Average Activation; the released code
     keeps the decoder's last step only). Zero at a site that no token reached.
     """
-    totals = {
-        name: torch.zeros(site.in_features, dtype=torch.float64) for name, site in sites.items()
-    }
+    totals = {}
+    for name, site in sites.items():
+        totals[name] = torch.zeros(site.in_features, dtype=torch.float64)
     counts = Counter[str]()
 
     def add(site: Site, u: Tensor) -> None:
@@ -469,21 +479,22 @@ def finished_expert(
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
     info = expert.info
-    known = marks = info.base.fingerprint
+    recorded_mark = fingerprint = info.base.fingerprint
     if isinstance(base, Base):
-        marks = base.fingerprint
+        fingerprint = base.fingerprint
     elif recorded_id(base) != info.base.id:
-        marks = fingerprint_here(str(base))
-    if marks and known and marks != known:
+        fingerprint = fingerprint_here(str(base))
+    is_other = fingerprint != recorded_mark
+    if fingerprint and recorded_mark and is_other:
         raise WrongBaseError(f"{out} is an expert of {info.base.id!r}; choose another place.")
-    recorded = info.hyperparameters
-    other = ", ".join(
-        name
-        for name, value in settings.record().items()
+    others = []
+    for name, value in settings.record().items():
         # Rows that are chats need no setting to be read as such.
-        if name not in FREE | {"chat"} and recorded.get(name, value) != value
-    )
-    if other:
+        is_free = name in FREE or name == "chat"
+        if not is_free and info.hyperparameters.get(name, value) != value:
+            others.append(name)
+    if others:
+        other = ", ".join(others)
         warnings.warn(f"{out} is kept as it is, with another {other}.", stacklevel=3)
     shutil.rmtree(work_of(out), ignore_errors=True)  # not before: it may be all that there is
     return expert

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -44,6 +46,8 @@ GATE_CHECKPOINT_EVERY = 25
 WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
 logger = logging.getLogger(__name__)
 
+Record: TypeAlias = dict[str, object]  # as JSON has it
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -59,12 +63,12 @@ class Hyperparameters:
         """The steps of the gates' own training, 0 for joint gates."""
         return 0 if self.gate_training.joint else self.gate_training.gate_steps
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """All of them by their flat names, as an expert records them; rates are those used."""
         gates = asdict(self.gate_training)
         if self.peft is None:
-            shared = ("batch_size", "micro_batch_size")
-            gates |= {f"gate_{name}": getattr(self.training, name) for name in shared}
+            for name in ("batch_size", "micro_batch_size"):
+                gates[f"gate_{name}"] = getattr(self.training, name)
             return {"seed": self.training.seed, **gates, **asdict(self.formatting)}
         if self.gate_training.joint:  # they have the expert's
             del gates["gate_steps"], gates["gate_learning_rate"]
@@ -114,14 +118,20 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     """
 
     def __init__(self, label: str, lengths: list[int], batch: int, *, validates: bool) -> None:
-        self.label, self.tokens, self.seconds = label, 0, 0.0
-        self._lengths, self._batch, self._validates = lengths, batch, validates
+        self.label = label
+        self.tokens = 0
+        self.seconds = 0.0
+        self._lengths = lengths
+        self._batch = batch
+        self._validates = validates
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if state.best_global_step:  # transformers forgets its checkpoint if the folder moved
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
@@ -134,10 +144,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
             disable=None,
         )
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, *_: object, **__: object) -> None:
         self._begun = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         now = time.perf_counter()
         self.seconds += now - self._begun
         start = (state.global_step - 1) * self._batch
@@ -145,23 +157,30 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
         self._bar.update(1)
         # Logged losses are means since the last log, of which a run that resumes knows nothing.
         control.should_log |= control.should_save
-        if self._validates and (
-            state.global_step >= state.max_steps or control.should_training_stop
-        ):
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if self._validates and is_last:
             control.should_evaluate = control.should_save = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: object,
+    ) -> None:
         where = f"{self.label}: step {state.global_step} of {state.max_steps}"
-        if logs and "loss" in logs:
-            rate, speed = logs.get("learning_rate", 0.0), self.tokens_per_second
-            loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed:.0f} tokens/s"
+        if "loss" in logs:
+            rate = logs.get("learning_rate", 0.0)
+            speed = f"{self.tokens_per_second:.0f} tokens/s"
+            loss = f"loss {logs['loss']:.3f}, rate {rate:.4g}, {speed}"
             self._bar.set_postfix_str(loss)
             if self._bar.disable:
                 logger.info("%s, %s", where, loss)
-        if logs and "eval_loss" in logs:
+        if "eval_loss" in logs:
             logger.info("%s, validation loss %.4f", where, logs["eval_loss"])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
         self._bar.close()
 
 
@@ -188,13 +207,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(self, *, label: str, **arguments: Any) -> None:
+    def __init__(self, *, label: str, **arguments: object) -> None:
         super().__init__(**arguments)
         self._label = label
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # each label is at the position that predicts it
 
-    def training_step(self, *inputs: Any, **more: Any) -> Tensor:
+    def training_step(self, *inputs: object, **more: object) -> Tensor:
         loss: Tensor = super().training_step(*inputs, **more)
         self._check_finite("loss", float(loss), self.state.global_step + 1)
         return loss
@@ -204,18 +223,23 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
         """The summed loss over the number of target tokens of the optimiser batch."""
-        logits, labels = target_logits(model, inputs), inputs["labels"]
+        logits = target_logits(model, inputs)
+        labels = inputs["labels"]
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / count
+        if num_items_in_batch is None:
+            num_items_in_batch = labels.ne(IGNORED).sum()
+        return total / num_items_in_batch
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Sequence[TokenPair] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         self.model.eval()
         total = tokens = 0.0
@@ -238,13 +262,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"{Path(self.args.output_dir).parent}."
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self._trained()}
         save_file(trained, folder / TRAINABLE)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object = None) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -254,7 +278,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             ) from error
         (folder / COMPLETE).touch()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -267,7 +291,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 parameter.copy_(kept[name])
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (named for named in self.model.named_parameters() if named[1].requires_grad)
+        return (pair for pair in self.model.named_parameters() if pair[1].requires_grad)
 
 
 def newest_checkpoint(work: Path) -> str | None:
@@ -287,7 +311,7 @@ def fit(
     stage: str,
     train: Sequence[TokenPair],
     validation: Sequence[TokenPair] = (),
-) -> dict[str, Any]:
+) -> Record:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
     `stage` is "expert" or "gates", whose steps and rate are used. Training continues from the
@@ -299,24 +323,29 @@ def fit(
     without padding; `seconds`, which leaves out validation, and `tokens_per_second` cover this call
     only, not what was done before a resume.
     """
-    training, work = run.settings.training, run.work / stage
+    training = run.settings.training
+    work = run.work / stage
     label = f"{run.task.name}: {stage}"
-    steps, rate, every = training.steps, training.learning_rate, training.eval_every
+    steps = training.steps
+    rate = training.learning_rate
+    interval = training.eval_every
     if stage == "gates":
-        steps, rate = run.settings.gate_steps, run.settings.gate_training.gate_learning_rate
-        every = GATE_CHECKPOINT_EVERY
+        steps = run.settings.gate_steps
+        rate = run.settings.gate_training.gate_learning_rate
+        interval = GATE_CHECKPOINT_EVERY
+    validates = bool(validation)
     order = visited(train, training.batch_size, steps, training.seed)
     lengths = [pair.length for pair in order]
-    progress = Progress(label, lengths, training.batch_size, validates=bool(validation))
+    progress = Progress(label, lengths, training.batch_size, validates=validates)
     callbacks: list[TrainerCallback] = [*run.callbacks, progress]
-    if not validation:  # transformers' own refuse to train without one
+    if not validates:  # transformers' own refuse to train without one
         callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     padding = run.base.tokenizer.pad_token_id
     trainer = PartialTrainer(
         model=model,
-        args=_arguments(training, steps, rate, min(every, steps), work, validates=bool(validation)),
+        args=_arguments(training, steps, rate, min(interval, steps), work, validates=validates),
         train_dataset=order,
         eval_dataset=validation or None,
         data_collator=Collator(run.base.model, padding, packs=True, tail=run.tail),
@@ -334,20 +363,21 @@ def fit(
         model.eval()
     state = trainer.state
     logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    selected = {"validation_loss": state.best_metric, "best_step": state.best_global_step}
     metrics = {
         "steps": state.global_step,
-        "train_loss": float(logged[-1] if logged else result.training_loss),
-        **({} if state.best_metric is None else selected),
-        "tokens": sum(lengths[: state.global_step * training.batch_size]),
-        "seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "train_loss": float([result.training_loss, *logged][-1]),
     }
+    if state.best_metric is not None:
+        metrics["validation_loss"] = state.best_metric
+        metrics["best_step"] = state.best_global_step
+    metrics["tokens"] = sum(lengths[: state.global_step * training.batch_size])
+    metrics["seconds"] = round(progress.seconds, 1)
+    metrics["tokens_per_second"] = round(progress.tokens_per_second, 1)
     return {f"{stage.removesuffix('s')}_{name}": value for name, value in metrics.items()}
 
 
 def _arguments(
-    training: Training, steps: int, rate: float, every: int, work: Path, *, validates: bool
+    training: Training, steps: int, rate: float, interval: int, work: Path, *, validates: bool
 ) -> TrainingArguments:
     batch = training.batch_size
     sizes = range(min(training.micro_batch_size, batch), 0, -1)
@@ -362,9 +392,9 @@ def _arguments(
         warmup_steps=round(WARMUP * steps),
         lr_scheduler_type="constant_with_warmup",
         eval_strategy="steps" if validates else "no",
-        eval_steps=every,
+        eval_steps=interval,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=validates,
         metric_for_best_model="loss" if validates else None,

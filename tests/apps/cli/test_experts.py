@@ -64,7 +64,8 @@ def test_stats_adds_statistics_to_an_expert(here, phat, monkeypatch):
     before = Expert.load("experts/reviews")
     options = ["--task", "reviews.jsonl", *BASE[2:], "--statistics-examples", 3, "--embeddings"]
     outcome = phat("stats", "experts/reviews", *options)
-    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, readings: yes, embeddings: yes"
+    parts = ("gates", "means", "prompt_statistics", "embeddings")
+    wanted = ", ".join(["reviews, LoRA, 14 sites", *(f"{part}: yes" for part in parts)])
     assert outcome == Outcome(0, f"{wanted} -> experts/reviews\n", "")
     assert f"experts/reviews: {wanted}\n" in phat("check", "experts/reviews").out
     after = Expert.load("experts/reviews")
@@ -86,8 +87,8 @@ def test_stats_takes_prompts_themselves_and_files_of_them(here, phat):
     assert all(torch.equal(got.means[site], means[site]) for site in means)
     texts = [word for number in range(6) for word in ("--prompts", f"Film {number} is")]
     assert phat("stats", "experts/reviews", *texts, *BASE[2:]).code == 0
-    again = Expert.load("experts/reviews").readings
-    assert all(torch.equal(again[part], got.readings[part]) for part in again)
+    again = Expert.load("experts/reviews").prompt_statistics
+    assert all(torch.equal(again[part], got.prompt_statistics[part]) for part in again)
 
 
 def test_only_means_need_the_base(here, phat):
@@ -163,5 +164,5 @@ def test_stats_shows_three_of_the_prompts_that_the_expert_writes(here, phat):
     assert got.info.prompts_read == len(task.train)
     write_rows(here / "written.jsonl", [{"prompt": example.input} for example in task.train])
     assert phat("stats", "experts/reviews", "--prompts", "written.jsonl", *BASE[2:]).code == 0
-    again = Expert.load("experts/reviews").readings
-    assert all(torch.equal(again[part], got.readings[part]) for part in again)
+    again = Expert.load("experts/reviews").prompt_statistics
+    assert all(torch.equal(again[part], got.prompt_statistics[part]) for part in again)

@@ -34,7 +34,7 @@ def test_help_on_generating_fits_two_screens_and_routers_describe_their_settings
     assert (listed.code, listed.err) == (0, "")
     assert all(name in listed.out for name in registry.OURS)
     told = phat("routers", "discriminant").out
-    assert "needs: readings" in told
+    assert "needs: prompt_statistics" in told
     assert "k: experts for each input (default: 1)" in told
     for setting in settings_of(Discriminant):
         assert f"{setting.name}: {setting.help}" in told

@@ -16,7 +16,7 @@ from phatgoose.apps.server import Upstream, upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from serving import (
     CHATS,
     JSON,

@@ -21,7 +21,7 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import readings_of
+from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import (
@@ -135,10 +135,14 @@ def test_where_nothing_is_said_the_base_answers(llama, llama_pool, router):
 
 
 @pytest.mark.parametrize("fallback", ["off", "0.1"])
-def test_readings_of_another_size_than_the_readers_are_refused_at_once(llama, llama_pool, fallback):
+def test_statistics_of_another_size_than_the_readers_are_refused_at_once(
+    llama, llama_pool, fallback
+):
     """Before a covariance of that size is made: a small file could name a huge one."""
-    wide = {part: pad(each, (0, 1)) for part, each in llama_pool.experts[0].readings.items()}
-    pool = Pool((replace(llama_pool.experts[0], readings=wide),))
+    wide = {
+        part: pad(each, (0, 1)) for part, each in llama_pool.experts[0].prompt_statistics.items()
+    }
+    pool = Pool((replace(llama_pool.experts[0], prompt_statistics=wide),))
     told = r"minilm:1-1 has states of \[1, 384\], the experts' prompt statistics are of \[1, 385\]"
     with pytest.raises(ConfigError, match=told):
         compose(pool, llama, router=f"discriminant:fallback={fallback}")
@@ -146,7 +150,7 @@ def test_readings_of_another_size_than_the_readers_are_refused_at_once(llama, ll
 
 def test_auto_is_one_that_reads_prompts(llama, llama_pool):
     assert open_chooser(llama_pool, llama.tokenizer).name == "discriminant"
-    bare = Pool(tuple(replace(each, readings={}) for each in llama_pool.experts))
+    bare = Pool(tuple(replace(each, prompt_statistics={}) for each in llama_pool.experts))
     with pytest.raises(PoolError, match="phatgoose stats"):
         open_chooser(bare, llama.tokenizer)
 
@@ -342,17 +346,17 @@ def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
     assert right > 0.98
 
 
-def test_readings_that_can_not_be_compared_are_refused(llama, llama_pool):
+def test_prompt_statistics_that_can_not_be_compared_are_refused(llama, llama_pool):
     # Of one prompt each covariances are 0, so that that of all means can't be inverted.
     ones = [
-        replace(expert, readings=readings_of(random(1, 1, 384, seed=z)))
+        replace(expert, prompt_statistics=prompt_statistics_of(random(1, 1, 384, seed=z)))
         for z, expert in enumerate(llama_pool.experts)
     ]
     detach(compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=0"))
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
         compose(Pool(tuple(ones)), llama, router="discriminant:fallback=off,task_variance=1")
-    deep = replace(ones[0], readings=readings_of(random(5, 3, 384)))
-    with pytest.raises(ExpertError, match=r"'e1', readings: whole.mean is \(1, 384\)"):
+    deep = replace(ones[0], prompt_statistics=prompt_statistics_of(random(5, 3, 384)))
+    with pytest.raises(ExpertError, match=r"'e1', prompt_statistics: whole.mean is \(1, 384\)"):
         compose(Pool((deep, ones[1])), llama, router="discriminant:fallback=off")
     with pytest.raises(ConfigError, match=r"states of \[1, 384\], .* are of \[3, 384\]"):
         compose(Pool((deep,)), llama, router="discriminant:fallback=off")

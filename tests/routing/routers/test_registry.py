@@ -147,7 +147,7 @@ def test_a_subclass_with_scores_of_its_own_is_not_scored_by_a_kernel():
 
 # Auto
 
-BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}
+BARE = {"gates": {}, "means": {}, "prompt_statistics": {}, "embeddings": None}
 
 
 def stripped(pool: Pool, *parts: str) -> Pool:
@@ -160,10 +160,11 @@ def stripped(pool: Pool, *parts: str) -> Pool:
     ("lacks", "embeds", "chosen"),
     [
         ((), True, "discriminant"),
-        (("readings", "gates", "means"), True, "retrieval"),
-        (("readings",), False, "phatgoose"),  # the embedder would have to be loaded from elsewhere
-        (("readings", "embeddings", "means"), True, "phatgoose"),
-        (("readings", "embeddings", "gates"), True, "average-activation"),
+        (("prompt_statistics", "gates", "means"), True, "retrieval"),
+        # The embedder would have to be loaded from elsewhere.
+        (("prompt_statistics",), False, "phatgoose"),
+        (("prompt_statistics", "embeddings", "means"), True, "phatgoose"),
+        (("prompt_statistics", "embeddings", "gates"), True, "average-activation"),
         (tuple(BARE), True, "arrow"),
     ],
 )
@@ -179,7 +180,7 @@ def test_auto_is_the_first_that_every_expert_allows(
 
 def test_an_embedder_of_a_stranger_is_passed(llama, llama_pool, monkeypatch):
     monkeypatch.setattr(auto, "can_embed", lambda: True)
-    first, *rest = stripped(with_embeddings(llama_pool), "readings").experts
+    first, *rest = stripped(with_embeddings(llama_pool), "prompt_statistics").experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
     found = resolved(Routing(), Pool((other, *rest)), llama.tokenizer)
     assert found.router == "phatgoose"
@@ -195,14 +196,14 @@ def test_without_a_tokenizer_and_for_prompts_in_pieces_tokens_are_routed(base, p
 
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):
     caplog.set_level(logging.INFO, "phatgoose")
-    model = compose(stripped(llama_pool, "readings"), llama, router="auto")
+    model = compose(stripped(llama_pool, "prompt_statistics"), llama, router="auto")
     assert composition_of(model).routing.router == "phatgoose"
     assert caplog.messages[-1] == (
-        "Router auto is phatgoose; routers tried before it need readings (phatgoose stats), "
-        "embeddings (phatgoose stats) of all experts."
+        "Router auto is phatgoose; routers tried before it need prompt_statistics (phatgoose "
+        "stats), embeddings (phatgoose stats) of all experts."
     )
     detach(model)
-    bare = stripped(llama_pool, "gates", "means", "readings")
+    bare = stripped(llama_pool, "gates", "means", "prompt_statistics")
     model = compose(bare, llama, router="auto")
     assert caplog.messages[-1].startswith("Router auto is arrow, hardly better than the base alone")
     assert "three example prompts an adapter change that: phatgoose stats" in caplog.messages[-1]

@@ -219,7 +219,7 @@ def check(directories: Annotated[list[Path], typer.Argument(help="Expert directo
 
 
 def _contents(expert: Expert) -> str:
-    parts = ("gates", "means", "readings", "embeddings")
+    parts = ("gates", "means", "prompt_statistics", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     tail = expert.info.tail
     if tail:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...experts.kind import is_one_call
+from ...experts.sums import is_one_call
 from . import native, plain, triton_gpu
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...experts.kind import dense_weights, expert_products
+from ...experts.sums import dense_weights, expert_products
 
 
 def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...experts.lora import LoraFactors
+from ...experts.lora import Factors
 from ...experts.pool import Pool
 from .phatgoose import Temperature
 from .router import ABSOLUTE, Router, RouterAtSite, products
@@ -53,7 +53,7 @@ class Arrow(Router):
         return products(u, at_site.vectors).abs()
 
 
-def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
+def arrow_vector(lora: Factors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero."""
     A = lora.A.float()
     B = lora.B.float()

@@ -20,7 +20,7 @@ from .router import PLURAL
 BY_PROMPT = ("discriminant", "retrieval")  # by the prompt alone
 NO_CHOICE = (
     "Nothing that these experts share lets a router choose by a prompt alone; run 'phatgoose "
-    "stats' on each, with its data, for readings and embeddings."
+    "stats' on each, with its data, for prompt statistics and embeddings."
 )
 BY_TOKEN = ("phatgoose", "average-activation", "arrow", "merged")
 
@@ -57,7 +57,7 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
         commands = {need: f" (phatgoose {REMEDIES[need]})" for need in REMEDIES}
         needs = ", ".join(PLURAL.get(need, need) + commands.get(need, "") for need in missing)
         why = f"; routers tried before it need {needs} of all experts" if missing else ""
-        if "readings" in missing and name in ("arrow", "merged"):
+        if "prompt_statistics" in missing and name in ("arrow", "merged"):
             why = FEW_DO
         logger.info("Router auto is %s%s.", name, why)
         return replace(routing, router=name)
@@ -66,7 +66,7 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
 
 def allows_choice_by_prompt(pool: Pool) -> bool:
     """Whether experts and machine allow a router that looks at the prompt alone."""
-    has_prompts = all(each.has("readings") or each.prompts for each in pool.experts)
+    has_prompts = all(each.has("prompt_statistics") or each.prompts for each in pool.experts)
     return has_prompts or any(not _unmet(pool, name) for name in BY_PROMPT)
 
 

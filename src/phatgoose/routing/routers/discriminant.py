@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ...config import NOT_NEGATIVE, RATIO
 from ...errors import PoolError, RoutingError
+from ...experts.adapter_files import check_parts
 from ...experts.expert import Expert
-from ...experts.kind import check_parts
 from ...experts.pool import Pool
-from ...experts.statistics import PARTS, READ
+from ...experts.statistics import PARTS, WHOLE
 from ...files import is_finite
 from ...reader import Reader, ReaderReference, open_reader, usable_reader
 from ..conversation import base_texts, helpers_class
@@ -74,10 +74,10 @@ class Discriminant(ByPrompt):
     Unless `fallback` is off, the base's classes are among the z, with statistics of their texts.
     """
 
-    name, label, needs, usual_k = "discriminant", "Discriminant", ("readings",), 1
+    name, label, needs, usual_k = "discriminant", "Discriminant", ("prompt_statistics",), 1
     # b blocks of size h, and f rows of a covariance's factor
     prompt_sizes: ClassVar[Mapping[str, str]] = {
-        f"readings.{READ}.{part}": letters
+        f"readings.{WHOLE}.{part}": letters
         for part, letters in (("mean", "Ebh"), ("factor", "Ebfh"), ("rest", "Ebh"))
     } | {COUNTS: "E"}
     shrinkage: Annotated[
@@ -100,13 +100,15 @@ class Discriminant(ByPrompt):
                 f"The experts' prompts were read by different readers ({named}); run 'phatgoose "
                 f"stats' on those of one of them."
             )
-        parts = [f"{READ}.{part}" for part in PARTS]
-        forms = {part: pool.experts[0].readings[part].shape for part in parts}
+        parts = [f"{WHOLE}.{part}" for part in PARTS]
+        forms = {part: pool.experts[0].prompt_statistics[part].shape for part in parts}
         for expert in pool.experts:
-            where = f"Expert {expert.name!r}, readings"
-            check_parts(where, forms, expert.readings, (torch.float32,))
+            where = f"Expert {expert.name!r}, prompt_statistics"
+            check_parts(where, forms, expert.prompt_statistics, (torch.float32,))
         rows = {
-            f"readings.{part}": torch.stack([expert.readings[part] for expert in pool.experts])
+            f"readings.{part}": torch.stack(
+                [expert.prompt_statistics[part] for expert in pool.experts]
+            )
             for part in parts
         }
         rows[COUNTS] = torch.tensor([float(e.info.prompts_read or 0) for e in pool.experts])
@@ -114,7 +116,7 @@ class Discriminant(ByPrompt):
 
     def ready(self, tables: Tables) -> Ready:
         reader = open_reader(usable_reader(_recorded(tables.info), self.reader), self.reader_device)
-        moments = {part: tables.tensors[f"readings.{READ}.{part}"] for part in PARTS}
+        moments = {part: tables.tensors[f"readings.{WHOLE}.{part}"] for part in PARTS}
         reader.check_fits(moments["mean"])
         if self.falls_back:
             of_base = moments_of_base(reader, rank=moments["factor"].shape[2])

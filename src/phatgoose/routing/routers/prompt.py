@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import RATIO
 from ...errors import PoolError, RoutingError
-from ...experts.kind import dense_weights
 from ...experts.pool import Pool
+from ...experts.sums import dense_weights
 from ...tasks.encoding import said_in_tokens
 from ..choice import Choice
 from ..conversation import ChatTexts, ScoredText, Views, answer_to

@@ -41,7 +41,9 @@ OURS: Mapping[str, Listed] = {  # in the order of the tables
     "arrow": Listed("arrow", "the LoRAs that would stretch the token's activation most", "lora", 2),
     "merged": Listed("fixed", "the mean of all experts' updates"),
     "phatgoose": Listed("phatgoose", "the gates that best fit the token's activation", "gates", 2),
-    "discriminant": Listed("discriminant", "per prompt, most similar hidden states", "readings", 1),
+    "discriminant": Listed(
+        "discriminant", "per prompt, most similar hidden states", "prompt_statistics", 1
+    ),
     "best-individual": Listed("fixed", "the expert with the best mean of --scores over all tasks"),
     "oracle": Listed("fixed", "for every task, the expert with the best of --scores on it"),
     "single": Listed("fixed", "the one expert that the setting `expert` names"),

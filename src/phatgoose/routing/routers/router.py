@@ -87,7 +87,7 @@ class Router(Settings):
 
     name: ClassVar[str] = ""
     label: ClassVar[str] = ""  # in tables
-    needs: ClassVar[tuple[str, ...]] = ()  # of gates, means, readings, embeddings, lora
+    needs: ClassVar[tuple[str, ...]] = ()  # of Expert.has
     given: ClassVar[tuple[str, ...]] = ()  # of scores, expert, weights, task, examples: by the user
     usual_k: ClassVar[int | None] = None  # experts a token or, if `per_input`, an input
     per_input: ClassVar[bool] = False

@@ -1,0 +1,147 @@
+"""A new expert, about to be trained: a base with new modules at its sites.
+
+All start as the identity. Only parameters of the expert (and of its gates, in joint training) have
+gradients. They are float32 master copies, cast in the forward pass, so that nothing of the base
+path is upcast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..base import Base
+from ..config import Peft
+from ..sites import Site, WrappedLinear, dtype_at, replaced
+from .alone import new_gate, strength_at
+from .module import SiteModule
+
+Settings = TypeVar("Settings", bound=Peft)
+Parameters: TypeAlias = Mapping[str, Tensor]  # of one module, by name
+
+
+@dataclass(frozen=True)
+class FreshExpert:
+    """An expert in training: `model` is trained, then `save` writes its files to a folder.
+
+    `parts` are what is trained, by site, with the joint gates.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, Trained]
+    save: Callable[[Path], None]
+
+
+class Trained(nn.ParameterDict):
+    """A module's parameters by name, float32; `gate` is its joint gate, if it has one."""
+
+    gate: nn.Parameter
+
+    def __init__(self, parameters: Parameters, gate: nn.Parameter | None) -> None:
+        super().__init__()
+        for name, tensor in parameters.items():  # by item: it would sort a dictionary
+            self[name] = nn.Parameter(tensor)
+        self.register_parameter("gate", gate)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The first of them."""
+        first: nn.Parameter = next(iter(self.values()))
+        return first
+
+
+class NewModules(ABC, Generic[Settings]):
+    """How new modules of one kind are made and trained.
+
+    They are stored in the type of each one's layer (`dtype_at`), but for the parameters that are
+    named as `exact`, which stay float32. In training their strength passes `where_active`, so that
+    an expert can act from its prompts' end on. `on_packed` says that they can be trained on
+    quantised weights.
+    """
+
+    exact: ClassVar[tuple[str, ...]] = ()
+    on_packed: ClassVar[bool] = True
+
+    def default_sites(self, model: PreTrainedModel, settings: Settings) -> str | None:
+        """The pattern of sites for settings that name none; None for all sites."""
+        return None
+
+    @abstractmethod
+    def initial(
+        self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]
+    ) -> Mapping[str, Parameters]:
+        """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
+
+    @abstractmethod
+    def module(self, settings: Settings, parameters: Parameters, layer: nn.Module) -> SiteModule:
+        """The module that these parameters make on the base's linear `layer`."""
+
+    def count(self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]) -> int:
+        """The number of trained parameters at `sites`, without gates."""
+        with torch.device("meta"):
+            initial = self.initial(model, settings, sites)
+        count = 0
+        for parameters in initial.values():
+            count += sum(tensor.numel() for tensor in parameters.values())
+        return count
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: Settings, sites: Mapping[str, Site], *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
+        model = base.model.requires_grad_(False)
+        layers = {}
+        trained = {}
+        for site, parameters in self.initial(model, settings, sites).items():
+            layer = _NewLayer(model.get_submodule(site), self, settings, parameters, joint=joint)
+            layers[site] = layer
+            trained[site] = layer.trained
+
+        def save(folder: Path) -> None:
+            modules = {}
+            for site, layer in layers.items():
+                modules[site] = layer.module(dtype_at(layer.base, model))
+            site, first = next(iter(modules.items()))
+            first.write(folder, modules, first.files.about(base, layers[site].base))
+
+        with replaced(model, layers):
+            yield FreshExpert(model, trained, save)
+
+
+class _NewLayer(WrappedLinear):
+    """A linear layer with a module in training, behind a joint gate if `joint`."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        new: NewModules[Any],
+        settings: Peft,
+        parameters: Parameters,
+        *,
+        joint: bool,
+    ) -> None:
+        super().__init__(base)
+        self.new = new
+        self.settings = settings
+        device = self.weight.device
+        moved = {name: tensor.to(device) for name, tensor in parameters.items()}
+        self.trained = Trained(moved, new_gate(self.in_features, device) if joint else None)
+
+    def module(self, dtype: torch.dtype) -> SiteModule:
+        parameters = {}
+        for name, parameter in self.trained.items():
+            parameters[name] = parameter if name in self.new.exact else parameter.to(dtype)
+        return self.new.module(self.settings, parameters, self.base)
+
+    def forward(self, u: Tensor) -> Tensor:
+        module = self.module(u.dtype).at(u)
+        return module.apply(self.base, u, strength_at(u, self.trained.gate))

@@ -1,8 +1,7 @@
 """Saved routed models: a folder with a description and the experts' tensors (docs/format.md).
 
 A folder may come from anyone: `read_saved` checks all of it once, and what it returns is trusted.
-Experts join and leave a folder, which is written anew beside the old one and replaces it in one
-step.
+Experts join and leave a folder, which is written anew beside the old one and then replaces it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bench import Bench, Sizes
 from findings import Finding, row
 from measuring import Timing, side_by_side
-from phatgoose.base import twin
+from phatgoose.base.identity import twin
 from phatgoose.experts.lora import LoraStack
 from phatgoose.routing.layers import RoutedLinear, SiteStack
 from phatgoose.routing.routers.phatgoose import Phatgoose, standardise

@@ -52,7 +52,7 @@ from more_routers.centroids import clusters_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phatgoose.base import Base, number_format
+from phatgoose.base.identity import Base, number_format
 from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.compare import code_version
 from phatgoose.evaluation.evaluate import EvaluationSet, Questions, ScoringSettings, score

@@ -15,7 +15,7 @@ import tempfile
 import tomllib
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -195,7 +195,7 @@ def parse_json(text: str, kind: type[Kind]) -> Kind:
 
     # pydantic would take the last of two keys and a number that is too large.
     json.loads(text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number)
-    return cast(Kind, _adapter(kind).validate_json(text, strict=True))
+    return cast(Kind, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
 
 
 @cache

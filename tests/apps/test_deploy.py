@@ -12,7 +12,7 @@ import pytest
 from command_line import refused
 from phatgoose.apps import deploy as module
 from phatgoose.apps.deploy import deploy
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from routed_models import tailed

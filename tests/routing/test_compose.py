@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from oracle import formula, naively_routed
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base.identity import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError, WrongBaseError
 from phatgoose.experts.importing import import_adapters

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from fake_hub import contents
 from forked import forked, kill_self, needs_fork
 from mixed_experts import make_kind, ordered
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Base
+from ..base.identity import Base
 from ..config import Routing, ScoringSettings
 from ..errors import ConfigError
 from ..evaluation.evaluate import TaskScore, evaluate, tokenizer_of

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..base import Base, check_base, dtype_name, load_base, number_format
+from ..base.identity import Base, check_base, dtype_name, number_format
+from ..base.loading import load_base
 from ..config import Routing, ScoringSettings
 from ..errors import ConfigError, EvaluationError, PoolError, TaskError
 from ..experts.expert import Expert, warn_of_other_formatting

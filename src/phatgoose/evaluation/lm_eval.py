@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base import settled_dtype
+from ..base.loading import settled_dtype
 from ..config import POOL_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError
 from ..experts.pool import Pool

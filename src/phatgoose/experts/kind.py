@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import Base
+from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import TensorFile, check_config, one_line, read_json, shortened
 from ..passes import where_active

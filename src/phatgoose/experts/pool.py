@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import BaseReference, same_base
+from ..base.identity import BaseReference, same_base
 from ..config import READER, closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch

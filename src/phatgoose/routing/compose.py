@@ -19,16 +19,15 @@ from typing import Any, Unpack, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import (
+from ..base.identity import (
     Base,
     BaseReference,
     check_base,
-    check_heeds_masks,
     fingerprint,
-    load_base,
     quantisation,
     surely_differs,
 )
+from ..base.loading import check_heeds_masks, load_base
 from ..config import MODEL_TYPE, Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError, RoutingError, WrongBaseError
 from ..experts.expert import tail_of

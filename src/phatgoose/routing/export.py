@@ -27,7 +27,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import Base, quiet_loading
+from ..base.identity import Base
+from ..base.loading import quiet_loading
 from ..errors import RoutingError
 from ..experts.kind import PEFT_FILES, Constant
 from ..experts.lora import LoraFactors

@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import BaseReference, Text, check_base
+from ..base.identity import BaseReference, Text, check_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
 from ..experts.expert import ActsOn, Name

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.expert import tail_of
 from phatgoose.routing.compose import is_routed

@@ -38,7 +38,7 @@ from ...tasks.task import Sources
 from ..console import check_report, set_voice
 
 if TYPE_CHECKING:
-    from ...base import Base, BaseReference
+    from ...base.identity import Base, BaseReference
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...tasks.task import Task
@@ -229,7 +229,7 @@ class BaseOptions(Settings):
     dtype: Annotated[str, "auto, bfloat16, float16, float32 or 4bit (as for QLoRA)."] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
-        from ...base import load_base
+        from ...base.loading import load_base
 
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from ....analysis.traces import TraceKeeper
-from ....base import Base, BaseReference, load_base, settled_dtype, twin
+from ....base.identity import Base, BaseReference, twin
+from ....base.loading import load_base, settled_dtype
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool

@@ -62,7 +62,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
-from phatgoose.routing.compose import compose, detach, open_chooser, resolve_base
+from phatgoose.routing.compose import compose, detach, resolve_base
+from phatgoose.routing.opening import open_chooser
 from phatgoose.routing.routers.prompt import PromptChooser
 from phatgoose.tasks.encoding import Encoder, said_in_tokens
 from phatgoose.tasks.loading import load_task

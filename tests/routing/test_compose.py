@@ -16,16 +16,9 @@ from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError, WrongBaseError
 from phatgoose.experts.importing import import_adapters
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import (
-    compose,
-    composition_of,
-    detach,
-    is_pool,
-    is_routed,
-    open_model,
-    save,
-)
+from phatgoose.routing.compose import compose, composition_of, detach, save
 from phatgoose.routing.kernels import KERNELS
+from phatgoose.routing.opening import is_pool, is_routed, open_model
 from tiny import (
     assert_same_logits,
     logits_of,

@@ -13,7 +13,7 @@ from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.statistics import readings_of
 from phatgoose.reader import open_reader
-from phatgoose.routing.compose import open_chooser
+from phatgoose.routing.opening import open_chooser
 from phatgoose.tasks.batching import messages_by
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts

@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import TensorFile, check_config, one_line, read_json, shortened
-from ..passes import where_active
 from ..sites import FLOATS, Site, WrappedLinear, dtype_at, find_sites, replaced
+from ..tasks.batching import where_active
 
 VERSION = 1  # of the formats of one's own
 

@@ -42,7 +42,9 @@ from ..files import (
 from ..names import ROUTED_INFO
 from ..reader import ReaderReference
 from ..sites import FLOATS
-from .layers import (
+from .routers.prompt import OWNERS, ByPrompt, Tables
+from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
+from .stacks import (
     SitePart,
     SiteStack,
     check_numbers,
@@ -52,8 +54,6 @@ from .layers import (
     renumbered,
     stack_of,
 )
-from .routers.prompt import OWNERS, ByPrompt, Tables
-from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
 ROUTED_WEIGHTS = "routed.safetensors"
 FORMAT_VERSION = 1

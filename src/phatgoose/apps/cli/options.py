@@ -280,7 +280,7 @@ class ModelOptions(BaseOptions):
     def open(self, model: str, *, keeps_factors: bool = False) -> Base:
         """What is at `model`; ConfigError for a routing of one that has its own."""
         require_there(model, self.base)
-        from ...routing.compose import open_model, require_pool
+        from ...routing.opening import open_model, require_pool
 
         routing = self.routing
         if self.keep or self.leave_out or routing != routing.of_any_model:

@@ -147,7 +147,7 @@ def export(
     for_one = {"merged": merged or None, "rank": rank, "scores": opening.scores, "dtype": dtype}
     options.only_with("without --engine", engine is None, {**for_one, **routing})
     if engine is not None:
-        from ...routing.compose import require_pool
+        from ...routing.opening import require_pool
         from ..deploy import deploy
 
         require_pool(model)

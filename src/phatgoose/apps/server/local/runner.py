@@ -34,9 +34,10 @@ from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
 from ....routing.choice import PromptRouting
-from ....routing.compose import compose, composition_if_any, is_pool, is_routed, load, require_pool
+from ....routing.compose import compose, composition_if_any, load
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
+from ....routing.opening import is_pool, is_routed, require_pool
 from ....routing.recording import watch
 from ....routing.routers.auto import resolved
 from ....routing.routers.fixed import mixture_of

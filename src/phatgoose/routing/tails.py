@@ -1,0 +1,61 @@
+"""Where experts are active that act from a prompt's end on: on its last tokens and the answer.
+
+The position of each token tells, so padding, caches and drafts need no rules of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
+IN_ANSWER = torch.iinfo(torch.int64).max  # a position behind every prompt
+
+
+class Active(NamedTuple):
+    """On which of a pass's T tokens the experts of a site are active.
+
+    `mask` [T, E] says it of each expert, None for all of them everywhere. If that is at most a half
+    of the tokens, `tokens` are the indices of those where any is, and `mask_there` is the mask at
+    these, None where all are.
+    """
+
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    mask_there: Tensor | None = None
+
+    def to(self, device: torch.device) -> Active:
+        return Active(*(None if part is None else part.to(device) for part in self))
+
+
+class PromptEnds:
+    """How far each token of a pass is from its prompt's end."""
+
+    def __init__(self, positions: Tensor, lengths: Tensor) -> None:
+        """Of tokens at `positions` [rows, columns] behind prompts of `lengths` [rows or tokens]."""
+        rows, columns = positions.shape
+        if len(lengths) != positions.numel():  # beams repeat rows
+            lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
+        self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
+        self._active: dict[Tails, Active] = {}
+
+    def active(self, tails: Tails) -> Active:
+        """Where a site's experts are active, which have these tails."""
+        if tails not in self._active:  # many sites of a pass ask for the same
+            self._active[tails] = self._at(tails)
+        return self._active[tails]
+
+    def _at(self, tails: Tails) -> Active:
+        reach = [tail or sys.maxsize for tail in tails]
+        mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
+        tokens = mask.any(dim=1).nonzero()[:, 0]
+        mask_there = mask[tokens]
+        are_few = 2 * len(tokens) <= len(mask)
+        if not mask_there.all():
+            return Active(mask, tokens if are_few else None, mask_there)
+        if len(tokens) == len(mask):
+            return Active()
+        return Active(mask, tokens if are_few else None)

@@ -69,8 +69,10 @@ def write_saved(
     tensors = tables.saved()
     for site, (stack, state) in sites.items():
         at_site = {"experts": stack.experts, **stack.tensors(), **state}
-        tensors |= {f"{name}.{site}": tensor for name, tensor in at_site.items()}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        for name, tensor in at_site.items():
+            tensors[f"{name}.{site}"] = tensor
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.detach().cpu().contiguous()
     with new_file(folder / ROUTED_WEIGHTS) as unfinished:
         save_file(tensors, unfinished)
         (folder / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
@@ -216,10 +218,10 @@ def _checked(
             name, site = site, name
         by_site[site][name] = file[key]
     _check_tables(f"{file.path}, lookup", by_site.pop("lookup", {}), count, router)
-    return {
-        site: _check_site(f"{file.path}, {site}", tensors, count, router)
-        for site, tensors in by_site.items()
-    }
+    sizes = {}
+    for site, tensors in by_site.items():
+        sizes[site] = _check_site(f"{file.path}, {site}", tensors, count, router)
+    return sizes
 
 
 def _check_tables(where: str, tables: Mapping[str, Tensor], pool_size: int, router: Router) -> None:

@@ -115,6 +115,7 @@ def sha256_of(path: Path) -> str:
 
 # JSON, which may be of others, and TOML, which users name.
 
+JsonObject = dict[str, Any]  # or a table of TOML
 MOST_JSON_BYTES = 16 * 2**20
 MOST_JSON_VALUES = 2**18  # of each that is wrong pydantic makes a record of a kilobyte
 # pydantic's errors that need no value
@@ -205,7 +206,7 @@ def _adapter(kind: Any) -> TypeAdapter[object]:
     return TypeAdapter(kind)
 
 
-def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+def read_table(path: Path, what: str, error: type[PhatgooseError]) -> JsonObject:
     """The table in a TOML file of the user's, which messages call a `what`, such as "Recipe".
 
     Raises only `error`.

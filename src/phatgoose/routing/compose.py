@@ -31,7 +31,7 @@ from ..errors import RoutingError, WrongBaseError
 from ..experts.expert import tail_of
 from ..experts.kind import check_fit, check_parts
 from ..experts.pool import Pool
-from ..files import new_directory, prefetch, read_json, write_text, writing
+from ..files import JsonObject, new_directory, prefetch, read_json, write_text, writing
 from ..names import CONFIG
 from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.task import Chat, Example
@@ -102,7 +102,7 @@ class Composition:
         base: Base,
         router: Router,
         experts: tuple[str, ...],
-        records: list[dict[str, Any]],
+        records: list[JsonObject],
         tables: Tables | None,
     ) -> None:
         """`tables` are those of a router by prompt.
@@ -134,7 +134,9 @@ class Composition:
         """The names of the experts that act from a prompt's end on."""
         return [name for name, tail in zip(self.experts, self.tails, strict=True) if tail]
 
-    def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
+    def add(
+        self, original: nn.Module, site: Site, stack: SiteStack, state: Mapping[str, Tensor]
+    ) -> None:
         """Add the layer that takes the place of `original` at `site`.
 
         `state` are the router's tensors there. Raises RoutingError for numbers that can't be
@@ -151,9 +153,9 @@ class Composition:
         at_site = RouterAtSite(self.router, site.name, stack.experts, self.experts, state)
         at_site.context = self.context
         at_site.sees_all = at_site.sees_all and not self._turned
+        weight: Tensor = original.weight  # type: ignore[assignment]
         # Of a quantised layer the type is of integers, or of bytes.
-        is_plain = original.weight.dtype in FLOATS
-        at_site.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
+        at_site.to(weight.device, weight.dtype if weight.dtype in FLOATS else stack.dtype)
         tails = tuple(self.tails[z] for z in stack.experts.tolist())
         if not any(tails):
             self.layers[site.name] = RoutedLinear(original, site, stack, at_site)
@@ -405,9 +407,9 @@ def save_pretrained(
     model: PreTrainedModel,
     save_directory: str | Path,
     is_main_process: bool = True,
-    state_dict: Any = None,
+    state_dict: object = None,
     push_to_hub: bool = False,
-    **how: Any,
+    **how: object,
 ) -> None:
     """What `model.save_pretrained` is while `model` is routed: writes the files that `save` does.
 

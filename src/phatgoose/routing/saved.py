@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,7 @@ from ..experts.hub import HubReference
 from ..experts.kind import INDICES, check_parts
 from ..experts.pool import Pool, check_alike
 from ..files import (
+    JsonObject,
     TensorFile,
     new_directory,
     new_file,
@@ -63,7 +64,7 @@ LONGEST = 1.01  # of unit vectors that are rounded
 
 
 def write_saved(
-    folder: Path, info: Mapping[str, Any], sites: Mapping[str, SitePart], tables: Tables
+    folder: Path, info: JsonObject, sites: Mapping[str, SitePart], tables: Tables
 ) -> None:
     """Write a saved model's own files to `folder`: the description `info` and tensors."""
     tensors = tables.saved()
@@ -80,7 +81,7 @@ def write_saved(
     write_text(folder / ROUTED_INFO, json.dumps(info, indent=2) + "\n", RoutingError)
 
 
-def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def shareable(records: Sequence[JsonObject]) -> list[JsonObject]:
     """`records` with the last name alone in place of a path on this machine."""
     shared = []
     for record in records:
@@ -137,7 +138,7 @@ class Description:
             )
 
 
-def read_description(path: Path) -> tuple[dict[str, Any], Description]:
+def read_description(path: Path) -> tuple[JsonObject, Description]:
     """The description in the file `path`, as it is and as what it says; else RoutingError."""
     info = read_json(path, dict, RoutingError, f" Pools are routed: compose({str(path.parent)!r}).")
     with reading(path, RoutingError):
@@ -151,14 +152,14 @@ class SavedModel:
     `sizes` are those of each site, by letter ("n" and "d" are its inputs and outputs).
     """
 
-    info: dict[str, Any]
+    info: JsonObject
     base: BaseReference
     tensors: TensorFile
     router: Router
     sizes: Mapping[str, Mapping[str | int, int]]
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[JsonObject]:
         return list(self.info["experts"])
 
     @property
@@ -206,9 +207,7 @@ def read_saved(directory: Path) -> SavedModel:
     return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
 
-def _checked(
-    file: TensorFile, info: Mapping[str, Any], router: Router
-) -> dict[str, dict[str | int, int]]:
+def _checked(file: TensorFile, info: JsonObject, router: Router) -> dict[str, dict[str | int, int]]:
     """The sizes of each site's tensors, by letter; ExpertError where tensors don't fit."""
     count = len(info["experts"])
     by_site = defaultdict[str, dict[str, Tensor]](dict)
@@ -376,7 +375,7 @@ def _rewritten(
     saved: SavedModel,
     sites: Mapping[str, SitePart],
     tables: Tables,
-    records: list[dict[str, Any]],
+    records: list[JsonObject],
 ) -> SavedModel:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # the folder itself is replaced
     with (

@@ -501,8 +501,9 @@ def new_directory(
     `target` exists without it (even since a moment ago), or can't be written.
     """
     # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
-    has_name = target.name not in ("", "..")
-    place = target.parent.resolve() / target.name if has_name else target.resolve()
+    place = target.resolve()
+    if target.name not in ("", ".."):
+        place = target.parent.resolve() / target.name
     with writing(target, error):
         place.parent.mkdir(parents=True, exist_ok=True)
         if not overwrite:

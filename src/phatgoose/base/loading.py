@@ -121,7 +121,9 @@ def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
         if not folder.is_dir():
             folder = Path(snapshot_download(place, revision=revision, local_files_only=True))
         single = folder / "model.safetensors"
-        files = [single] if single.exists() else folder.glob("model-*.safetensors")
+        files = [single]
+        if not single.exists():
+            files = list(folder.glob("model-*.safetensors"))
         weights = ChainMap(*(dict(TensorFile(file)) for file in files))
         if weights:
             return fingerprint_of_files(load_skeleton(place, revision=revision), weights)

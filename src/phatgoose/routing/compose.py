@@ -252,7 +252,8 @@ def compose(
     """
     if weights is not None:
         name = settings.get("router") or (routing or Routing()).router
-        name = WEIGHTS if name == AUTO else name  # which refuses settings that aren't its own
+        if name == AUTO:
+            name = WEIGHTS  # which refuses settings that aren't its own
         settings["router"] = ":".join(filter(None, (name, written_mixture(weights))))
     values = {**vars(routing or Routing()), **settings}
     routing = from_mapping(Routing, values, "compose", ARGUMENTS)
@@ -265,7 +266,8 @@ def compose(
         routing = resolved(routing, pool, tokenizer)
     router = router_of(routing)
     check_routing(router, pool)
-    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
+    if isinstance(scores, str | Path):
+        scores = read_scores(scores)
     pool = router.narrow(pool, scores)
     tables = router.tables(pool, scores) if isinstance(router, ByPrompt) else None
     sites = find_sites(model)
@@ -438,13 +440,14 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     routing = parts.routing
+    tables = parts.chooser.tables if parts.chooser else Tables(parts.experts)
     info = {
         "format_version": FORMAT_VERSION,
         "base": asdict(parts.base),
         "routing": {"router": routing.router, "k": routing.k, "kernel": routing.kernel},
         "experts": shareable(parts.records),
         "weights_sha256": "",
-        "lookup": dict(parts.chooser.tables.info) if parts.chooser else {},
+        "lookup": dict(tables.info),
     }
     config = {
         "model_type": MODEL_TYPE,
@@ -460,7 +463,6 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
             # A model that was moved to another type has its scalings in that, too.
             stack = layer.stack.to(layer.experts.device, layer.stack.dtype)
             sites[name] = SitePart(stack, layer.at_site.state())
-    tables = parts.chooser.tables if parts.chooser else Tables(parts.experts)
     write_saved(folder, info, sites, tables)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", RoutingError)
     if parts.tokenizer is not None:

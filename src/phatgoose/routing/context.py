@@ -118,7 +118,9 @@ class RoutingContext:
         given in place of `prompts`.
         """
         if choice is None and self.chooser is not None:
-            choice = self.chooser.choose(prompts if texts is None else texts, **about)
+            if texts is None:
+                texts = prompts
+            choice = self.chooser.choose(texts, **about)
         if not (self._longest and prompts):
             return PromptRouting(choice)
         return PromptRouting(choice, torch.tensor([len(prompt) for prompt in prompts]))
@@ -145,8 +147,8 @@ class RoutingContext:
         """
         # Outside of a pass a layer is computed again, and other prompts may have been read since.
         is_known = self._present.depth or self._present.announced or not self._handles
-        choice = self.choice if is_known else None
-        if choice is None:
+        choice = self.choice
+        if choice is None or not is_known:
             if self.chooser and self.chooser.unserved:
                 raise RoutingError(self.chooser.unserved)
             raise RoutingError(
@@ -198,7 +200,9 @@ class RoutingContext:
     def _begin(self, part: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
         present = self._present
         # Parts call each other: only the outermost call's arguments are the caller's.
-        depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
+        depth = present.depth + 1
+        if part is self._model:
+            depth = 1  # whatever broke off before
         if depth == 1:
             present.ends = None  # of a pass that broke off
             call = arguments_of(part, args, kwargs)
@@ -307,7 +311,9 @@ class RoutingContext:
         Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known
         and not empty, the experts of the prompt that filled it go on.
         """
-        ids: Any = kwargs.get("input_ids") if inputs is None else inputs
+        ids = inputs
+        if ids is None:
+            ids = kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         cache = cache_of(kwargs)
         present = self._present
@@ -318,9 +324,11 @@ class RoutingContext:
         if not is_read:
             mask = None
         cached = cached_tokens(kwargs)
-        before = self._sources.get(cache) if _is_cache(cache) and cached != 0 else None
+        before = None
+        if _is_cache(cache) and cached != 0:
+            before = self._sources.get(cache)
         if is_read and mask is None:
-            configs = [*args[:1], kwargs.get("generation_config"), model.generation_config]
+            configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
             mask = _inferred_mask(ids, kwargs, configs)
         routing = present.routing
         if is_read:
@@ -339,15 +347,18 @@ class RoutingContext:
 def _inferred_mask(ids: Tensor, call: Arguments, configs: Iterable[object]) -> Tensor | None:
     """Where tokens are no padding, as transformers infers it; None if that can't be told.
 
-    The model's own config, the last, fills fields that others leave open.
+    The model's own config, the first, fills fields that others leave open.
     """
-    pad = None
-    ends = None
-    for fields in (call, *map(vars, filter(None, configs))):
-        pad = fields.get("pad_token_id") if pad is None else pad
-        ends = fields.get("eos_token_id") if ends is None else ends
-    is_end = pad in ends if isinstance(ends, list | tuple) else pad == ends
-    return None if pad is None or is_end else ids.ne(pad)
+    settings: dict[str, Any] = {}
+    for fields in (*map(vars, filter(None, configs)), call):
+        settings |= {name: value for name, value in fields.items() if value is not None}
+    pad = settings.get("pad_token_id")
+    ends = settings.get("eos_token_id")
+    if not isinstance(ends, list | tuple):
+        ends = [ends]
+    if pad is None or pad in ends:
+        return None
+    return ids.ne(pad)
 
 
 def _is_cache(value: object) -> bool:

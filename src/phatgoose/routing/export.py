@@ -242,14 +242,13 @@ def _sum_of(constants: Sequence[Constant], nothing: Constant) -> Constant:
         factors = present(field)
         return reduce(torch.mul, factors) if factors else None
 
+    bias = None
     biases = [bias for bias in present("bias") if bool(bias.any())]
-    return Constant(
-        torch.cat(present("A") or [nothing.A]),
-        torch.cat(present("B") or [nothing.B], dim=1),
-        reduce(torch.add, biases) if biases else None,
-        product("input_factor"),
-        product("output_factor"),
-    )
+    if biases:
+        bias = reduce(torch.add, biases)
+    A = torch.cat(present("A") or [nothing.A])
+    B = torch.cat(present("B") or [nothing.B], dim=1)
+    return Constant(A, B, bias, product("input_factor"), product("output_factor"))
 
 
 def _loras(
@@ -265,8 +264,9 @@ def _loras(
         A = functional.pad(A, (0, 0, 0, more)).cpu()
         B = functional.pad(B, (0, more)).cpu()
         bias = updates[site].bias
-        # A scale of 1, as an integer: Ollama wants one.
-        loras[site] = LoraFactors(A, B, 1, None if bias is None else bias.cpu())
+        if bias is not None:
+            bias = bias.cpu()
+        loras[site] = LoraFactors(A, B, 1, bias)  # a scale of 1, as an integer: Ollama wants one
         losses[site] = loss
     return loras, losses
 
@@ -313,7 +313,9 @@ def merged_layer(layer: RoutedLayer, update: Constant) -> nn.Module:
         if update.output_factor is not None:
             weight = weight * update.output_factor[:, None]
         weight = weight + update.B.to(exact) @ update.A.to(exact)
-    parameters = {"weight": (weight.T if isinstance(base, Conv1D) else weight).contiguous()}
+    if isinstance(base, Conv1D):
+        weight = weight.T
+    parameters = {"weight": weight.contiguous()}
     bias = base.bias
     if bias is not None:
         if update.output_factor is not None:

@@ -220,7 +220,9 @@ class TailedLinear(RoutedLinear):
         if active.tokens is None:
             decision = self.choose(u, active.mask)
             return y + self._update(u, decision).view(y.shape).to(y.dtype)
-        return self._added_at(y, u, active, active.tokens) if len(active.tokens) else y
+        if not len(active.tokens):
+            return y
+        return self._added_at(y, u, active, active.tokens)
 
     @uncompiled
     def _active(self, device: torch.device) -> Active:

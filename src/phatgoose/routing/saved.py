@@ -328,12 +328,16 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     parts = {site: saved.at(site) for site in saved.sizes}
     for site in pool.sites:
         # Without a stack to go by, float32: the base rounds it when it is loaded.
-        dtype = parts[site].stack.dtype if site in parts else torch.float32
+        dtype = torch.float32
+        if site in parts:
+            dtype = parts[site].stack.dtype
         stack = stack_of(pool, site, dtype, torch.device("cpu"))
         check_numbers(stack, site, pool.names)
         later = replace(stack, experts=stack.experts + len(saved.names))
         joining = SitePart(later, router.table(pool, site))
-        parts[site] = joined_parts(parts[site], joining) if site in parts else joining
+        if site in parts:
+            joining = joined_parts(parts[site], joining)
+        parts[site] = joining
     return _rewritten(folder, saved, parts, tables, records)
 
 

@@ -18,9 +18,9 @@ IN_ANSWER = torch.iinfo(torch.int64).max  # a position behind every prompt
 class Active(NamedTuple):
     """On which of a pass's T tokens the experts of a site are active.
 
-    `mask` [T, E] says it of each expert, None for all of them everywhere. If that is at most a half
-    of the tokens, `tokens` are the indices of those where any is, and `mask_there` is the mask at
-    these, None where all are.
+    `mask` [T, E] says it of each expert, None for all of them everywhere. If any is on at most half
+    of the tokens, `tokens` are the indices of these, and `mask_there` is the mask at them, None
+    where all are active there.
     """
 
     mask: Tensor | None = None
@@ -53,9 +53,9 @@ class PromptEnds:
         mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
         tokens = mask.any(dim=1).nonzero()[:, 0]
         mask_there = mask[tokens]
-        are_few = 2 * len(tokens) <= len(mask)
-        if not mask_there.all():
-            return Active(mask, tokens if are_few else None, mask_there)
-        if len(tokens) == len(mask):
+        all_there = bool(mask_there.all())
+        if all_there and len(tokens) == len(mask):
             return Active()
-        return Active(mask, tokens if are_few else None)
+        if 2 * len(tokens) > len(mask):
+            return Active(mask)
+        return Active(mask, tokens, None if all_there else mask_there)

@@ -217,7 +217,6 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    require_pool_there(place)
     folder = Path(place)
     if str(place).startswith(HUB):
         folder = fetch(HubReference.parse(str(place)))
@@ -235,6 +234,7 @@ def _experts_at(place: Expert | str | Path) -> Iterable[Expert | Path]:
     refused |= dict.fromkeys(map(str, leading_out), linked)
     experts = [expert for expert in experts if expert not in leading_out]
     if not experts:
+        require_pool_there(place)
         why = "".join(f" {reason}" for reason in list(refused.values())[:1])
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():

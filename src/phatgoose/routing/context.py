@@ -125,7 +125,7 @@ class RoutingContext:
             return PromptRouting(choice)
         return PromptRouting(choice, torch.tensor([len(prompt) for prompt in prompts]))
 
-    def active(self, tails: Tails) -> Active:
+    def active(self, tails: Tails, device: torch.device) -> Active:
         """Where in the present pass the experts of a site are active, which have these `tails`.
 
         Raises RoutingError outside of a pass of the model.
@@ -136,7 +136,7 @@ class RoutingContext:
                 "was called outside of a pass of its model, as gradient checkpointing does. Turn "
                 "that off, or call the model."
             )
-        return self._present.ends.active(tails)
+        return self._present.ends.active(tails, device)
 
     def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
         """The experts of each token of u [T, n], as [T, k]: T / rows tokens in turn.

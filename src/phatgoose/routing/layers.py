@@ -226,10 +226,10 @@ class TailedLinear(RoutedLinear):
 
     @uncompiled
     def _active(self, device: torch.device) -> Active:
-        active = self.context.active(self.tails) if self.context else Active()
+        active = self.context.active(self.tails, device) if self.context else Active()
         if watches_over(self, self.site):  # who want to see every token
             active = active._replace(tokens=None)
-        return active.to(device)
+        return active
 
     def _added_at(self, y: Tensor, u: Tensor, active: Active, index: Tensor) -> Tensor:
         """Y [.., d] with updates at the few tokens of this `index`, where some are active."""

@@ -27,9 +27,6 @@ class Active(NamedTuple):
     tokens: Tensor | None = None
     mask_there: Tensor | None = None
 
-    def to(self, device: torch.device) -> Active:
-        return Active(*(None if part is None else part.to(device) for part in self))
-
 
 class PromptEnds:
     """How far each token of a pass is from its prompt's end."""
@@ -40,17 +37,18 @@ class PromptEnds:
         if len(lengths) != positions.numel():  # beams repeat rows
             lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
         self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
-        self._active: dict[Tails, Active] = {}
+        self._active: dict[tuple[Tails, torch.device], Active] = {}
 
-    def active(self, tails: Tails) -> Active:
-        """Where a site's experts are active, which have these tails."""
-        if tails not in self._active:  # many sites of a pass ask for the same
-            self._active[tails] = self._at(tails)
-        return self._active[tails]
+    def active(self, tails: Tails, device: torch.device) -> Active:
+        """Where a site's experts are active, which have these tails; tensors on `device`."""
+        key = tails, device
+        if key not in self._active:  # many sites of a pass ask for the same
+            self._active[key] = self._at(*key)
+        return self._active[key]
 
-    def _at(self, tails: Tails) -> Active:
+    def _at(self, tails: Tails, device: torch.device) -> Active:
         reach = [tail or sys.maxsize for tail in tails]
-        mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
+        mask = self._left.to(device)[:, None] <= torch.tensor(reach, device=device)
         tokens = mask.any(dim=1).nonzero()[:, 0]
         mask_there = mask[tokens]
         all_there = bool(mask_there.all())

@@ -274,7 +274,11 @@ def _check_patterns(patterns: Iterable[str], about: str) -> None:
                 f"{about} {shortened(pattern)}, which has {len(pattern)} characters; at most "
                 f"{MOST_CHARACTERS} are read."
             )
-        if not _is_matchable(pattern):
+        try:
+            is_alike = not READ_DIFFERENTLY.search(pattern) and _expression(pattern)
+        except (re2.error, ValueError):  # half a character is a ValueError
+            is_alike = False
+        if not is_alike:
             raise ExpertError(
                 f"{about} {shortened(pattern)}, which is no name or regular expression that RE2 "
                 f"matches as Python does."
@@ -284,16 +288,6 @@ def _check_patterns(patterns: Iterable[str], about: str) -> None:
 def _is_name(text: object) -> bool:
     name = str(text or "")
     return len(name) <= MOST_CHARACTERS and PLAIN.fullmatch(name) is not None
-
-
-def _is_matchable(pattern: str) -> bool:
-    if READ_DIFFERENTLY.search(pattern):
-        return False
-    try:
-        _expression(pattern)
-    except (re2.error, ValueError):  # half a character is a ValueError
-        return False
-    return True
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:

@@ -368,7 +368,8 @@ def routing_for(
     context = parts.context
     texts = None
     if parts.chooser and examples:
-        texts = [asked_in(example.input) for example in examples]
+        inputs = [example.input for example in examples]
+        texts = [ChatTexts.of(text.turns) if isinstance(text, Chat) else text for text in inputs]
     routing = context.routing_of(prompts, texts=texts, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
@@ -377,11 +378,6 @@ def routing_for(
 
     with context.using(routing):
         yield use
-
-
-def asked_in(text: str) -> str | ChatTexts:
-    """What routers by prompt read of an example's input."""
-    return ChatTexts.of(text.turns) if isinstance(text, Chat) else text
 
 
 # Saving, and loading beside a base that is loaded by its name.

@@ -16,7 +16,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from .compose import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 
 EXPORT_INFO = "phatgoose_export.json"
+FACTORS = ("input_factor", "output_factor")
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,8 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Cons
     Factors of weight 1 keep their type, weighted ones are float32. Raises RoutingError for a
     kind of expert that can't be said so (`Part.constant`), such as a bottleneck adapter.
     """
-    n = layer.in_features
-    d = layer.out_features
     if not isinstance(layer, RoutedLinear):
-        # Folded: of the update there is but the product.
-        delta = layer.folded.float() - matrix_of(layer.base).float()  # type: ignore[operator]
-        eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
-        update = Constant(delta, eye) if d <= n else Constant(eye, delta)
-        used = update.A.any(dim=1) & update.B.any(dim=0)
-        return Constant(update.A[used], update.B[:, used])
+        return _folded_update(layer)
     stack = layer.stack
     weights = shares.to(layer.experts.device)[layer.experts]
     constants = []
@@ -227,28 +221,36 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Cons
                 f"Expert {parts.experts[int(layer.experts[row])]!r} is of the kind {name!r}, which "
                 f"neither a LoRA nor a weight can hold; leave it out (--leave-out)."
             )
-    nothing = Constant(torch.zeros(0, n).to(weights.device), torch.zeros(d, 0).to(weights.device))
-    return _sum_of(constants, nothing)
+    return _sum_of(constants, layer)
 
 
-def _sum_of(constants: Sequence[Constant], nothing: Constant) -> Constant:
-    """What experts of different parts come to together; `nothing` has factors of rank 0."""
-
-    def present(field: str) -> list[Tensor]:
-        values = [getattr(constant, field) for constant in constants]
-        return [value for value in values if value is not None]
-
-    def product(field: str) -> Tensor | None:
-        factors = present(field)
-        return reduce(torch.mul, factors) if factors else None
-
-    bias = None
-    biases = [bias for bias in present("bias") if bool(bias.any())]
+def _sum_of(constants: Sequence[Constant], layer: RoutedLayer) -> Constant:
+    device = layer.experts.device
+    present: dict[str, list[Tensor]] = {}
+    for constant in constants:
+        for field, value in vars(constant).items():
+            if value is not None:
+                present.setdefault(field, []).append(value)
+    A = present.get("A", [torch.zeros(0, layer.in_features, device=device)])
+    B = present.get("B", [torch.zeros(layer.out_features, 0, device=device)])
+    update = Constant(torch.cat(A), torch.cat(B, dim=1))
+    biases = [bias for bias in present.get("bias", ()) if bool(bias.any())]
     if biases:
-        bias = reduce(torch.add, biases)
-    A = torch.cat(present("A") or [nothing.A])
-    B = torch.cat(present("B") or [nothing.B], dim=1)
-    return Constant(A, B, bias, product("input_factor"), product("output_factor"))
+        update = replace(update, bias=reduce(torch.add, biases))
+    for field in FACTORS:
+        if field in present:
+            update = replace(update, **{field: reduce(torch.mul, present[field])})
+    return update
+
+
+def _folded_update(layer: RoutedLayer) -> Constant:
+    # Of the update there is but the product.
+    delta = layer.folded.float() - matrix_of(layer.base).float()  # type: ignore[operator]
+    d, n = delta.shape
+    eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
+    update = Constant(delta, eye) if d <= n else Constant(eye, delta)
+    used = update.A.any(dim=1) & update.B.any(dim=0)
+    return Constant(update.A[used], update.B[:, used])
 
 
 def _loras(

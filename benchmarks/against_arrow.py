@@ -22,7 +22,7 @@ import phatgoose as pg
 from bench import Bench
 from findings import Finding, row
 from measuring import side_by_side
-from phatgoose.base import twin
+from phatgoose.base.identity import twin
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from routed_speed import prefill
 

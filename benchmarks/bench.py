@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import phatgoose as pg
-from phatgoose.base import Base, load_base, twin
+from phatgoose.base.identity import Base, twin
+from phatgoose.base.loading import load_base
 from synthetic import random_experts, tiny_base
 
 VOCABULARY = (

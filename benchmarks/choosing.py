@@ -14,7 +14,7 @@ import phatgoose as pg
 from bench import VOCABULARY, Bench, words
 from findings import Finding, row
 from measuring import side_by_side
-from phatgoose.base import twin
+from phatgoose.base.identity import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader

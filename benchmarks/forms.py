@@ -31,8 +31,8 @@ import torch
 
 from phatgoose.apps.demo import SKILLS, TASKS
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_chooser
 from phatgoose.routing.conversation import ChatTexts
+from phatgoose.routing.opening import open_chooser
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Chat
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.e5 import Tokens, load_e5
 from phatgoose.sites import prompt_stack
 from phatgoose.tasks.batching import batches_of_tokens, pad_right

@@ -12,11 +12,12 @@ from transformers import DynamicCache, PreTrainedModel
 from bench import Bench, Sizes
 from findings import Finding, row
 from measuring import Timing, side_by_side
-from phatgoose.base import twin
+from phatgoose.base.identity import twin
 from phatgoose.experts.lora import LoraStack
-from phatgoose.routing.layers import RoutedLinear, SiteStack
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import Phatgoose, standardise
 from phatgoose.routing.routers.router import RouterAtSite
+from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site, find_sites
 from phatgoose.tasks.batching import contiguous_head
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from phatgoose.base import Base, load_base
+from phatgoose.base.identity import Base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.sites import find_sites

@@ -27,7 +27,8 @@ import phatgoose as pg
 from bench import Bench, Sizes, words
 from findings import Finding, row
 from measuring import in_turns
-from phatgoose.base import Base, quiet_loading, twin
+from phatgoose.base.identity import Base, twin
+from phatgoose.base.loading import quiet_loading
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.batching import IGNORED
 from phatgoose.tasks.encoding import Encoder, TokenPair

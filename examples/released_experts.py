@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.adapter_files import check_parts, read_tensors
 from phatgoose.experts.expert import Expert

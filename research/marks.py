@@ -52,7 +52,7 @@ from more_routers.centroids import clusters_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phatgoose.base import Base, number_format
+from phatgoose.base.identity import Base, number_format
 from phatgoose.errors import PoolError, TaskError
 from phatgoose.evaluation.compare import code_version
 from phatgoose.evaluation.evaluate import EvaluationSet, Questions, ScoringSettings, score
@@ -62,7 +62,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.files import new_file, read_table
-from phatgoose.routing.compose import compose, detach, open_chooser, resolve_base
+from phatgoose.routing.compose import compose, detach, resolve_base
+from phatgoose.routing.opening import open_chooser
 from phatgoose.routing.routers.prompt import PromptChooser
 from phatgoose.tasks.encoding import Encoder, said_in_tokens
 from phatgoose.tasks.loading import load_task

@@ -27,7 +27,7 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI, Request
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from server_process import running
 from synthetic import tiny_base
 from tiny import write_expert

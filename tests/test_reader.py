@@ -25,7 +25,8 @@ from phatgoose.reader import (
     reference_of,
     usable_reader,
 )
-from phatgoose.routing.compose import compose, composition_of, load, open_chooser, save
+from phatgoose.routing.compose import compose, composition_of, load, save
+from phatgoose.routing.opening import open_chooser
 from routed_models import TOPICS
 from tiny import make_tokenizer, small_reader
 

@@ -43,11 +43,11 @@ class Setting:
     name: str
     type: Any
     help: str
-    default: Any
-    limits: tuple[Any, ...] = ()
+    default: object
+    limits: tuple[object, ...] = ()
 
     @cached_property
-    def _adapter(self) -> TypeAdapter[Any]:
+    def _adapter(self) -> TypeAdapter[object]:
         from pydantic import ConfigDict, TypeAdapter  # --help does without
 
         kind: Any = Annotated[self.type, self.help, *self.limits]
@@ -60,10 +60,10 @@ class Setting:
         try:
             return self._adapter.validate_python(value)
         except ValidationError as error:
-            said = [each["msg"] for each in error.errors()]
-            # What pydantic wanted, such as "must be greater than 0".
-            must = " or ".join(f"must {text.partition(' should ')[2] or text}" for text in said)
-            raise ConfigError(f"{self.name} is {value!r:.80}, but {must}.") from None
+            limits = []
+            for detail in error.errors():  # such as "Input should be greater than 0"
+                limits.append(f"must {detail['msg'].rpartition(' should ')[2]}")
+            raise ConfigError(f"{self.name} is {value!r:.80}, but {' or '.join(limits)}.") from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Settings:
 
 
 def _settings_of(config: type) -> tuple[Setting, ...]:
-    hints, settings = get_type_hints(config, include_extras=True), []
+    hints = get_type_hints(config, include_extras=True)
+    settings = []
     for field in dataclasses.fields(config):
         if get_origin(hints[field.name]) is Annotated:
             kind, text, *limits = get_args(hints[field.name])
@@ -98,23 +99,25 @@ def from_mapping(
 ) -> Config:
     """A `config` filled from `values`; missing fields keep their default.
 
-    `others` are known there too, but aren't settings. Raises ConfigError, naming `where`, for an
+    `others` are allowed there too, but aren't settings. Raises ConfigError, naming `where`, for an
     unknown key or a value that `config` refuses.
     """
-    known = [*(setting.name for setting in settings_of(config)), *others]
+    names = [*(setting.name for setting in settings_of(config)), *others]
     for key in values:
-        if key not in known:
-            named = f"known are {', '.join(known) or 'none'}.{closest(key, known)}"
-            raise ConfigError(f"{where}: unknown setting {key!r:.80}; {named}")
+        if key not in names:
+            raise ConfigError(
+                f"{where}: unknown setting {key!r:.80}; known are {', '.join(names) or 'none'}."
+                f"{closest(key, names)}"
+            )
     try:
         return config(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def closest(name: object, known: Iterable[str | None]) -> str:
-    """A question such as " Did you mean 'arrow'?", if one of `known` is like `name`; else ""."""
-    like = difflib.get_close_matches(str(name), filter(None, known), n=1)
+def closest(name: object, names: Iterable[str | None]) -> str:
+    """A question such as " Did you mean 'arrow'?", if one of `names` is like `name`; else ""."""
+    like = difflib.get_close_matches(str(name), filter(None, names), n=1)
     return f" Did you mean {like[0]!r}?" if like else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -12,18 +11,18 @@ import re
 import secrets
 import stat
 import struct
-import sys
 import tempfile
 import tomllib
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, lru_cache
 from importlib import metadata
-from itertools import groupby, islice
+from itertools import filterfalse, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -34,6 +33,7 @@ from .errors import ExpertError, PhatgooseError
 
 if TYPE_CHECKING:  # torch is imported by what needs it: the command line reads recipes without it
     import torch
+    from pydantic import TypeAdapter
     from torch import Tensor
 
 Item = TypeVar("Item")
@@ -64,7 +64,8 @@ def reason(problem: Exception) -> str:
 
 def half_character(text: str) -> str | None:
     """The first character that UTF-8 can't encode, such as half an emoji in JSON, or None."""
-    return half[0] if (half := re.search("[\ud800-\udfff]", text)) else None
+    half = re.search("[\ud800-\udfff]", text)
+    return half[0] if half else None
 
 
 # Where files may be, and what they are.
@@ -95,10 +96,13 @@ def regular_file(
     is that folder where the file is in one inside it. Raises `error`.
     """
     with reading(path, error, hint):
-        place, folder = regular(path).resolve(), (owner or path.parent).resolve()
-        snapshots = (up for up in folder.parents if up.name == "snapshots")
-        blobs = [up.parent / "blobs" for up in snapshots if up.parent.name.startswith("models--")]
-        if not any(place.is_relative_to(allowed) for allowed in (folder, *blobs)):
+        place = regular(path).resolve()
+        folder = (owner or path.parent).resolve()
+        allowed = [folder]
+        for above in folder.parents:
+            if above.name == "snapshots" and above.parent.name.startswith("models--"):
+                allowed.append(above.parent / "blobs")
+        if not any(map(place.is_relative_to, allowed)):
             raise OSError("it is a link that leads out of its folder; copy the file there")
     return path
 
@@ -111,6 +115,7 @@ def sha256_of(path: Path) -> str:
 
 # JSON, which may be of others, and TOML, which users name.
 
+JsonObject = dict[str, Any]  # or a table of TOML
 MOST_JSON_BYTES = 16 * 2**20
 MOST_JSON_VALUES = 2**18  # of each that is wrong pydantic makes a record of a kilobyte
 # pydantic's errors that need no value
@@ -145,13 +150,19 @@ def _what_is_wrong(problem: Exception, hint: str) -> str:
         return f"is not valid: it lacks {shortened(*problem.args)}."
     if isinstance(problem, json.JSONDecodeError):
         return f"is not valid: {problem}; wanted JSON, got {shortened(problem.doc, 40)}."
-    if not hasattr(problem, "errors"):
-        said = one_line(" ".join(str(problem).split()) or type(problem).__name__)
-        return f"is not valid: {said.rstrip('.')}."
-    first: Mapping[str, Any] = problem.errors(include_url=False)[0]  # of pydantic
-    place, said = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in UNSHOWN else f", got {shortened(first['input'])}"
-    return f"is not valid: {f'{place}: ' if place else ''}{said}{got}."
+    from pydantic import ValidationError
+
+    if isinstance(problem, ValidationError):
+        first = problem.errors(include_url=False)[0]
+        complaint = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            complaint = f"{'.'.join(map(str, first['loc']))}: {complaint}"
+        if first["type"] not in UNSHOWN:
+            complaint += f", got {shortened(first['input'])}"
+    else:
+        message = " ".join(str(problem).split())
+        complaint = one_line(message or type(problem).__name__).rstrip(".")
+    return f"is not valid: {complaint}."
 
 
 def read_json(
@@ -178,24 +189,24 @@ def parse_json(text: str, kind: type[Kind]) -> Kind:
     """The JSON `text` as a `kind`, as `read_json` has it. Raises ValueError or RecursionError."""
 
     def number(digits: str) -> float:
-        if not math.isfinite(value := float(digits)):
+        value = float(digits)
+        if not math.isfinite(value):
             raise ValueError(f"{digits} is not a JSON number, or too large")
         return value
 
     # pydantic would take the last of two keys and a number that is too large.
     json.loads(text, object_pairs_hook=distinct_keys, parse_constant=number, parse_float=number)
-    adapter = _adapter(cast(Hashable, dict[str, Any] if kind is dict else kind))
-    return cast(Kind, adapter.validate_json(text, strict=True))
+    return cast(Kind, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Any) -> TypeAdapter[object]:
     from pydantic import TypeAdapter  # the command line's help can do without
 
     return TypeAdapter(kind)
 
 
-def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+def read_table(path: Path, what: str, error: type[PhatgooseError]) -> JsonObject:
     """The table in a TOML file of the user's, which messages call a `what`, such as "Recipe".
 
     Raises only `error`.
@@ -204,9 +215,9 @@ def read_table(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, 
         return tomllib.loads(regular(path).read_text(encoding="utf-8"))
 
 
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
-    content: dict[str, Any] = {}
+    content: dict[str, object] = {}
     for key, value in pairs:
         if key in content:
             raise ValueError(f"the key {shortened(key)} appears twice in one object")
@@ -233,33 +244,50 @@ OPTIONS.log_errors = False
 OPTIONS.never_capture = True
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Mapping[str, object], where: str) -> None:
     """Raise ExpertError, naming `where`, unless all patterns and names of a PEFT `config` are
     matchable.
     """
     for key, value in config.items():
-        several = value if isinstance(value, list | dict) else [value]
-        is_mapping = key.endswith(BY_PATTERN) and isinstance(value, dict)
-        is_pattern = is_mapping or (key in LISTS_OF_NAMES and isinstance(value, str))
-        expressions = 0
-        for place, text in enumerate(several):
-            is_name = PLAIN.fullmatch(str(text or "")[:MOST_CHARACTERS]) is not None
-            expressions += is_pattern and not is_name
-            is_odd = not (_is_matchable(text) if is_pattern else is_name or key != "layers_pattern")
-            if place == MOST_NAMES or expressions > MOST_EXPRESSIONS or is_odd:
-                raise ExpertError(
-                    f"{where}: {key} holds {shortened(text)}, which is no name or regular "
-                    f"expression that RE2 matches as Python does, of at most {MOST_CHARACTERS} "
-                    f"characters, or comes after {MOST_NAMES} names or {MOST_EXPRESSIONS} others."
-                )
+        texts = value if isinstance(value, list | dict) else [value]
+        about = f"{where}: {key} holds"
+        if len(texts) > MOST_NAMES:
+            raise ExpertError(f"{about} {len(texts)} names; at most {MOST_NAMES} are read.")
+        if key.endswith(BY_PATTERN) and isinstance(value, dict):
+            _check_patterns(value, about)
+        elif key in LISTS_OF_NAMES and isinstance(value, str):
+            _check_patterns([value], about)
+        elif key == "layers_pattern":
+            for text in filterfalse(_is_name, texts):
+                raise ExpertError(f"{about} {shortened(text)}, which is no name.")
 
 
-def _is_matchable(pattern: str) -> bool:
-    try:
-        reads_alike = len(pattern) <= MOST_CHARACTERS and not READ_DIFFERENTLY.search(pattern)
-        return reads_alike and _expression(pattern) is not None
-    except (re2.error, ValueError):  # half a character is a ValueError
-        return False
+def _check_patterns(patterns: Iterable[str], about: str) -> None:
+    expressions = len(list(filterfalse(_is_name, patterns)))
+    if expressions > MOST_EXPRESSIONS:
+        raise ExpertError(
+            f"{about} {expressions} regular expressions; at most {MOST_EXPRESSIONS} are read."
+        )
+    for pattern in patterns:
+        if len(pattern) > MOST_CHARACTERS:
+            raise ExpertError(
+                f"{about} {shortened(pattern)}, which has {len(pattern)} characters; at most "
+                f"{MOST_CHARACTERS} are read."
+            )
+        try:
+            is_alike = not READ_DIFFERENTLY.search(pattern) and _expression(pattern)
+        except (re2.error, ValueError):  # half a character is a ValueError
+            is_alike = False
+        if not is_alike:
+            raise ExpertError(
+                f"{about} {shortened(pattern)}, which is no name or regular expression that RE2 "
+                f"matches as Python does."
+            )
+
+
+def _is_name(text: object) -> bool:
+    name = str(text or "")
+    return len(name) <= MOST_CHARACTERS and PLAIN.fullmatch(name) is not None
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -267,7 +295,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     return list(filter(_expression(pattern).fullmatch, names))
 
 
-def value_at(patterns: Mapping[str, Any], name: str) -> Any:
+def value_at(patterns: Mapping[str, Item], name: str) -> Item | None:
     """The value of the first of `patterns` that matches `name` or its end after a dot, else None.
 
     As PEFT reads rank_pattern and alpha_pattern (`get_pattern_key`).
@@ -275,7 +303,7 @@ def value_at(patterns: Mapping[str, Any], name: str) -> Any:
     return next((value for pattern, value in patterns.items() if _ends(name, pattern)), None)
 
 
-class ByName(dict[str, Any]):
+class ByName(dict[str, object]):
     """Values by full layer names, in place of values by pattern in a PEFT config."""
 
     def keys(self) -> Any:
@@ -291,7 +319,7 @@ def _ends(name: str, pattern: str) -> bool:
 
 
 @lru_cache(maxsize=4000)
-def _expression(pattern: str) -> Any:
+def _expression(pattern: str) -> re2._Regexp:
     return re2.compile(pattern, OPTIONS)
 
 
@@ -338,12 +366,11 @@ class TensorFile(Mapping[str, "Tensor"]):
                 pass  # the library checks lengths, types, shapes and offsets strictly
             read = _records if self._data <= MOST_CACHED else _records.__wrapped__
             self.records = read(self._map[LENGTH.size : self._data])
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-            storage: Any = self._bytes.untyped_storage()
-            self._typed = {
-                dtype: torch.empty(0, dtype=dtype).set_(storage)
-                for dtype in {record.dtype for record in self.records.values()}
-            }
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        storage = self._bytes.untyped_storage()
+        self._typed = {}
+        for dtype in {record.dtype for record in self.records.values()}:
+            self._typed[dtype] = torch.empty(0, dtype=dtype).set_(storage)
 
     def __contains__(self, name: object) -> bool:
         return name in self.records
@@ -369,16 +396,17 @@ class TensorFile(Mapping[str, "Tensor"]):
 
     def under(self, prefix: str) -> TensorFile:
         """The tensors whose names begin with `prefix` and a full stop, by the rest of the name."""
-        part, begin = copy(self), f"{prefix}."
-        part.records = {
-            name.removeprefix(begin): record
-            for name, record in self.records.items()
-            if name.startswith(begin)
-        }
+        part = copy(self)
+        begin = f"{prefix}."
+        part.records = {}
+        for name, record in self.records.items():
+            if name.startswith(begin):
+                part.records[name.removeprefix(begin)] = record
         return part
 
     def sha256(self) -> str:
-        digest, content = hashlib.sha256(), memoryview(self._map)
+        digest = hashlib.sha256()
+        content = memoryview(self._map)
         for begin in range(0, len(content), AT_ONCE):
             digest.update(content[begin : begin + AT_ONCE])
             self.release()
@@ -386,15 +414,18 @@ class TensorFile(Mapping[str, "Tensor"]):
 
     def check_finite(self) -> None:
         """Raise ExpertError, naming one, when a tensor holds a NaN or an infinity."""
-        in_order = sorted(self.records.values(), key=lambda each: (each.begin, each.end))
-        for dtype, run in groupby(in_order, key=lambda record: record.dtype):  # they leave no gaps
+        in_order = sorted(self.records.values(), key=attrgetter("begin", "end"))
+        for dtype, run in groupby(in_order, key=attrgetter("dtype")):  # they leave no gaps
             adjacent = list(run)
-            for begin in range(adjacent[0].begin, adjacent[-1].end, AT_ONCE):
-                part = self._part(begin, min(begin + AT_ONCE, adjacent[-1].end), dtype)
+            end = adjacent[-1].end
+            for begin in range(adjacent[0].begin, end, AT_ONCE):
+                part = self._part(begin, min(begin + AT_ONCE, end), dtype)
                 if dtype.is_floating_point and not is_finite(part):
-                    bad = next(n for n, t in self.items() if t.dtype == dtype and not is_finite(t))
-                    raise ExpertError(f"{self.path}: tensor {bad} is not finite.")
+                    raise ExpertError(f"{self.path}: tensor {self._not_finite()} is not finite.")
                 self.release()
+
+    def _not_finite(self) -> str:
+        return next(name for name, tensor in self.items() if not is_finite(tensor))
 
     def release(self) -> None:
         """Give the memory of its bytes back; they are read from the file again when needed."""
@@ -415,17 +446,20 @@ def is_finite(tensor: Tensor) -> bool:
 def _records(header: bytes) -> dict[str, TensorRecord]:
     import torch
 
-    table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
+    table = json.loads(header, object_pairs_hook=distinct_keys)
     table.pop("__metadata__", None)
     records = {}
     for name, about in table.items():
-        dtype, shape, (begin, end) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+        dtype = about["dtype"]
+        shape = tuple(about["shape"])
         # Beside a 0, no size takes room; thousands of sizes would take hours.
         fits = len(shape) < 9 and math.prod(max(size, 1) for size in shape) <= MOST_NUMBERS
-        if not fits or dtype not in TYPES or not name.isprintable() or len(name) > LONGEST_NAME:
+        can_be_named = name.isprintable() and len(name) <= LONGEST_NAME
+        if not (fits and can_be_named and dtype in TYPES):
             raise ValueError(f"tensor {shortened(name)} is of {shortened(dtype)}, {shape!s:.80}")
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        records[name] = TensorRecord(getattr(torch, TYPES[dtype]), shape, strides, begin, end)
+        kind = getattr(torch, TYPES[dtype])
+        records[name] = TensorRecord(kind, shape, strides, *about["data_offsets"])
     return records
 
 
@@ -433,14 +467,16 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     """`function` of every item, in order, computed in as many threads as torch has."""
     import torch
 
-    threads, left = torch.get_num_threads(), iter(items)
+    threads = torch.get_num_threads()
+    waiting = deque[Future[Result]]()
     with ThreadPoolExecutor(threads) as workers:
-        # No more than one each ahead: results may be large.
-        waiting = deque(workers.submit(function, each) for each in islice(left, threads))
+        for item in items:
+            waiting.append(workers.submit(function, item))
+            # No more than one each ahead: results may be large.
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
         while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(workers.submit(function, each) for each in islice(left, 1))
-            yield result
+            yield waiting.popleft().result()
 
 
 # Files and folders that appear whole or not at all. A killed process may leave a hidden one,
@@ -459,8 +495,9 @@ def new_directory(
     `target` exists without it (even since a moment ago), or can't be written.
     """
     # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
-    has_name = target.name not in ("", "..")
-    place = target.parent.resolve() / target.name if has_name else target.resolve()
+    place = target.resolve()
+    if target.name not in ("", ".."):
+        place = target.parent.resolve() / target.name
     with writing(target, error):
         place.parent.mkdir(parents=True, exist_ok=True)
         if not overwrite:
@@ -481,18 +518,12 @@ def new_directory(
 
 
 def _replace(new: Path, target: Path) -> None:
-    # Linux and macOS exchange two names in one step, so no reader finds none and no kill leaves
-    # none. The flag 2 is RENAME_EXCHANGE or RENAME_SWAP; folder handles don't count, since both
-    # paths are absolute.
-    name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
-    exchange = getattr(ctypes.CDLL(None), name, None) if name else None
-    if exchange and exchange(0, os.fsencode(new), 0, os.fsencode(target), 2) == 0:
-        return
+    # In two steps, so a kill between them leaves the old folder beside its place, under this name.
     old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
     os.rename(target, old)
     try:
         os.rename(new, target)
-    except OSError:
+    except BaseException:
         os.rename(old, target)
         raise
     os.rename(old, new)  # which is removed
@@ -518,7 +549,8 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def _give_default_mode(path: Path) -> None:
     if not path.is_symlink():  # chmod would follow it
-        os.umask(mask := os.umask(0))  # which can be read only by setting it
+        mask = os.umask(0)  # which can be read only by setting it
+        os.umask(mask)
         path.chmod((0o777 if os.access(path, os.X_OK) else 0o666) & ~mask)
 
 
@@ -539,9 +571,8 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
 
 def _is_stream(target: Path) -> bool:
     # An open file by its name (/dev/stdout) may be a regular one, and its link must stay.
-    return str(target).startswith(("/dev/std", "/dev/fd/", "/proc/")) or (
-        target.exists() and not target.is_file()
-    )
+    is_open = str(target).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return is_open or (target.exists() and not target.is_file())
 
 
 def require_free(
@@ -555,7 +586,7 @@ def require_free(
 def require_writable(target: Path, error: type[PhatgooseError]) -> None:
     """Raise `error` unless a file can be written at `target`; nothing is made there."""
     # The nearest folder that exists; those between are made later.
-    folder = next(each for each in target.absolute().parents if each.exists())
+    folder = next(filter(Path.exists, target.absolute().parents))
     if _is_stream(target):
         why = "it is no file; name one"
     elif not folder.is_dir():
@@ -570,18 +601,18 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
 # What other packages registered.
 
 
-def add_entry_points(group: str, known: dict[str, Any], record: type) -> None:
-    """Add to `known` the objects of class `record` that are registered under `group`, by name.
+def add_entry_points(group: str, registered: dict[str, Item], record: type[Item]) -> None:
+    """Add to `registered` the objects of class `record` that are registered under `group`, by name.
 
     One that can't be loaded, is of another class, or whose name is taken or not its own, is left
     out with a warning that names its package.
     """
-    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=group), key=attrgetter("name")):
         try:
             thing = point.load()
             is_named = getattr(thing, "name", point.name) == point.name
             fits = isinstance(thing, record) and is_named
-            if not fits or known.setdefault(point.name, thing) is not thing:
+            if not fits or registered.setdefault(point.name, thing) is not thing:
                 raise TypeError(f"it is no {record.__name__} of that name, or the name is taken")
         except Exception as error:  # whatever another package's import may raise
             package = point.dist.name if point.dist else "an unknown package"

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import Base, BaseReference, check_base, dtype_name, load_base, recorded_id
+from .base.identity import Base, BaseReference, check_base, dtype_name, recorded_id
+from .base.loading import load_base
 from .experts.hub import HubReference
 from .files import one_line
 from .names import SMOLLM2

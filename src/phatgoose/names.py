@@ -29,7 +29,8 @@ def is_hub_id(name: str) -> bool:
 
 def closest_beside(place: str | Path, *others: str) -> str:
     """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
-    path, beside = Path(place), list[str]()
+    path = Path(place)
+    beside: list[str] = []
     with suppress(OSError):  # it is a hint only
         beside = os.listdir(path.parent)
     return closest(path.name, [*others, *beside])
@@ -80,9 +81,8 @@ def require_base(name: str | Path, revision: str | None = None) -> None:
 
 def unloadable(name: str | Path, error: Exception) -> BaseModelError:
     """What is told of the base `name` if `error` came of loading it."""
-    gone = f" No such folder is here, and the Hub gave no base.{closest_beside(name, SMOLLM2)}"
-    said = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}", 200).rstrip(".")
-    return BaseModelError(
-        f"Base model {shortened(str(name), 200)} can't be loaded: {said}."
-        f"{'' if os.path.exists(name) else gone}"
-    )
+    gone = ""
+    if not os.path.exists(name):
+        gone = " No such folder is here, and the Hub gave no base." + closest_beside(name, SMOLLM2)
+    why = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}", 200).rstrip(".")
+    return BaseModelError(f"Base model {shortened(str(name), 200)} can't be loaded: {why}.{gone}")

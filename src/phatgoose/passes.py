@@ -1,4 +1,4 @@
-"""Passes of a model: which tokens are padding, which an expert acts on, what layers are given.
+"""Passes of a model: which tokens are padding, and what layers and models are called with.
 
 Routing doesn't need to know padding: it treats it like any token, since no real token attends to
 it. To leave padding out, open `token_masks` (or `watching`), which reads the attention masks of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from .errors import RoutingError
 from .sites import Site, Stream
 
 Value = TypeVar("Value")
+Arguments = Mapping[str, Any]  # of a call of a model, by name
 
 
 class _Names(NamedTuple):
@@ -57,22 +58,25 @@ class _Tokens:
 
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
         """Which tokens of this shape are no padding, None where all are, or it isn't known."""
-        mask, real = self.mask, None
+        mask = self.mask
         if mask is None or len(grid) != 2:
             return None
         rows, columns = grid
         first = mask.shape[-1] - columns
         if self.past is not None and self.past <= first:
             first = self.past  # the mask covers a whole static cache
+        real = None
         if mask.dim() == 2 and mask.shape[0] == rows and first >= 0:
             real = mask[:, first : first + columns].bool()
         if mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == columns:
             itself = mask[:, 0].diagonal(first, dim1=1, dim2=2)
             seen = itself if itself.dtype == torch.bool else itself == 0
-            real = seen.expand(rows, -1) if seen.shape[1] == columns else None
+            if seen.shape[1] == columns:
+                real = seen.expand(rows, -1)
         # On other devices the look would wait for them.
-        is_hidden = real is not None and (real.device.type != "cpu" or not real.all())
-        return real if is_hidden else None
+        if real is not None and real.device.type == "cpu" and real.all():
+            return None
+        return real
 
 
 class TokenMasks:
@@ -96,7 +100,8 @@ class TokenMasks:
 
         Raises RoutingError where a model pads or transposes its tokens inside.
         """
-        tokens, grid = self._of(stream), tuple(u.shape[:-1])
+        tokens = self._of(stream)
+        grid = tuple(u.shape[:-1])
         if tokens is None or tokens.shape is None or grid == tokens.shape:
             return grid
         rows, columns = tokens.shape
@@ -120,14 +125,16 @@ class TokenMasks:
         return self._calls[0].get(stream) if self._calls else None
 
     def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
-        def begin(module: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
+        def begin(
+            module: nn.Module, args: tuple[object, ...], kwargs: Arguments | None = None
+        ) -> None:
             # Another thread's pass may run the hook before torch registers that it takes kwargs.
             if self.are_ours:
-                self._calls.append(_streams(names, given_arguments(module, args, given)))
+                self._calls.append(_streams(names, arguments_of(module, args, kwargs or {})))
 
         return begin
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         if self.are_ours and self._calls:
             self._calls.pop()
 
@@ -151,10 +158,11 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     masks = TokenMasks(type(model).__name__)
     with ExitStack() as hooks:
         for part, names in callable_parts(model).items():
-            begin, end = masks._begin(names), masks._end
-            hooks.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            begin = part.register_forward_pre_hook(masks._begin(names), with_kwargs=True)
+            hooks.callback(begin.remove)
             # always_call: a pass that raises must not leave its masks on top.
-            hooks.callback(part.register_forward_hook(end, always_call=True).remove)
+            end = part.register_forward_hook(masks._end, always_call=True)
+            hooks.callback(end.remove)
         hooks.enter_context(in_context(_OPEN, (*_OPEN.get(), masks)))
         yield masks
 
@@ -173,9 +181,9 @@ def watching(
     """
     with token_masks(model) as masks, ExitStack() as hooks:
 
-        def look(site: Site, _: nn.Module, args: tuple[Any, ...]) -> None:
+        def look(site: Site, _: nn.Module, args: tuple[Tensor, ...]) -> None:
             if masks.are_ours:
-                u: Tensor = args[0]
+                u = args[0]
                 grid = masks.grid(u, site.stream)
                 real = masks.real_tokens(u, site.stream)
                 see(site, u.reshape(*grid, u.shape[-1]), real)
@@ -186,39 +194,46 @@ def watching(
         yield
 
 
-def given_arguments(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+# What a model is called with.
+
+
+def arguments_of(module: nn.Module, args: Sequence[object], kwargs: Arguments) -> Arguments:
     """A call's arguments by name, those given by place too."""
     names = inspect.signature(module.forward).parameters if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
-    """Which of the `input_ids` in a call's arguments `given` are real, None for all of them."""
-    tokens = _streams(_STACK, given)["decoder"]
+def real_tokens(call: Arguments) -> Tensor | None:
+    """Which of the `input_ids` of a call are real, None for all of them."""
+    tokens = _streams(_STACK, call)["decoder"]
     return None if tokens.shape is None else tokens.real(tokens.shape)
 
 
-def token_positions(given: Mapping[str, Any]) -> Tensor | None:
+def token_positions(call: Arguments) -> Tensor | None:
     """The position of each token of a causal model's call in its text, [rows, columns].
 
-    `given` are the call's arguments. Padding isn't counted; its own positions mean nothing. None
-    for a call without tokens.
+    Padding isn't counted; its own positions mean nothing. None for a call without tokens.
     """
-    tokens = _streams(_STACK, given)["decoder"]
+    tokens = _streams(_STACK, call)["decoder"]
     if tokens.shape is None:
         return None
-    (rows, columns), past, mask = tokens.shape, tokens.past or 0, tokens.mask
+    rows, columns = tokens.shape
+    past = tokens.past or 0
+    mask = tokens.mask
     if mask is not None and mask.dim() == 2:
         first = min(past, mask.shape[1] - columns)
         counted = mask.long().cumsum(dim=-1) - 1
         return counted[:, first : first + columns].clamp(min=0).expand(rows, -1)
-    position_ids = given.get("position_ids")
+    position_ids = call.get("position_ids")
     if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
         return position_ids.expand(rows, -1)
-    ids = next(given[name] for name in _OWN.tokens if given.get(name) is not None)
-    return torch.arange(past, past + columns, device=ids.device).expand(rows, -1)
+    form = _first(call, _OWN.tokens)
+    return torch.arange(past, past + columns, device=form.device).expand(rows, -1)
+
+
+def _first(call: Arguments, names: Iterable[str]) -> Any:
+    """The first argument of these names that isn't None; None without one."""
+    return next((call[name] for name in names if call.get(name) is not None), None)
 
 
 def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
@@ -242,56 +257,30 @@ def cache_argument(part: nn.Module) -> str:
     return next((name for name in _CACHES if name in names), "past_key_values")
 
 
-def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, under any of its names; None without one."""
-    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
+def cache_of(call: Arguments) -> Any:
+    """The cache among the arguments of a call, under any of its names; None without one."""
+    return _first(call, _CACHES)
 
 
-def cached_tokens(given: Mapping[str, Any]) -> int | None:
+def cached_tokens(call: Arguments) -> int | None:
     """The number of tokens in the cache of a call, None without one or where it is unknown."""
-    cache = cache_of(given)
+    cache = cache_of(call)
     try:
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
     except ValueError:  # of a cache that holds states alone, as Mamba's
         return None
 
 
-def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mapping[Stream, _Tokens]:
+def _streams(names: Mapping[Stream, _Names], call: Arguments) -> Mapping[Stream, _Tokens]:
     streams: dict[Stream, _Tokens] = {}
     for stream, (mask_name, token_names) in names.items():
-        forms = (given.get(name) for name in token_names)
-        shape = next((tuple(form.shape[:2]) for form in forms if form is not None), None)
-        mask = given.get(mask_name)
+        form = _first(call, token_names)
+        shape = None if form is None else tuple(form.shape[:2])
+        mask = call.get(mask_name)
         if isinstance(mask, Mapping):  # one mask for each kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))
-        past = cached_tokens(given) if stream == "decoder" else None
-        streams[stream] = _Tokens(mask if isinstance(mask, Tensor) else None, shape, past)
+        if not isinstance(mask, Tensor):
+            mask = None
+        past = cached_tokens(call) if stream == "decoder" else None
+        streams[stream] = _Tokens(mask, shape, past)
     return streams
-
-
-# Which tokens an expert acts on: all, or those from its prompt's end on (Activated LoRA).
-#
-# Such an expert (Greenewald et al. 2025, arXiv 2504.12397) adds nothing in a prompt's body, which
-# is then the base's own. It acts at the prompt's last tokens, its tail, and at every token of the
-# answer.
-
-IN_ANSWER = torch.iinfo(torch.int64).max  # a position behind every prompt
-
-# One expert alone, in training and measurements: who makes a batch says where the expert acts.
-
-_ACTIVE: ContextVar[Tensor | None] = ContextVar("active tokens", default=None)
-
-
-def acting_at(active: Tensor | None) -> AbstractContextManager[None]:
-    """The expert acts at these tokens of the passes in this context, [rows, columns]; None: all."""
-    return in_context(_ACTIVE, active)
-
-
-def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
-    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere.
-
-    A layer inside one of the base's own experts, which sees some tokens only, can't tell them.
-    """
-    if (active := _ACTIVE.get()) is None:
-        return strength
-    return strength * active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)

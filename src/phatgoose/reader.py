@@ -21,16 +21,9 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from .base import (
-    NO_CODE,
-    Text,
-    check_weight_files,
-    choose_dtype,
-    fingerprint,
-    load_tokenizer,
-    loading,
-    recorded_id,
-)
+from .base import NO_CODE
+from .base.identity import Text, fingerprint, recorded_id
+from .base.loading import check_weight_files, choose_dtype, load_tokenizer, loading
 from .config import READER
 from .e5 import BLOCKS, Tokens, load_e5
 from .errors import ConfigError

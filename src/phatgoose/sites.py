@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +58,16 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
         expression = re.compile(pattern or "")
     modules = dict(model.named_modules())
     blocks = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
+    is_encoder_decoder = model.config.is_encoder_decoder
+    encoder = set(model.get_encoder().modules()) if is_encoder_decoder else set()
     sites = {}
     for name, module in modules.items():
         shape = linear_shape(module)
         if shape and name.startswith(tuple(blocks)) and expression.search(name):
-            reads_encoder = encoder and (module in encoder or CROSS_ATTENTION.search(name))
-            sites[name] = Site(name, *shape, "encoder" if reads_encoder else "decoder")
+            stream: Stream = "decoder"
+            if encoder and (module in encoder or CROSS_ATTENTION.search(name)):
+                stream = "encoder"
+            sites[name] = Site(name, *shape, stream)
     if not sites:
         raise ConfigError(
             f"No linear layer in the blocks of {type(model).__name__} matches {pattern or ''!r}."
@@ -91,8 +94,8 @@ class WrappedLinear(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        shape: Any = linear_shape(base)
-        self.base, (self.in_features, self.out_features) = base, shape
+        self.base = base
+        self.in_features, self.out_features = linear_shape(base) or (0, 0)
 
     @property
     def weight(self) -> Tensor:
@@ -129,15 +132,15 @@ def prompt_stack(model: PreTrainedModel) -> nn.Module:
 
 def headless(model: PreTrainedModel) -> nn.Module:
     """`model` without its head: logits would be most of a small model's work."""
-    whole: nn.Module = model if model.config.is_encoder_decoder else model.base_model
-    return whole
+    return model if model.config.is_encoder_decoder else prompt_stack(model)
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """The blocks that prompts pass: a causal model's, or an encoder's."""
-    lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
+    modules = prompt_stack(model).modules()
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     # A stack may have other lists too, of norms or of a mixture's experts.
-    largest = max(lists, key=lambda each: len(list(each.modules())))
+    largest = max(lists, key=lambda modules: len(list(modules.modules())))
     return list(largest)
 
 
@@ -147,11 +150,12 @@ def positions_of(model: PreTrainedModel) -> int | None:
     None for any number: relative positions (T5) and ALiBi have no limit.
     """
     config = model.config.get_text_config()
-    places: int | None = getattr(config, "max_position_embeddings", None)
-    return places if places and places > 0 and not getattr(config, "alibi", False) else None
+    count: int | None = getattr(config, "max_position_embeddings", None)
+    is_limited = count and count > 0 and not getattr(config, "alibi", False)
+    return count if is_limited else None
 
 
-def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
+def dtype_at(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:
     """The type that experts have at `layer`: its own, or the model's if that is quantised."""
-    weight: Tensor = layer.weight
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.dtype if weight.dtype in FLOATS else model.dtype

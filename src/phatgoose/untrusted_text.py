@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from .errors import BaseModelError, EngineError
-from .files import one_line, reading
+from .files import JsonObject, one_line, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ SECONDS = 3  # of processor time for one answer
 STARTING = 60.0  # seconds for the process to start and load the tokenizer
 MEMORY = 512 << 20  # bytes beyond those it has after its start
 MOST_BYTES = 128 << 20  # of a reply
+PACKAGES = ("transformers", "transformers.utils")
 KEPT = {"TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}  # no keys, no tokens
 START = "import sys; sys.path[:] = sys.argv[1:]; from %s import main; main()"
 NO_TEMPLATE = (
@@ -53,12 +55,16 @@ class UntrustedText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from transformers import PreTrainedTokenizerFast as Fast
 
-        self._tokenizer, self._setup = tokenizer, ("", False)
+        self._tokenizer = tokenizer
+        self._description = ""
+        self._splits = False  # special tokens that users write
         # What no JSON describes, since it is of Python code, is transformers' own and used here.
         with suppress(Exception):  # tokenizers raises plain ones for parts written in Python
             if type(tokenizer)._encode_plus is Fast._encode_plus:
-                self._setup = tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens
-        self._turn, self._is_closed = threading.Lock(), False
+                self._description = tokenizer.backend_tokenizer.to_str()
+                self._splits = tokenizer.split_special_tokens
+        self._turn = threading.Lock()
+        self._is_closed = False
         self._children: list[Popen[str]] = []  # one or none
         weakref.finalize(self, end, self._children)  # also when the program ends
         self.ended = 0  # processes that exceeded a limit
@@ -73,40 +79,48 @@ class UntrustedText:
         end(self._children)
 
     def read(
-        self, texts: list[Any], seconds: float = MOST_SECONDS, most: int = MOST_BYTES, **given: Any
+        self,
+        texts: Sequence[object],
+        seconds: float = MOST_SECONDS,
+        most: int = MOST_BYTES,
+        **variables: object,
     ) -> list[Any]:
         """[each text, its characters, its tokens]; text and tokens are cut to `most`.
 
-        A list of messages becomes text by the tokenizer's chat template, with the variables
-        `given`. Raises BaseModelError when template or tokenizer fail, or exceed the process's
-        limits or the `seconds`; EngineError when no process can be started, or it was closed.
+        A list of messages becomes text by the tokenizer's chat template, with these `variables`.
+        Raises BaseModelError when template or tokenizer fail, or exceed the process's limits or the
+        `seconds`; EngineError when no process can be started, or it was closed.
         """
-        given = self._tokenizer.special_tokens_map | given | {"chat_template": NO_TEMPLATE}
+        variables = self._tokenizer.special_tokens_map | variables | {"chat_template": NO_TEMPLATE}
         with suppress(ValueError, NotImplementedError):  # of several, none may be the default
-            given["chat_template"] = self._tokenizer.get_chat_template(tools=given.get("tools"))
+            tools = variables.get("tools")
+            variables["chat_template"] = self._tokenizer.get_chat_template(tools=tools)
         with self._turn:
-            reply = reply_of(self._running(), (texts, most, given), seconds)
+            reply = reply_of(self._running(), (texts, most, variables), seconds)
             if not reply:
                 end(self._children)
                 self.ended += not self._is_closed
                 self._running()
-        if "found" not in reply:
+        if "texts" not in reply:
             reason = reply.get("failed", "it took too much time or memory")
             raise BaseModelError(f"The base's chat template or tokenizer failed: {reason}.")
-        for each in reply["found"] if not self._setup[0] else ():
-            each[2] = self._tokenizer(each[0], add_special_tokens=False).input_ids[:most]
-        return list(reply["found"])
+        if not self._description:
+            for triple in reply["texts"]:
+                ids = self._tokenizer(triple[0], add_special_tokens=False).input_ids
+                triple[2] = ids[:most]
+        return list(reply["texts"])
 
     def _running(self) -> Popen[str]:
         if self._is_closed:
             raise EngineError("The server was stopped.")
         if not self._children or self._children[0].poll() is not None:
             end(self._children)
-            paths = {p: [*sys.modules[p].__path__] for p in ("transformers", "transformers.utils")}
+            paths = {name: [*sys.modules[name].__path__] for name in PACKAGES}
+            setup = (self._description, self._splits, paths, MEMORY, SECONDS)
             with reading("The tokenizer's new process", EngineError):
                 child = new_process(__name__)
                 self._children.append(child)
-                if not reply_of(child, (*self._setup, paths, MEMORY, SECONDS), STARTING):
+                if not reply_of(child, setup, STARTING):
                     end(self._children)
                     raise OSError("it ended at once")
         return self._children[0]
@@ -120,7 +134,7 @@ def new_process(module: str) -> Popen[str]:
     return Popen(run, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=kept, text=True)
 
 
-def reply_of(child: Any, question: Any, seconds: float) -> dict[str, Any]:
+def reply_of(child: Any, question: object, seconds: float) -> JsonObject:
     """The reply to `question`; an empty one when the process ends, as it does after `seconds`."""
     until = time.monotonic() + seconds
     # readline can't time out on every system, but it ends when the process does.
@@ -129,7 +143,7 @@ def reply_of(child: Any, question: Any, seconds: float) -> dict[str, Any]:
     try:
         child.stdin.write(json.dumps(question) + "\n")
         child.stdin.flush()
-        reply: dict[str, Any] = json.loads(child.stdout.readline(MOST_BYTES))
+        reply: JsonObject = json.loads(child.stdout.readline(MOST_BYTES))
     except (OSError, ValueError):
         reply = {}
     finally:
@@ -176,7 +190,7 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent stops this process when it stops
         signal.signal(number, signal.SIG_IGN)
-    described, splits, paths, memory, seconds = json.loads(sys.stdin.readline())
+    description, splits, paths, memory, seconds = json.loads(sys.stdin.readline())
     # Only the module of templates: importing all of its packages takes a second, torch another.
     for name in paths:
         sys.modules[name] = ModuleType(name)
@@ -184,7 +198,7 @@ def main() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers.utils.chat_template_utils import render_jinja_template as render
 
-    tokenizer = Tokenizer.from_str(described) if described else Tokenizer(BPE())
+    tokenizer = Tokenizer.from_str(description) if description else Tokenizer(BPE())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = splits
@@ -192,12 +206,15 @@ def main() -> None:
     sys.stdout.write('{"ready": true}\n')
     for line in sys.stdin:
         limit_seconds(seconds)
-        texts, most, given = json.loads(line)
+        texts, most, variables = json.loads(line)
+        triples = []
         try:
-            texts = [t if isinstance(t, str) else render([t], **given)[0][0] for t in texts]
-            found = [tokenizer.encode(t[:most], add_special_tokens=False).ids for t in texts]
-            triples = [(t[:most], len(t), f[:most]) for t, f in zip(texts, found, strict=True)]
-            reply = json.dumps({"found": triples})
+            for text in texts:
+                if not isinstance(text, str):
+                    text = render([text], **variables)[0][0]
+                ids = tokenizer.encode(text[:most], add_special_tokens=False).ids
+                triples.append((text[:most], len(text), ids[:most]))
+            reply = json.dumps({"texts": triples})
         except MemoryError:
             raise
         except BaseException as error:  # a panic in Rust is no Exception

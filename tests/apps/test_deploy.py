@@ -13,7 +13,7 @@ import pytest
 from command_line import refused
 from paths import ROOT
 from phatgoose.apps.deploy import deploy
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from routed_models import tailed

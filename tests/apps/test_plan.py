@@ -7,7 +7,7 @@ import pytest
 
 from command_line import open_row, refused, review, snapshot, write_rows
 from phatgoose.apps.plan import plan_of
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_task

@@ -23,16 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from command_line import snapshot
 from fake_hub import HTTPX, contents
 from odd_files import one_line_of, rewrite
-from phatgoose.base import (
-    UNFINISHED,
-    Detokeniser,
-    fingerprint,
-    fingerprint_of_files,
-    load_base,
-    load_skeleton,
-    load_tokenizer,
-    texts_of,
-)
+from phatgoose.base.detokenising import UNFINISHED, Detokeniser, texts_of
+from phatgoose.base.identity import fingerprint, fingerprint_of_files
+from phatgoose.base.loading import load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
 from phatgoose.files import TensorFile
 from phatgoose.names import require_base

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from architectures import make_tiny, random_expert
 from phatgoose.apps.generation import generate
-from phatgoose.base import Base, fingerprint
+from phatgoose.base.identity import Base, fingerprint
 from phatgoose.errors import ConfigError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool

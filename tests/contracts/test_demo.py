@@ -21,7 +21,7 @@ import torch
 
 from paths import ROOT
 from phatgoose.apps.demo import SKILLS, unseen_tasks
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.recording import record

@@ -17,7 +17,8 @@ import torch
 
 import phatgoose
 from forked import forked, kill_self, needs_fork
-from phatgoose.base import Base, load_base
+from phatgoose.base.identity import Base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError, PoolError, TaskError, WrongBaseError
 from phatgoose.evaluation import compare as comparing

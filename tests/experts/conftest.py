@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from changed_experts import make, vectors_for
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base.identity import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from tiny import TINY_BASE, make_adapter
 

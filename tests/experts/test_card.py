@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from paths import GOLDENS
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.experts.expert import Expert, model_card
 
 HOSTILE = "<script>alert(1)</script> | `x` [a](javascript:b)\n\n# Title\n<img src=x>"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

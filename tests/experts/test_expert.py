@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from changed_experts import DOWN, QUERY, SITE, make, set_config, vectors_for
 from fake_hub import contents
 from paths import GOLDEN, GOLDENS
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.config import Formatting
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import (

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 from changed_experts import set_config
 from import_cases import CASES, write_case
 from odd_files import one_line_of
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base.identity import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
 from phatgoose.experts.importing import import_adapter, import_adapters
 from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from odd_files import one_line_of
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.errors import PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool

@@ -59,10 +59,14 @@ REFUSED = [  # an entry of a config, and what is said of it
     *[("target_modules", pattern, re.escape(repr(pattern))) for pattern in LOOKED_AROUND],
     *[("target_modules", p, "no name or") for p in ("(", "a**", "[", "(a|b", "\ud800(", "(\n")],
     *[("alpha_pattern", {p: 1}, "no name or") for p in ("(a{100}){100}{100}", "a[\0\0")],
-    ("target_modules", "(a|b)*" * 2_500_000, "at most 2000"),
-    ("alpha_pattern", dict.fromkeys(map(str, range(100_000)), 1), "comes after 20000"),
-    ("target_modules", ["q"] * 100_000, "comes after 20000"),
-    ("alpha_pattern", {f"[{i}]": 1 for i in range(1001)}, "names or 1000 others"),
+    ("target_modules", "(a|b)*" * 2_500_000, "15000000 characters; at most 2000 are read"),
+    ("alpha_pattern", dict.fromkeys(map(str, range(100_000)), 1), "at most 20000"),
+    ("target_modules", ["q"] * 100_000, "at most 20000"),
+    (
+        "alpha_pattern",
+        {f"[{i}]": 1 for i in range(1001)},
+        "1001 regular .* at most 1000",
+    ),
     ("alpha_pattern", {r"(?:[\w.]{1,60}){1,16}": 1}, "no name or"),  # it takes megabytes
     ("layers_pattern", ["layers", "(.*)*"], "is no name"),
 ]

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from phatgoose.apps.server.local import json_form
-from phatgoose.base import smollm2_folder
+from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.errors import EngineError
 from phatgoose.untrusted_text import resident
 

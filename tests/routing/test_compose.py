@@ -10,21 +10,15 @@ import pytest
 import torch
 
 from oracle import formula, naively_routed
-from phatgoose.base import BaseReference, load_base
+from phatgoose.base.identity import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError, WrongBaseError
 from phatgoose.experts.importing import import_adapters
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import (
-    compose,
-    composition_of,
-    detach,
-    is_pool,
-    is_routed,
-    open_model,
-    save,
-)
+from phatgoose.routing.compose import compose, composition_of, detach, save
 from phatgoose.routing.kernels import KERNELS
+from phatgoose.routing.opening import is_pool, is_routed, open_model
 from tiny import (
     assert_same_logits,
     logits_of,

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mixed_experts import ordered
 from phatgoose.config import Routing
 from phatgoose.errors import RoutingError
-from phatgoose.routing.compose import compose, composition_of, detach, open_model
+from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.export import EXPORT_INFO, Export, export
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
+from phatgoose.routing.opening import open_model
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 

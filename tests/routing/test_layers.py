@@ -18,9 +18,10 @@ from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.ia3 import ScalingVector
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.routing.compose import compose, composition_of, detach
-from phatgoose.routing.layers import RoutedLinear, stack_of
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.fixed import Merged
 from phatgoose.routing.routers.router import RouterAtSite
+from phatgoose.routing.stacks import stack_of
 from phatgoose.sites import Site
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -15,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fake_hub import contents
+from forked import forked, kill_self, needs_fork
 from mixed_experts import make_kind, ordered
-from phatgoose import files
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -216,17 +218,30 @@ def test_who_read_the_prompts_is_kept_and_loaded_only_if_it_is_known(llama, llam
             load(folder, dtype="float32")
 
 
-def test_an_addition_that_is_killed_is_none(llama, uneven, pair, monkeypatch):
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+@needs_fork
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_addition_that_is_killed_at_any_step_of_replacing_loses_nothing(
+    llama, uneven, pair, step
+):
+    before, rename, steps = contents(pair), os.rename, []
 
-    before = contents(pair)
-    with monkeypatch.context() as patch:
-        patch.setattr("ctypes.CDLL", killed)  # names are exchanged through it
-        with pytest.raises(KeyboardInterrupt):
-            add_to_saved(pair, uneven.select(["e2", "e3"]))
-    assert load(pair, copy.deepcopy(llama)).phatgoose.experts == ("e0", "e1")
+    def killed(*places: Path) -> None:
+        steps.append(places)
+        if len(steps) == step:
+            kill_self()
+        rename(*places)
+
+    def add() -> None:  # in a process of its own
+        os.rename = killed
+        add_to_saved(pair, uneven.select(["e2", "e3"]))
+
+    assert forked(add) == -signal.SIGKILL
+    if step == 2:
+        assert not pair.exists()
+        (old,) = pair.parent.glob(".pair.replaced-*")
+        old.rename(pair)
     assert contents(pair) == before
+    assert load(pair, copy.deepcopy(llama)).phatgoose.experts == ("e0", "e1")
 
 
 def test_of_two_changes_at_once_one_is_refused(uneven, pair):
@@ -242,14 +257,15 @@ def test_of_two_changes_at_once_one_is_refused(uneven, pair):
 def test_of_two_additions_that_would_replace_the_folder_at_once_none_is_lost(
     uneven, pair, monkeypatch
 ):
-    both, replaced = Barrier(2, timeout=3), files._replace
+    both, rename = Barrier(2, timeout=3), os.rename
 
-    def at_once(*places: Path) -> None:
-        with suppress(BrokenBarrierError):  # the other isn't let in
-            both.wait()
-        replaced(*places)
+    def at_once(source: Path, place: Path) -> None:
+        if source == pair:
+            with suppress(BrokenBarrierError):  # the other isn't let in
+                both.wait()
+        rename(source, place)
 
-    monkeypatch.setattr(files, "_replace", at_once)
+    monkeypatch.setattr("os.rename", at_once)
     with ThreadPoolExecutor(2) as threads:
         pools = {name: uneven.select([name]) for name in ("e2", "e3")}
         tries = {name: threads.submit(add_to_saved, pair, pools[name]) for name in pools}

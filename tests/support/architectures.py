@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tiny
-from phatgoose.base import BaseReference, fingerprint
+from phatgoose.base.identity import BaseReference, fingerprint
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.lora import LoraFactors
 from phatgoose.experts.pool import Pool

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from phatgoose.base import load_base, smollm2_folder
+from phatgoose.base.loading import load_base
+from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError
 from phatgoose.tasks.loading import load_task

@@ -14,7 +14,7 @@ import serving
 from phatgoose.apps.server import ServedModel, Upstream, create_app
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_chooser
+from phatgoose.routing.opening import open_chooser
 
 NAMES = ("e0", "e1", "e2", "e3")
 ASK = {**serving.GREEDY, "model": "auto"}

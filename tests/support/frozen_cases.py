@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from mixed_experts import make_kind, mixed_pool_for
 from paths import ROOT
-from phatgoose.base import Base, load_base
+from phatgoose.base.identity import Base
+from phatgoose.base.loading import load_base
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora, Peft, Training
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods

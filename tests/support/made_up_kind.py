@@ -10,7 +10,7 @@ import torch
 
 from mixed_experts import MAKERS, make_kind
 from paths import ROOT
-from phatgoose.base import Base
+from phatgoose.base.identity import Base
 from phatgoose.experts import KINDS
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from phatgoose.base import Base
+from phatgoose.base.identity import Base
 from phatgoose.config import Routing
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool

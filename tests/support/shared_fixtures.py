@@ -17,7 +17,7 @@ from fake_hub import using_hub
 from mixed_experts import mixed_pool_for
 from odd_files import KEPT
 from paths import GOLDEN
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from routed_models import uneven_pool, with_embeddings
 from suite_data import write_hub

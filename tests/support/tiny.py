@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.base import Base, BaseReference, load_base
+from phatgoose.base.identity import Base, BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import prompt_statistics_of

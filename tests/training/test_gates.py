@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import ExpertError
 from phatgoose.sites import find_sites

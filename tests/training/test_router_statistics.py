@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader
-from phatgoose.routing.compose import open_chooser
+from phatgoose.routing.opening import open_chooser
 from phatgoose.tasks.batching import messages_by
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts

@@ -11,7 +11,7 @@ from filelock import FileLock
 from transformers import TrainerCallback
 
 from forked import forked, kill_self, needs_fork
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, WrongBaseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool

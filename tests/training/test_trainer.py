@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from phatgoose.base import load_base, quantisation
+from phatgoose.base.identity import quantisation
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

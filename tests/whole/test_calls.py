@@ -14,7 +14,7 @@ import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import reading_pool, tiny_of
-from phatgoose.base import Base, fingerprint
+from phatgoose.base.identity import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -11,8 +11,9 @@ from torch import nn
 
 from architectures import Tiny, make_tiny
 from phatgoose.experts.lora import LoraStack
-from phatgoose.routing.layers import RoutedLinear, SiteStack
+from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.phatgoose import standardise
+from phatgoose.routing.stacks import SiteStack
 from phatgoose.sites import Site
 from routed_models import by_vectors
 from tiny import assert_same_logits, logits_of, make_ids, random

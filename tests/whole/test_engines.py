@@ -21,7 +21,7 @@ from fake_engine import gateway
 from paths import ROOT
 from phatgoose.apps.deploy import deploy
 from phatgoose.apps.server import ServedModel, create_app
-from phatgoose.base import smollm2_folder
+from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.embeddings import can_embed

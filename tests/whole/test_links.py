@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from odd_files import KEPT
-from phatgoose.base import fingerprint_here, load_base, load_skeleton, load_tokenizer
+from phatgoose.base.loading import fingerprint_here, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError, ExpertError
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose, save

@@ -7,7 +7,7 @@ import torch
 
 from architectures import make_tiny, random_expert, reading_pool
 from phatgoose.analysis.traces import trace
-from phatgoose.base import Base, fingerprint
+from phatgoose.base.identity import Base, fingerprint
 from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.choice import Choice

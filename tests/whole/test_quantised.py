@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from oracle import naively_routed
-from phatgoose.base import Base, fingerprint, load_base, number_format, quantisation
+from phatgoose.base.identity import Base, fingerprint, number_format, quantisation
+from phatgoose.base.loading import load_base
 from phatgoose.routing.compose import compose, detach, load, save
 from phatgoose.sites import find_sites, replace_module
 from tiny import assert_same_logits, logits_of, make_ids

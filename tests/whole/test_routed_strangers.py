@@ -24,7 +24,8 @@ from torch import Tensor
 
 from damage import content_of, damaged, damages, examples, json_of, only_reading, told
 from mixed_experts import mixed_pool_for
-from phatgoose.base import Base, load_base
+from phatgoose.base.identity import Base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
 from phatgoose.routing.routers.router import all_routers

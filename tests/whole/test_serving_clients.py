@@ -5,7 +5,7 @@ import os
 import pytest
 
 import serving
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.routing.compose import compose
 from serving import PROMPT

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from architectures import make_tiny, random_expert, reading_pool
-from phatgoose.base import Base, fingerprint, load_skeleton
+from phatgoose.base.identity import Base, fingerprint
+from phatgoose.base.loading import load_skeleton
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, routing_for

@@ -8,7 +8,7 @@ import torch
 from more_routers.centroids import clusters_of
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import open_chooser
+from phatgoose.routing.opening import open_chooser
 from phatgoose.routing.routers.retrieval import centroids_of, embeddings_of
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, retrieving

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engines import PROMPTS, engine_pool, engine_prompts, vllm_environment
-from phatgoose.base import load_base, smollm2_folder
+from phatgoose.base.loading import load_base
+from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, save
 from tiny import make_tokenizer, write_expert

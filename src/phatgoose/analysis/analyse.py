@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Base
+from ..base.identity import Base
 from ..config import Routing, ScoringSettings
 from ..errors import ConfigError
 from ..evaluation.evaluate import TaskScore, evaluate, tokenizer_of
@@ -23,11 +23,10 @@ from ..routing.compose import (
     compose,
     composition_of,
     detach,
-    is_routed,
-    open_model,
     resolve_base,
     routing_for,
 )
+from ..routing.opening import is_routed, open_model
 from ..routing.routers.auto import resolved
 from ..routing.routers.fixed import read_scores
 from ..routing.routers.router import Scores, class_of

@@ -23,10 +23,10 @@ from ..errors import PhatgooseError
 from ..experts.pool import Pool, check_alike
 from ..experts.stack import Part
 from ..experts.statistics import PARTS, WHOLE
-from ..routing.compose import open_chooser
-from ..routing.layers import stack_of
+from ..routing.opening import open_chooser
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
+from ..routing.stacks import stack_of
 from .measures import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other

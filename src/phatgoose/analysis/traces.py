@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base import texts_of
+from ..base.detokenising import texts_of
 from ..routing.choice import ALONE, Choice
 from ..routing.compose import Composition, composition_of
 from ..routing.recording import SitePass

@@ -21,7 +21,8 @@ from rich.text import Text
 
 from ..analysis.analyse import analyse
 from ..analysis.report import write_report
-from ..base import Base, load_base
+from ..base.identity import Base
+from ..base.loading import load_base
 from ..config import GateTraining, Lora, Routing, Training
 from ..evaluation.compare import METHODS, compare, label_of
 from ..evaluation.evaluate import evaluate

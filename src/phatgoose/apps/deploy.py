@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import smollm2_folder
+from ..base.smollm2 import smollm2_folder
 from ..errors import ConfigError
 from ..experts.expert import Expert, adapter_files, expert_files
 from ..experts.pool import Pool

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.traces import Trace, TraceStream, trace
-from ..base import Base
+from ..base.identity import Base
 from ..config import Formatting, PromptFormatting
 from ..experts.expert import chats_recorded
 from ..routing.choice import ALONE

@@ -14,7 +14,7 @@ from statistics import fmean
 from tqdm.auto import tqdm
 from transformers import T5Config
 
-from ..base import load_skeleton, load_tokenizer
+from ..base.loading import load_skeleton, load_tokenizer
 from ..config import Lora
 from ..errors import BaseModelError
 from ..evaluation.results import Table

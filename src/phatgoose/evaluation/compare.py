@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..base import Base, check_base, dtype_name, load_base, number_format
+from ..base.identity import Base, check_base, dtype_name, number_format
+from ..base.loading import load_base
 from ..config import Routing, ScoringSettings
 from ..errors import ConfigError, EvaluationError, PoolError, TaskError
 from ..experts.expert import Expert, warn_of_other_formatting
@@ -30,15 +31,8 @@ from ..experts.pool import Pool
 from ..files import sha256_of
 from ..jobs import BaseLocation, Engine, absolute
 from ..names import ROUTED_INFO
-from ..routing.compose import (
-    check_composable,
-    compose,
-    detach,
-    is_pool,
-    is_routed,
-    open_model,
-    resolve_base,
-)
+from ..routing.compose import check_composable, compose, detach, resolve_base
+from ..routing.opening import is_pool, is_routed, open_model
 from ..routing.routers.fixed import best_expert, best_expert_by_task
 from ..routing.routers.router import all_routers, canonical, router_of
 from ..routing.saved import base_of

@@ -19,7 +19,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Base, load_tokenizer
+from ..base.identity import Base
+from ..base.loading import load_tokenizer
 from ..config import Formatting, ScoringSettings
 from ..errors import EvaluationError
 from ..experts.expert import warn_of_other_formatting

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..base import settled_dtype
+from ..base.loading import settled_dtype
 from ..config import POOL_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError
 from ..experts.pool import Pool
-from ..routing.compose import composition_of, is_pool, open_model, require_pool
+from ..routing.compose import composition_of
+from ..routing.opening import is_pool, open_model, require_pool
 from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right, padded_rows
 from ..tasks.encoding import Encoder

@@ -15,7 +15,7 @@ from pydantic import BaseModel, create_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..base import Base
+from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import TensorFile, one_line, read_json
 from ..sites import FLOATS

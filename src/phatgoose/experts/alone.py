@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..passes import where_active
 from ..sites import WrappedLinear, dtype_at, find_sites, replaced
+from ..tasks.batching import where_active
 from .module import SiteModule, check_fit
 
 

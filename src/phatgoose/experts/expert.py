@@ -23,7 +23,8 @@ from pydantic import StringConstraints
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import SMOLLM2_ON_HUB, Base, BaseReference, Text
+from ..base.identity import Base, BaseReference, Text
+from ..base.smollm2 import SMOLLM2_ON_HUB
 from ..config import TAIL, Formatting, from_mapping
 from ..errors import ExpertError
 from ..files import (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base import Base
+from ..base.identity import Base
 from ..config import Peft
 from ..sites import Site, WrappedLinear, dtype_at, replaced
 from .alone import new_gate, strength_at

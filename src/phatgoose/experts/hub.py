@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from ..base import REVISION
+from ..base.identity import REVISION
 from ..errors import ExpertError, PhatgooseError
 from ..files import new_directory, one_line, regular_file, require_free, shortened
 from ..names import HUB, is_hub_id

@@ -40,14 +40,8 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base import (
-    BaseReference,
-    fingerprint_here,
-    load_base,
-    load_skeleton,
-    published,
-    recorded_id,
-)
+from ..base.identity import BaseReference, published, recorded_id
+from ..base.loading import fingerprint_here, load_base, load_skeleton
 from ..config import READER
 from ..errors import ExpertError, PhatgooseError
 from ..files import (

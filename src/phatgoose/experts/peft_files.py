@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base import Base
+from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import check_config, read_json, shortened
 from .adapter_files import AdapterFiles, Config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import BaseReference, same_base
+from ..base.identity import BaseReference, same_base
 from ..config import READER, closest
 from ..errors import ExpertError, PoolError
 from ..files import prefetch
@@ -220,7 +220,6 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
     """The experts at `place`, or its adapters read as experts; a refused one is a warning."""
     if isinstance(place, Expert):
         return [place]
-    require_pool_there(place)
     folder = Path(place)
     if str(place).startswith(HUB):
         folder = fetch(HubReference.parse(str(place)))
@@ -248,6 +247,7 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
     leads_out = f"it is a symbolic link that leads out of {folder}; name what it leads to"
     refused |= dict.fromkeys(map(str, linked), leads_out)
     if not experts:
+        require_pool_there(place)
         why = "".join(f" {reason}" for reason in list(refused.values())[:1])
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():

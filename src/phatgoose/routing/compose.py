@@ -1,13 +1,11 @@
 """Composing: a base model and a pool become one transformers model that routes every token.
 
-What a routed model is made of, how it is saved and loaded (`saved` has the folder's format), and
-opening any place: a routed model's folder, a pool, a base.
+What a routed model is made of, and how it is saved and loaded (`saved` has the folder's format).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,25 +17,23 @@ from typing import Any, Unpack, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import (
+from ..base.identity import (
     Base,
     BaseReference,
     check_base,
-    check_heeds_masks,
     fingerprint,
-    load_base,
     quantisation,
     surely_differs,
 )
+from ..base.loading import check_heeds_masks, load_base
 from ..config import MODEL_TYPE, Routing, RoutingSettings, from_mapping
-from ..errors import ConfigError, RoutingError, WrongBaseError
+from ..errors import RoutingError, WrongBaseError
 from ..experts.adapter_files import check_parts
 from ..experts.expert import tail_of
-from ..experts.hub import HubReference
 from ..experts.module import check_fit
 from ..experts.pool import Pool
-from ..files import new_directory, prefetch, read_json, write_text, writing
-from ..names import ROUTED_INFO, closest_beside
+from ..files import JsonObject, new_directory, prefetch, read_json, write_text, writing
+from ..names import CONFIG
 from ..sites import FLOATS, ROUTED, Site, dtype_at, find_sites, replace_module
 from ..tasks.task import Chat, Example
 from .context import RoutingContext
@@ -47,21 +43,18 @@ from .layers import (
     FoldedLinear,
     RoutedLayer,
     RoutedLinear,
-    SitePart,
-    SiteStack,
-    check_numbers,
+    TailedLinear,
     folded_weight,
     is_cheaper_folded,
-    stack_of,
 )
-from .routers.auto import BY_PROMPT, first_allowed, resolved
+from .routers.auto import resolved
 from .routers.fixed import read_scores
 from .routers.prompt import ByPrompt, PromptChooser, Tables
 from .routers.registry import AUTO, WEIGHTS, written_mixture
-from .routers.router import Router, RouterAtSite, Scores, check_routing, check_served, router_of
+from .routers.router import Router, RouterAtSite, Scores, check_routing, router_of
 from .saved import FORMAT_VERSION, read_saved, shareable, write_saved
+from .stacks import SitePart, SiteStack, check_numbers, stack_of
 
-CONFIG = "config.json"  # of transformers
 INSTALLED = (ROUTED, "tokenizer", "save_pretrained", "generate", "init_continuous_batching")
 ARGUMENTS = ("scores", "weights")  # of `compose`, beside routing settings
 TURNED = ("fsmt", "led", "xlnet")  # whose layers take [tokens, rows]
@@ -69,29 +62,29 @@ READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks mad
 
 
 def resolve_base(
-    base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference, dtype: str = "auto"
+    base: Base | PreTrainedModel | str | Path | None, recorded: BaseReference, dtype: str = "auto"
 ) -> Base:
-    """The base to route in: a name, loaded in `dtype`, a `Base`, a model, or None for `wanted`.
+    """The base to route in: a name, loaded in `dtype`, a `Base`, a model, or None for `recorded`.
 
-    A transformers model brings no tokenizer. Raises WrongBaseError where it isn't `wanted`,
+    A transformers model brings no tokenizer. Raises WrongBaseError where it isn't `recorded`,
     BaseModelError when it reads padding.
     """
     if isinstance(base, PreTrainedModel):
         check_heeds_masks(base.config)
-        marks, no_tokenizer = fingerprint(base), cast(PreTrainedTokenizerBase, None)
-        base = Base(base, no_tokenizer, wanted.id, wanted.revision, marks)
+        no_tokenizer = cast(PreTrainedTokenizerBase, None)
+        base = Base(base, no_tokenizer, recorded.id, recorded.revision, fingerprint(base))
     elif not isinstance(base, Base):
-        revision = None if base else wanted.revision
-        base = load_base(base or wanted.id, revision=revision, dtype=dtype)
+        revision = None if base else recorded.revision
+        base = load_base(base or recorded.id, revision=revision, dtype=dtype)
     kinds = quantisation(base.model)
-    if kinds and wanted.fingerprint and base.fingerprint != wanted.fingerprint:
+    if kinds and recorded.fingerprint and base.fingerprint != recorded.fingerprint:
         warnings.warn(
             f"The base model {base.id!r} is quantised ({kinds}), so its weights can't be "
             f"compared with the experts' fingerprint; taking it on trust.",
             stacklevel=3,
         )
-        base = replace(base, fingerprint=wanted.fingerprint)
-    check_base(wanted, base.reference)
+        base = replace(base, fingerprint=recorded.fingerprint)
+    check_base(recorded, base.reference)
     return base
 
 
@@ -110,63 +103,80 @@ class Composition:
         base: Base,
         router: Router,
         experts: tuple[str, ...],
-        records: list[dict[str, Any]],
+        records: list[JsonObject],
         tables: Tables | None,
     ) -> None:
         """`tables` are those of a router by prompt.
 
         Raises RoutingError for experts that act from a prompt's end on in an encoder-decoder.
         """
+        self.experts = experts
+        self.records = records
         self.tails = tuple(map(tail_of, records))
-        late = [name for name, tail in zip(experts, self.tails, strict=True) if tail]
-        if late and base.is_encoder_decoder:
+        if self.tailed and base.is_encoder_decoder:
             raise RoutingError(
-                f"{', '.join(map(repr, late))} act from a prompt's end on, but in an "
+                f"{', '.join(map(repr, self.tailed))} act from a prompt's end on, but in an "
                 f"encoder-decoder prompts have a stack of their own; leave them out."
             )
-        self.base, self.tokenizer = base.reference, base.tokenizer
+        self.base = base.reference
+        self.tokenizer = base.tokenizer
         self._turned = base.model.config.model_type in TURNED
-        self.router, self.experts, self.records = router, experts, records
+        self.router = router
         self.layers: dict[str, RoutedLayer] = {}
         self.chooser: PromptChooser | None = None
         if isinstance(router, ByPrompt) and tables is not None:
             self.chooser = PromptChooser(router, tables, base.tokenizer)
-        has_context = self.chooser is not None or late
-        self.context = RoutingContext(self.chooser, self.tails) if has_context else None
+        self.context: RoutingContext | None = None
+        if self.chooser is not None or self.tailed:
+            self.context = RoutingContext(self.chooser, self.tails)
 
-    def add(self, original: Any, site: Site, stack: SiteStack, state: Mapping[str, Tensor]) -> None:
+    @property
+    def tailed(self) -> list[str]:
+        """The names of the experts that act from a prompt's end on."""
+        return [name for name, tail in zip(self.experts, self.tails, strict=True) if tail]
+
+    def add(
+        self, original: nn.Module, site: Site, stack: SiteStack, state: Mapping[str, Tensor]
+    ) -> None:
         """Add the layer that takes the place of `original` at `site`.
 
         `state` are the router's tensors there. Raises RoutingError for numbers that can't be
-        computed with, and for experts that act late inside one of the base's own experts;
+        computed with, and for experts with tails inside one of the base's own experts;
         ExpertError for tensors of other sizes than the router declares.
         """
         check_numbers(stack, site.name, self.experts)
         sizes = {"E": len(stack.experts), "n": site.in_features, "d": site.out_features}
-        forms = {name: [sizes.get(x, x) for x in form] for name, form in self.router.sizes.items()}
+        forms = {}
+        for name, letters in self.router.sizes.items():
+            forms[name] = [sizes.get(letter, letter) for letter in letters]
         # Kernels trust them, whoever's router it is.
         check_parts(f"{site.name}, router {self.router.name}", forms, state)
-        module = RouterAtSite(self.router, site.name, stack.experts, self.experts, state)
-        module.context, module.sees_all = self.context, module.sees_all and not self._turned
+        at_site = RouterAtSite(self.router, site.name, stack.experts, self.experts, state)
+        at_site.context = self.context
+        at_site.sees_all = at_site.sees_all and not self._turned
+        weight: Tensor = original.weight  # type: ignore[assignment]
         # Of a quantised layer the type is of integers, or of bytes.
-        is_plain = original.weight.dtype in FLOATS
-        module.to(original.weight.device, original.weight.dtype if is_plain else stack.dtype)
+        at_site.to(weight.device, weight.dtype if weight.dtype in FLOATS else stack.dtype)
         tails = tuple(self.tails[z] for z in stack.experts.tolist())
-        if any(tails) and not module.sees_all:
+        if not any(tails):
+            self.layers[site.name] = RoutedLinear(original, site, stack, at_site)
+            return
+        if not at_site.sees_all:
             raise RoutingError(
                 f"Some experts act from a prompt's end on, but {site.name} takes tokens in another "
                 f"order, or is inside one of the base's own experts, which see some tokens only; "
                 f"leave them out."
             )
-        self.layers[site.name] = RoutedLinear(original, site, stack, module, tails)
+        self.layers[site.name] = TailedLinear(original, site, stack, at_site, tails)
 
     def folded(self, original: nn.Module, site: Site, stack: SiteStack) -> bool:
         """Whether the mean of all experts is now inside the weight of `original`: it was cheaper.
 
         Not where a kernel is named, which computes with the experts' factors.
         """
-        plain, size, router = stack.plain_lora, len(self.experts), self.router
-        may_fold = router.folds and router.kernel == ANY_KERNEL and not any(self.tails)
+        plain = stack.plain_lora
+        size = len(self.experts)
+        may_fold = self.router.folds and self.router.kernel == ANY_KERNEL and not self.tailed
         if not (plain and may_fold and is_cheaper_folded(original, plain)):
             return False
         check_numbers(stack, site.name, self.experts)
@@ -242,36 +252,34 @@ def compose(
         RoutingError: The base is routed already.
     """
     if weights is not None:
-        named = settings.get("router") or (routing.router if routing else AUTO)
-        named = WEIGHTS if named == AUTO else named  # which refuses settings that aren't its own
-        settings["router"] = ":".join(filter(None, (named, written_mixture(weights))))
-    routing = _routing(routing, settings, "compose", *ARGUMENTS)
+        name = settings.get("router") or (routing or Routing()).router
+        if name == AUTO:
+            name = WEIGHTS  # which refuses settings that aren't its own
+        settings["router"] = ":".join(filter(None, (name, written_mixture(weights))))
+    values = {**vars(routing or Routing()), **settings}
+    routing = from_mapping(Routing, values, "compose", ARGUMENTS)
     pool = Pool.open(pool)
     loaded = resolve_base(base, pool.base)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     pool = pool.measured(routing.reader)
     if routing.router == AUTO:
         routing = resolved(routing, pool, tokenizer)
     router = router_of(routing)
     check_routing(router, pool)
-    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
+    if isinstance(scores, str | Path):
+        scores = read_scores(scores)
     pool = router.narrow(pool, scores)
     tables = router.tables(pool, scores) if isinstance(router, ByPrompt) else None
     sites = find_sites(model)
-    for each in pool.experts:
-        check_fit(each.name, each.modules, sites, each.gates, each.means)
+    for expert in pool.experts:
+        check_fit(expert.name, expert.modules, sites, expert.gates, expert.means)
     # Before any layer is replaced: it is the base alone that is read.
     router = router.fitted(pool, model, tokenizer)
     parts = Composition(loaded, router, pool.names, pool.records(), tables)
     _add_layers(parts, pool, model, sites)
     parts.install(model)
     return model
-
-
-def _routing(
-    routing: Routing | None, settings: Mapping[str, Any], where: str, *others: str
-) -> Routing:
-    return from_mapping(Routing, {**vars(routing or Routing()), **settings}, where, others)
 
 
 def check_composable(pool: Pool, routing: Routing, scores: Scores | None = None) -> None:
@@ -351,29 +359,26 @@ def routing_for(
     one's prompts count again afterwards. Raises what `PromptChooser.choose` does.
     """
     parts = composition_if_any(model)
-    context = parts.context if parts else None
-    for layer in parts.layers.values() if parts and task is not None else ():
-        if isinstance(layer, RoutedLinear):
-            layer.at_site.restart()
-    if context is None:
+    if parts is not None and task is not None:
+        for layer in parts.layers.values():
+            if isinstance(layer, RoutedLinear):
+                layer.at_site.restart()
+    if parts is None or parts.context is None:
         yield lambda _: None
         return
-    asked = None
-    if parts and parts.chooser and examples:
-        asked = [asked_in(example.input) for example in examples]
-    found = context.routing_of(prompts, asked=asked, examples=examples, task=task)
+    context = parts.context
+    texts = None
+    if parts.chooser and examples:
+        inputs = [example.input for example in examples]
+        texts = [ChatTexts.of(text.turns) if isinstance(text, Chat) else text for text in inputs]
+    routing = context.routing_of(prompts, texts=texts, examples=examples, task=task)
 
     def use(rows: Sequence[int]) -> None:
-        some = found.of(rows)
-        context.use(some.choice, some.lengths)
+        part = routing.of(rows)
+        context.use(part.choice, part.lengths)
 
-    with context.using(found):
+    with context.using(routing):
         yield use
-
-
-def asked_in(text: str) -> str | ChatTexts:
-    """What routers by prompt read of an example's input."""
-    return ChatTexts.of(text.turns) if isinstance(text, Chat) else text
 
 
 # Saving, and loading beside a base that is loaded by its name.
@@ -401,9 +406,9 @@ def save_pretrained(
     model: PreTrainedModel,
     save_directory: str | Path,
     is_main_process: bool = True,
-    state_dict: Any = None,
+    state_dict: object = None,
     push_to_hub: bool = False,
-    **how: Any,
+    **how: object,
 ) -> None:
     """What `model.save_pretrained` is while `model` is routed: writes the files that `save` does.
 
@@ -432,13 +437,14 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     routing = parts.routing
+    tables = parts.chooser.tables if parts.chooser else Tables(parts.experts)
     info = {
         "format_version": FORMAT_VERSION,
         "base": asdict(parts.base),
         "routing": {"router": routing.router, "k": routing.k, "kernel": routing.kernel},
         "experts": shareable(parts.records),
         "weights_sha256": "",
-        "lookup": dict(parts.chooser.tables.info) if parts.chooser else {},
+        "lookup": dict(tables.info),
     }
     config = {
         "model_type": MODEL_TYPE,
@@ -454,7 +460,6 @@ def _write_model(model: PreTrainedModel, folder: Path) -> None:
             # A model that was moved to another type has its scalings in that, too.
             stack = layer.stack.to(layer.experts.device, layer.stack.dtype)
             sites[name] = SitePart(stack, layer.at_site.state())
-    tables = parts.chooser.tables if parts.chooser else Tables(parts.experts)
     write_saved(folder, info, sites, tables)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", RoutingError)
     if parts.tokenizer is not None:
@@ -487,110 +492,32 @@ def load(
     folder = Path(directory)
     saved = read_saved(folder)
     loaded = resolve_base(base, saved.base, dtype)
-    model, sites = loaded.model, find_sites(loaded.model)
+    model = loaded.model
+    sites = find_sites(model)
     router = router_of(replace(saved.router.routing, embedder=embedder, reader=reader))
     tables = saved.tables if isinstance(router, ByPrompt) else None
     parts = Composition(loaded, router, saved.names, saved.records, tables)
     for name, sizes in saved.sizes.items():
         site = sites.get(name)
-        wanted = (site.in_features, site.out_features) if site else (0, 0)
-        if not site or any(sizes.get(x, n) != n for x, n in zip("nd", wanted, strict=True)):
+        if site is None or not _has_sizes(site, sizes):
             raise WrongBaseError(
                 f"{folder}: experts act on {name} with sizes {dict(sizes)}, which the base lacks."
             )
         original: Any = model.get_submodule(name)
-        device, kind = original.weight.device, dtype_at(original, model)
+        device = original.weight.device
+        dtype_there = dtype_at(original, model)
         stack, state = saved.at(name)
         if "folded" in state:
-            folded, experts = state["folded"].to(device, kind), stack.experts.to(device)
+            folded = state["folded"].to(device, dtype_there)
+            experts = stack.experts.to(device)
             parts.layers[name] = FoldedLinear(original, site, folded, experts, len(saved.names))
         else:
-            parts.add(original, site, stack.to(device, kind), state)
+            parts.add(original, site, stack.to(device, dtype_there), state)
     parts.install(model)
     return model
 
 
-# Opening a model from any place.
-
-
-def is_routed(place: str | Path) -> bool:
-    """True for a folder that `save` of a routed model wrote."""
-    return os.path.isfile(os.path.join(place, ROUTED_INFO))
-
-
-def is_pool(place: str | Path) -> bool:
-    """True for an expert's directory, a folder of such, or a reference to the Hub."""
-    if HubReference.is_one(place):
-        return True
-    is_model = os.path.isfile(os.path.join(place, CONFIG)) or is_routed(place)
-    return os.path.isdir(place) and not is_model
-
-
-def require_pool(place: str | Path) -> None:
-    """Raise ConfigError unless `place` is a pool."""
-    if not is_pool(place):
-        there = Path(place).exists()
-        gone = "" if there else f" No folder {place} is here.{closest_beside(place)}"
-        raise ConfigError(
-            f"{place} is not a pool: a routed model has its own router and experts, and a base "
-            f"alone has none. Name the pool to choose them.{gone}"
-        )
-
-
-def open_model(
-    place: Pool | str | Path,
-    base: Base | str | None = None,
-    *,
-    dtype: str = "auto",
-    routing: Routing | None = None,
-    scores: Scores | str | Path | None = None,
-) -> Base:
-    """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
-
-    `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
-    `scores` are those of `compose`, for pools alone; of `routing` a routed model takes the
-    embedder. Raises ConfigError when another place is given scores, and what loading or composing
-    does.
-    """
-    if scores and not isinstance(place, Pool):
-        require_pool(place)
-    if not isinstance(place, Pool) and is_routed(place):
-        named = routing or Routing()
-        model = load(place, base, dtype=dtype, embedder=named.embedder, reader=named.reader)
-    elif isinstance(place, Pool) or is_pool(place):
-        pool = Pool.open(place)
-        loaded = resolve_base(base, pool.base, dtype)
-        model = compose(pool, loaded, routing=routing, scores=scores)
-    else:
-        return load_base(place, dtype=dtype)
-    parts = composition_of(model)
-    return Base(model, parts.tokenizer, **asdict(parts.base))
-
-
-def open_chooser(
-    place: Pool | str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    routing: Routing | None = None,
-    **settings: Unpack[RoutingSettings],
-) -> PromptChooser:
-    """What chooses the experts of a pool for a prompt; no base is loaded.
-
-        chooser = open_chooser("experts/")
-        chooser.choose(["What is 12 + 7?"]).named(chooser.experts)
-
-    `routing` and `settings` are those of `compose`. Prompts are as a `PromptChooser` takes them;
-    those that are tokens need the `tokenizer` that made them. Raises ConfigError for a router that
-    looks at no prompt, and what opening a pool raises.
-    """
-    routing = _routing(routing, settings, "open_chooser")
-    pool = Pool.open(place).measured(routing.reader)
-    router = router_of(first_allowed(routing, pool, BY_PROMPT))
-    if not isinstance(router, ByPrompt):
-        raise ConfigError(
-            f"Router {router.name} doesn't choose by a prompt alone; use retrieval, centroid or "
-            f"discriminant."
-        )
-    check_served(router)
-    check_routing(router, pool)
-    return PromptChooser(router, router.tables(pool), tokenizer)
+def _has_sizes(site: Site, sizes: Mapping[str | int, int]) -> bool:
+    n = site.in_features
+    d = site.out_features
+    return sizes.get("n", n) == n and sizes.get("d", d) == d

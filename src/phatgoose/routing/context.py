@@ -9,12 +9,11 @@ that these were made of.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,66 +23,25 @@ from transformers import PreTrainedModel
 
 from ..errors import RoutingError
 from ..passes import (
-    IN_ANSWER,
+    Arguments,
+    arguments_of,
     cache_of,
     cached_tokens,
     callable_parts,
-    given_arguments,
     real_tokens,
     token_positions,
 )
 from .choice import Choice, Chooser, PromptRouting
 from .conversation import ChatTexts
+from .tails import IN_ANSWER, Active, PromptEnds, Tails
 
 Result = TypeVar("Result")
-Tails = tuple[int | None, ...]  # of a prompt's last tokens that each expert acts on, None for all
-
-
-class Acting(NamedTuple):
-    """Where the experts of a site act in a pass of T tokens.
-
-    `mask` [T, E] says where each does, None for all of them everywhere. If that is at most a half
-    of the tokens, `places` are those where any acts, and `mask_there` is the mask at these.
-    """
-
-    mask: Tensor | None = None
-    places: Tensor | None = None
-    mask_there: Tensor | None = None
-
-
-class Activity:
-    """Where in a pass experts act, by their tails."""
-
-    def __init__(self, positions: Tensor, lengths: Tensor) -> None:
-        """Of tokens at `positions` [rows, columns] behind prompts of `lengths` [rows or tokens]."""
-        rows, columns = positions.shape
-        if len(lengths) != positions.numel():  # beams repeat rows
-            lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
-        self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
-        self._at: dict[Tails, Acting] = {}
-
-    def at(self, tails: Tails) -> Acting:
-        """Where a site's experts act, which have these tails."""
-        if tails not in self._at:  # many sites of a pass ask for the same
-            reach = [tail or sys.maxsize for tail in tails]
-            mask = self._left[:, None] <= torch.tensor(reach, device=self._left.device)
-            places = mask.any(dim=1).nonzero()[:, 0]
-            mask_there = mask[places]
-            all_act = bool(mask_there.all())
-            if all_act and len(places) == len(mask):
-                self._at[tails] = Acting()
-            else:
-                few = 2 * len(places) <= len(mask)
-                self._at[tails] = Acting(
-                    mask, places if few else None, None if all_act else mask_there
-                )
-        return self._at[tails]
 
 
 class _Present(threading.local):
     routing = PromptRouting()  # of the rows of passes
     announced = False  # by somebody, rather than read
-    activity: Activity | None = None  # of the pass under way
+    ends: PromptEnds | None = None  # of the prompts of the pass under way
     depth = 0  # of calls inside calls of the model
 
 
@@ -98,8 +56,7 @@ class RoutingContext:
     """Which experts act on each row of the present batch; every thread has a batch of its own.
 
     `chooser` is None where experts are chosen for every token.
-    `tails` are those of all experts; if some act on a tail, each pass has an `Activity`, by the
-    tokens' positions.
+    `tails` are those of all experts; if some act on a tail, each pass has `PromptEnds`.
     """
 
     def __init__(self, chooser: Chooser | None, tails: Tails = ()) -> None:
@@ -113,11 +70,11 @@ class RoutingContext:
     def _begin_anew(self) -> None:
         self._present = _Present()
         # Of caches and of what encoders put out. Weak: one that its owner drops takes it along.
-        self._known: MutableMapping[object, PromptRouting] = WeakIdKeyDictionary()
+        self._sources: MutableMapping[object, PromptRouting] = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
         state = dict(vars(self))
-        del state["_present"], state["_known"]
+        del state["_present"], state["_sources"]
         return state
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
@@ -152,33 +109,34 @@ class RoutingContext:
         self,
         prompts: Sequence[Sequence[int]],
         choice: Choice | None = None,
-        asked: Sequence[str | Sequence[int] | ChatTexts] | None = None,
-        **known: Any,
+        texts: Sequence[str | Sequence[int] | ChatTexts] | None = None,
+        **about: Any,
     ) -> PromptRouting:
         """What there is to use for `prompts`; raises what the router's `choose` does.
 
-        A `choice` that is given takes the place of the router's, which reads `asked` if that is
+        A `choice` that is given takes the place of the router's, which reads `texts` if they are
         given in place of `prompts`.
         """
         if choice is None and self.chooser is not None:
-            read = prompts if asked is None else asked
-            choice = self.chooser.choose(read, **known)
+            if texts is None:
+                texts = prompts
+            choice = self.chooser.choose(texts, **about)
         if not (self._longest and prompts):
             return PromptRouting(choice)
         return PromptRouting(choice, torch.tensor([len(prompt) for prompt in prompts]))
 
-    def acting_at(self, tails: Tails) -> Acting:
-        """Where in the present pass the experts of a site act, which have these `tails`.
+    def active(self, tails: Tails, device: torch.device) -> Active:
+        """Where in the present pass the experts of a site are active, which have these `tails`.
 
         Raises RoutingError outside of a pass of the model.
         """
-        if self._present.activity is None:
+        if self._present.ends is None:
             raise RoutingError(
                 "Some experts act from a prompt's end on, and nothing tells where that is: a layer "
                 "was called outside of a pass of its model, as gradient checkpointing does. Turn "
                 "that off, or call the model."
             )
-        return self._present.activity.at(tails)
+        return self._present.ends.active(tails, device)
 
     def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
         """The experts of each token of u [T, n], as [T, k]: T / rows tokens in turn.
@@ -189,8 +147,8 @@ class RoutingContext:
         """
         # Outside of a pass a layer is computed again, and other prompts may have been read since.
         is_known = self._present.depth or self._present.announced or not self._handles
-        choice = self.choice if is_known else None
-        if choice is None:
+        choice = self.choice
+        if choice is None or not is_known:
             if self.chooser and self.chooser.unserved:
                 raise RoutingError(self.chooser.unserved)
             raise RoutingError(
@@ -220,16 +178,17 @@ class RoutingContext:
         model.init_continuous_batching = self._refuse_shared_rows
         if self.chooser is not None and self.chooser.unserved and not self._longest:
             return
-        is_encoder_decoder = model.config.is_encoder_decoder
-        for part in (model.get_encoder(), model) if is_encoder_decoder else callable_parts(model):
-            self._handles += [
-                part.register_forward_pre_hook(self._begin, with_kwargs=True),
-                # Also after a pass that raised, so that depth is right again.
-                part.register_forward_hook(self._end, always_call=True),
-            ]
+        parts = [*callable_parts(model)]
+        if self._is_encoder_decoder:
+            parts = [model.get_encoder(), model]
+        for part in parts:
+            begin = part.register_forward_pre_hook(self._begin, with_kwargs=True)
+            # Also after a pass that raised, so that depth is right again.
+            end = part.register_forward_hook(self._end, always_call=True)
+            self._handles += [begin, end]
         if model.can_generate():
             # On the instance, over the class's own; detach takes it away again.
-            model.generate = partial(_generate, self, model)
+            model.generate = partial(self._generate, model)
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -238,31 +197,33 @@ class RoutingContext:
         self._model = None
 
     @uncompiled
-    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, part: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
         present = self._present
         # Parts call each other: only the outermost call's arguments are the caller's.
-        depth = 1 if part is self._model else present.depth + 1  # whatever broke off before
+        depth = present.depth + 1
+        if part is self._model:
+            depth = 1  # whatever broke off before
         if depth == 1:
-            present.activity = None  # of a pass that broke off
-            call = given_arguments(part, args, kwargs)
+            present.ends = None  # of a pass that broke off
+            call = arguments_of(part, args, kwargs)
             if not present.announced:
                 present.routing = self._read(call)
             if self._longest:
-                present.activity = self._activity(call)
+                present.ends = self._ends(call)
         present.depth = depth
 
     @uncompiled
-    def _end(self, part: nn.Module, _: Any, output: Any) -> None:
+    def _end(self, part: nn.Module, _: object, output: Any) -> None:
         present = self._present
         if present.depth == 1 and output is not None:
             if part is not self._model and self._is_encoder_decoder:
-                self._known[output[0]] = present.routing
-            for value in output.values() if isinstance(output, Mapping) else output:
-                if _is_cache(value):
-                    self._known[value] = present.routing
+                self._sources[output[0]] = present.routing
+            values = output.values() if isinstance(output, Mapping) else output
+            for cache in filter(_is_cache, values):
+                self._sources[cache] = present.routing
         present.depth = max(0, present.depth - 1)
         if present.depth == 0:
-            present.activity = None
+            present.ends = None
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -274,44 +235,46 @@ class RoutingContext:
             return "This model has experts that act from a prompt's end on"
         return f"Router {self.chooser.name} reads whole prompts"
 
-    def _refuse_shared_rows(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse_shared_rows(self, *_: object, **__: object) -> NoReturn:
         raise RoutingError(
             f"{self._who}, but several share a row in continuous batching (generate_batch); use "
             f"generate with a padded batch."
         )
 
-    def _read(self, given: Mapping[str, Any]) -> PromptRouting:
-        source = cache_of(given)
-        length = cached_tokens(given)
+    def _read(self, call: Arguments) -> PromptRouting:
+        source = cache_of(call)
+        length = cached_tokens(call)
         # Caches of states alone don't tell their length; then any that is known counts.
-        goes_on = source in self._known if length is None else length > 0
+        goes_on = source in self._sources if length is None else length > 0
         if self._is_encoder_decoder:
-            encoded = given.get("encoder_outputs")
+            encoded = call.get("encoder_outputs")
             goes_on = encoded is not None
             source = None if encoded is None else encoded[0]
         if goes_on:
-            if source not in self._known:
+            if source not in self._sources:
                 raise RoutingError(
                     f"{self._who}, and has not read the one in this cache or these "
                     f"encoder_outputs (a copy is another one); pass the whole prompt without them."
                 )
-            return self._known[source]
-        if given.get("cu_seq_lens_q") is not None:
+            return self._sources[source]
+        if call.get("cu_seq_lens_q") is not None:
             self._refuse_shared_rows()
-        ids = given.get("input_ids")
-        embeds = given.get("inputs_embeds")
+        ids = call.get("input_ids")
+        embeds = call.get("inputs_embeds")
         if ids is None and self.chooser:
             raise RoutingError(f"{self._who}, which are tokens; pass input_ids.")
         if ids is None:
             if embeds is None:
                 return PromptRouting()  # the model says itself what it lacks
             ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)  # lengths are enough
-            given = {**given, "input_ids": embeds[..., 0]}
-        return self._routing_of_rows(ids, real_tokens(given))
+            call = {**call, "input_ids": embeds[..., 0]}
+        return self._routing_of_rows(ids, real_tokens(call))
 
     def _routing_of_rows(self, ids: Tensor, real: Tensor | None) -> PromptRouting:
         # Padding is left out, so a prompt's choice doesn't depend on its batch.
-        real = torch.ones_like(ids).bool() if real is None else real.bool().to(ids.device)
+        if real is None:
+            return self.routing_of(ids.tolist())
+        real = real.bool().to(ids.device)
         return self.routing_of([row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
 
     def check_unread(self, cached: int, lengths: Tensor | None, mask: Tensor | None) -> None:
@@ -329,71 +292,73 @@ class RoutingContext:
             f"act; pass the whole prompt without a cache, or a cache of fewer tokens."
         )
 
-    def _activity(self, given: Mapping[str, Any]) -> Activity | None:
+    def _ends(self, call: Arguments) -> PromptEnds | None:
         lengths = self._present.routing.lengths
-        positions = token_positions(given)
+        positions = token_positions(call)
         if lengths is None or positions is None:
             return None
         # A cache of states alone doesn't tell its length, but its prompt has been read whole.
-        cache = cache_of(given)
-        if cache is not None and cached_tokens(given) is None and cache in self._known:
+        cache = cache_of(call)
+        if cache in self._sources and cached_tokens(call) is None:
             positions = torch.full_like(positions, IN_ANSWER)
-        return Activity(positions, lengths)
+        return PromptEnds(positions, lengths)
+
+    def _generate(
+        self, model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model's own `generate`, for which experts are chosen before its first pass.
+
+        Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known
+        and not empty, the experts of the prompt that filled it go on.
+        """
+        ids = inputs
+        if ids is None:
+            ids = kwargs.get("input_ids")
+        mask = kwargs.get("attention_mask")
+        cache = cache_of(kwargs)
+        present = self._present
+        generate = partial(type(model).generate, model, inputs, *args, **kwargs)
+        is_text = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
+        has_rows = mask is None or mask.dim() == 2
+        is_read = is_text and has_rows and not present.announced
+        if not is_read:
+            mask = None
+        cached = cached_tokens(kwargs)
+        before = None
+        if _is_cache(cache) and cached != 0:
+            before = self._sources.get(cache)
+        if is_read and mask is None:
+            configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
+            mask = _inferred_mask(ids, kwargs, configs)
+        routing = present.routing
+        if is_read:
+            routing = before or self._routing_of_rows(ids, mask)
+        is_fixed = present.announced and routing.lengths is None  # the same for all tokens
+        if cached and not before and not is_fixed:
+            self.check_unread(cached, routing.lengths, mask)
+        if not is_read:
+            return generate()  # its first pass is read
+        with self.using(routing):
+            answer = generate()
+        present.routing = routing  # which `choice` tells, until the next prompt
+        return answer
 
 
-def _generate(
-    context: RoutingContext, model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    """The model's own `generate`, for which experts are chosen before its first pass.
-
-    Drafts, chunks and beams are all of the prompts that it is given. With a cache that is known and
-    not empty, the experts of the prompt that filled it go on.
-    """
-    ids: Any = kwargs.get("input_ids") if inputs is None else inputs
-    mask = kwargs.get("attention_mask")
-    cache = cache_of(kwargs)
-    present = context._present
-    generate = partial(type(model).generate, model, inputs, *args, **kwargs)
-    is_text = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
-    has_odd_mask = mask is not None and mask.dim() != 2
-    is_read = is_text and not present.announced and not has_odd_mask
-    if not is_read:
-        mask = None
-    cached = cached_tokens(kwargs)
-    before = context._known.get(cache) if _is_cache(cache) and cached != 0 else None
-    if is_read and mask is None:
-        configs = [*args[:1], kwargs.get("generation_config"), model.generation_config]
-        mask = _inferred_mask(ids, kwargs, configs)
-    routing = present.routing
-    if is_read:
-        routing = before or context._routing_of_rows(ids, mask)
-    is_fixed = present.announced and routing.lengths is None  # the same for all tokens
-    if cached and not before and not is_fixed:
-        context.check_unread(cached, routing.lengths, mask)
-    if not is_read:
-        return generate()  # its first pass is read
-    with context.using(routing):
-        answer = generate()
-    present.routing = routing  # which `choice` tells, until the next prompt
-    return answer
-
-
-def _inferred_mask(
-    ids: Tensor, arguments: Mapping[str, Any], configs: Iterable[object]
-) -> Tensor | None:
+def _inferred_mask(ids: Tensor, call: Arguments, configs: Iterable[object]) -> Tensor | None:
     """Where tokens are no padding, as transformers infers it; None if that can't be told.
 
-    The model's own config, the last, fills fields that others leave open.
+    The model's own config, the first, fills fields that others leave open.
     """
-    places = [arguments, *map(vars, filter(None, configs))]
-
-    def first(name: str) -> Any:
-        return next((place[name] for place in places if place.get(name) is not None), None)
-
-    pad = first("pad_token_id")
-    ends = first("eos_token_id")
-    ends = ends if isinstance(ends, list | tuple) else [ends]
-    return None if pad is None or pad in ends else ids.ne(pad)
+    settings: dict[str, Any] = {}
+    for fields in (*map(vars, filter(None, configs)), call):
+        settings |= {name: value for name, value in fields.items() if value is not None}
+    pad = settings.get("pad_token_id")
+    ends = settings.get("eos_token_id")
+    if not isinstance(ends, list | tuple):
+        ends = [ends]
+    if pad is None or pad in ends:
+        return None
+    return ids.ne(pad)
 
 
 def _is_cache(value: object) -> bool:

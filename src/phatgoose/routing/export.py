@@ -15,11 +15,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base import Base, quiet_loading
+from ..base.identity import Base
+from ..base.loading import quiet_loading
 from ..errors import RoutingError
 from ..experts.lora import LoraFactors
 from ..experts.peft_files import PEFT_FILES
@@ -38,6 +38,7 @@ from .compose import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 
 EXPORT_INFO = "phatgoose_export.json"
+FACTORS = ("input_factor", "output_factor")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ class Export:
 
     @property
     def lost(self) -> float:
-        lost = math.hypot(*(loss.lost for loss in self.losses.values()))
-        return lost / (math.hypot(*(loss.norm for loss in self.losses.values())) or 1.0)
+        losses = self.losses.values()
+        lost = math.hypot(*(loss.lost for loss in losses))
+        norm = math.hypot(*(loss.norm for loss in losses))
+        return lost / (norm or 1.0)
 
 
 def export(
@@ -93,72 +96,78 @@ def export(
     Raises RoutingError when the model is not routed, its routing is not constant, an expert can't
     be exported in this form, the `rank` is impossible, or `out` exists or can't be written.
     """
-    target, parts = Path(out), composition_of(model)
+    target = Path(out)
+    parts = composition_of(model)
     require_free(target, RoutingError)
-    shares, updates = dict[str, Tensor](), dict[str, Constant]()
+    shares: dict[str, Tensor] = {}
+    updates: dict[str, Constant] = {}
     for site, layer in parts.layers.items():
-        found = constant_shares(layer, parts)
-        if found is None:
+        constant = constant_shares(layer, parts)
+        if constant is None:
             raise RoutingError(
                 f"Router {parts.routing.name} chooses again for every "
                 f"{'input' if parts.chooser else 'token'}, which an adapter can't hold; "
                 f"route by merged, single or fixed weights (weights:NAME=SHARE,...)."
             )
-        shares[site], updates[site] = found, fixed_update(layer, found, parts)
-    if problem := _problem(parts, updates, merged, rank):
-        raise RoutingError(problem)
-    loras, losses = ({}, {}) if merged else _loras(updates, rank)
+        shares[site] = constant
+        updates[site] = fixed_update(layer, constant, parts)
+    _check_exportable(parts, updates, merged, rank)
+    losses: dict[str, CutLoss] = {}
     with new_directory(target, RoutingError) as work:
         if merged:
-            layers = {s: merged_layer(parts.layers[s], update) for s, update in updates.items()}
+            layers = {}
+            for site, update in updates.items():
+                layers[site] = merged_layer(parts.layers[site], update)
             with replaced(model, layers), torch.no_grad(), quiet_loading():
                 type(model).save_pretrained(model, work)  # the model's own is that of routed models
             if parts.tokenizer is not None:
                 parts.tokenizer.save_pretrained(work)
         else:
+            loras, losses = _loras(updates, rank)
             linears = [layer.base for layer in parts.layers.values()]
-            some = next((each for each in linears if isinstance(each, Conv1D)), linears[0])
+            linear = next((layer for layer in linears if isinstance(layer, Conv1D)), linears[0])
             base = Base(model, parts.tokenizer, **asdict(parts.base))
-            LoraFactors.write(work, loras, PEFT_FILES.about(base, some))
+            LoraFactors.write(work, loras, PEFT_FILES.about(base, linear))
         result = Export(target, merged, parts.experts, shares, losses)
         text = json.dumps(_record(result, parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
 
 
-def _problem(
+def _check_exportable(
     parts: Composition, updates: Mapping[str, Constant], merged: bool, rank: int | None
-) -> str | None:
-    """What an adapter, or a `merged` model, can't hold of `updates` by site; None for nothing."""
+) -> None:
+    """Raise RoutingError where an adapter, or a `merged` model, can't hold `updates` by site."""
     if rank is not None and (merged or rank < 1):
-        return f"A rank cuts an adapter (without --merged), and is at least 1; this one is {rank}."
-    if late := [name for name, tail in zip(parts.experts, parts.tails, strict=True) if tail]:
-        return (
-            f"From a prompt's end on act {', '.join(late)}, which no adapter or weight does; leave "
-            f"them out (--leave-out)."
+        raise RoutingError(
+            f"A rank cuts an adapter (without --merged), and is at least 1; this one is {rank}."
+        )
+    if parts.tailed:
+        raise RoutingError(
+            f"From a prompt's end on act {', '.join(parts.tailed)}, which no adapter or weight "
+            f"does; leave them out (--leave-out)."
         )
     for site, update in updates.items():
         base = parts.layers[site].base
-        scales = update.input_factor is not None or update.output_factor is not None
-        if scales and not merged:
-            return (
+        has_factors = update.input_factor is not None or update.output_factor is not None
+        if has_factors and not merged:
+            raise RoutingError(
                 f"At {site} an expert scales the layer, which no LoRA does exactly: export with "
                 f"--merged, or leave such experts out (--leave-out)."
             )
         if merged and not (has_plain_weight(base) and base.weight.is_floating_point()):
-            return (
+            raise RoutingError(
                 f"The base's weight at {site} is quantised or kept elsewhere, so that nothing can "
                 f"be added to it: export an adapter, or load the base plainly."
             )
         if merged and update.bias is not None and base.bias is None:
-            return (
+            raise RoutingError(
                 f"The experts add a bias at {site}, and the base has none there that could hold "
                 f"it: export an adapter."
             )
-    return None
 
 
-def _record(result: Export, parts: Composition) -> dict[str, Any]:
+def _record(result: Export, parts: Composition) -> dict[str, object]:
     return {
         "form": "merged model" if result.merged else "PEFT adapter",
         "base": asdict(parts.base),
@@ -198,15 +207,10 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Cons
     Factors of weight 1 keep their type, weighted ones are float32. Raises RoutingError for a
     kind of expert that can't be said so (`Part.constant`), such as a bottleneck adapter.
     """
-    n, d = layer.in_features, layer.out_features
     if not isinstance(layer, RoutedLinear):
-        # Folded: of the update there is but the product.
-        delta = layer.folded.float() - matrix_of(layer.base).float()  # type: ignore[operator]
-        eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
-        A, B = (delta, eye) if d <= n else (eye, delta)
-        used = A.any(dim=1) & B.any(dim=0)
-        return Constant(A[used], B[:, used])
-    stack, weights = layer.stack, shares.to(layer.experts.device)[layer.experts]
+        return _folded_update(layer)
+    stack = layer.stack
+    weights = shares.to(layer.experts.device)[layer.experts]
     constants = []
     for name, rows in stack.rows().items():
         constant = stack.parts[name].constant(weights[rows])
@@ -218,18 +222,36 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Cons
                 f"Expert {parts.experts[int(layer.experts[row])]!r} is of the kind {name!r}, which "
                 f"neither a LoRA nor a weight can hold; leave it out (--leave-out)."
             )
+    return _sum_of(constants, layer)
 
-    def every(field: str) -> list[Tensor]:
-        return [t for each in constants if (t := getattr(each, field)) is not None]
 
-    biases = [bias for bias in every("bias") if bool(bias.any())]
-    downs, factors = every("A"), (every("input_factor"), every("output_factor"))
-    return Constant(
-        torch.cat(downs) if downs else weights.new_zeros(0, n).float(),
-        torch.cat(every("B"), dim=1) if downs else weights.new_zeros(d, 0).float(),
-        reduce(torch.add, biases) if biases else None,
-        *(reduce(torch.mul, each) if each else None for each in factors),
-    )
+def _sum_of(constants: Sequence[Constant], layer: RoutedLayer) -> Constant:
+    device = layer.experts.device
+    present: dict[str, list[Tensor]] = {}
+    for constant in constants:
+        for field, value in vars(constant).items():
+            if value is not None:
+                present.setdefault(field, []).append(value)
+    A = present.get("A", [torch.zeros(0, layer.in_features, device=device)])
+    B = present.get("B", [torch.zeros(layer.out_features, 0, device=device)])
+    update = Constant(torch.cat(A), torch.cat(B, dim=1))
+    biases = [bias for bias in present.get("bias", ()) if bool(bias.any())]
+    if biases:
+        update = replace(update, bias=reduce(torch.add, biases))
+    for field in FACTORS:
+        if field in present:
+            update = replace(update, **{field: reduce(torch.mul, present[field])})
+    return update
+
+
+def _folded_update(layer: RoutedLayer) -> Constant:
+    # Of the update there is but the product.
+    delta = layer.folded.float() - matrix_of(layer.base).float()  # type: ignore[operator]
+    d, n = delta.shape
+    eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
+    update = Constant(delta, eye) if d <= n else Constant(eye, delta)
+    used = update.A.any(dim=1) & update.B.any(dim=0)
+    return Constant(update.A[used], update.B[:, used])
 
 
 def _loras(
@@ -239,12 +261,17 @@ def _loras(
     # PEFT may have a rank for each site, but many programs know one for all.
     widest = max(1, *(loss.rank for *_, loss in cuts.values()))
     loras = {}
+    losses = {}
     for site, (A, B, loss) in cuts.items():
-        more, bias = widest - loss.rank, updates[site].bias
-        A, B = functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))
-        # A scale of 1, as an integer: Ollama wants one.
-        loras[site] = LoraFactors(A.cpu(), B.cpu(), 1, None if bias is None else bias.cpu())
-    return loras, {site: loss for site, (*_, loss) in cuts.items()}
+        more = widest - loss.rank
+        A = functional.pad(A, (0, 0, 0, more)).cpu()
+        B = functional.pad(B, (0, more)).cpu()
+        bias = updates[site].bias
+        if bias is not None:
+            bias = bias.cpu()
+        loras[site] = LoraFactors(A, B, 1, bias)  # a scale of 1, as an integer: Ollama wants one
+        losses[site] = loss
+    return loras, losses
 
 
 @torch.no_grad()
@@ -254,19 +281,22 @@ def cut(update: Constant, rank: int | None = None) -> tuple[Tensor, Tensor, CutL
     None cuts nothing off; then a rank beyond the site's own sizes is brought down to these, which
     loses no more than float32 rounds. Truncated singular values (Eckart and Young 1936), float64.
     """
-    A, B = update.A.cpu().double(), update.B.cpu().double()  # not every device has float64
-    right, left = torch.linalg.qr(A.T), torch.linalg.qr(B)
+    A = update.A.cpu().double()  # not every device has float64
+    B = update.B.cpu().double()
+    right = torch.linalg.qr(A.T)
+    left = torch.linalg.qr(B)
     # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: its SVD is that of the small matrix, and d x n is never formed.
     U, S, V = torch.linalg.svd(left.R @ right.R.T)
-    norm, whole = float(S.square().sum().sqrt()), len(A)
-    most = min(rank or whole, A.shape[1], B.shape[0])
-    if whole <= most:
-        return update.A, update.B, CutLoss(whole, whole, norm, 0.0)
+    norm = float(S.square().sum().sqrt())
+    full = len(A)
+    most = min(rank or full, A.shape[1], B.shape[0])
+    if full <= most:
+        return update.A, update.B, CutLoss(full, full, norm, 0.0)
     lost = float(S[most:].square().sum().sqrt())
     # Half of each singular value on either side, so that neither is far from the other's size.
     root = S[:most].sqrt()
     A = (root[:, None] * (V[:most] @ right.Q.T)).float()
-    return A, ((left.Q @ U[:, :most]) * root).float(), CutLoss(most, whole, norm, lost)
+    return A, ((left.Q @ U[:, :most]) * root).float(), CutLoss(most, full, norm, lost)
 
 
 @torch.no_grad()
@@ -286,13 +316,17 @@ def merged_layer(layer: RoutedLayer, update: Constant) -> nn.Module:
         if update.output_factor is not None:
             weight = weight * update.output_factor[:, None]
         weight = weight + update.B.to(exact) @ update.A.to(exact)
-    parameters = {"weight": (weight.T if isinstance(base, Conv1D) else weight).contiguous()}
-    if base.bias is not None:
-        bias = base.bias if update.output_factor is None else base.bias * update.output_factor
+    if isinstance(base, Conv1D):
+        weight = weight.T
+    parameters = {"weight": weight.contiguous()}
+    bias = base.bias
+    if bias is not None:
+        if update.output_factor is not None:
+            bias = bias * update.output_factor
         parameters["bias"] = bias if update.bias is None else bias + update.bias
     merged = copy.copy(base)
-    merged._parameters = dict(base._parameters) | {
-        name: nn.Parameter(tensor.to(base._parameters[name].dtype), requires_grad=False)
-        for name, tensor in parameters.items()
-    }
+    merged._parameters = dict(base._parameters)
+    for name, tensor in parameters.items():
+        rounded = tensor.to(base._parameters[name].dtype)
+        merged._parameters[name] = nn.Parameter(rounded, requires_grad=False)
     return merged  # type: ignore[no-any-return]

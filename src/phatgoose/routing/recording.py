@@ -78,7 +78,8 @@ class _Uncompiled:
     """While anybody is inside, nothing is compiled."""
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._inside = 0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -143,7 +144,8 @@ class Recording:
     streams: dict[str, Stream] = field(default_factory=dict)
 
     def add(self, passed: SitePass) -> None:
-        site, dense = passed.site, passed.dense_weights(len(self.experts))
+        site = passed.site
+        dense = passed.dense_weights(len(self.experts))
         self.streams[site.name] = site.stream
         self.weights.setdefault(site.name, []).append(dense.view(*passed.grid, -1))
         self.real.setdefault(site.name, []).append(passed.is_real())
@@ -155,8 +157,9 @@ class Recording:
         """
         means = {}
         for site, passes in self.weights.items():
-            tokens = [w[mask] for w, mask in zip(passes, self.real[site], strict=True)]
-            means[site] = torch.cat(tokens).mean(dim=0)
+            real = torch.cat([mask.flatten() for mask in self.real[site]])
+            weights = torch.cat([dense.flatten(0, -2) for dense in passes])
+            means[site] = weights[real].mean(dim=0)
         return means
 
     def by_token(self, row: int = 0) -> Tensor:
@@ -174,16 +177,16 @@ class Recording:
         """
         return summary_of(self.experts, self.by_token(row)[self._rows(self.real, row)[0].bool()])
 
-    def _rows(self, held: Mapping[str, list[Tensor]], row: int, *sizes: int) -> list[Tensor]:
-        """What is held of one row's tokens, by site; of the sites that see all tokens, in rows."""
+    def _rows(self, by_site: Mapping[str, list[Tensor]], row: int, *sizes: int) -> list[Tensor]:
+        """What `by_site` has of one row's tokens, of the sites that see all tokens, in rows."""
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
-        rows = [
-            torch.cat([part[row] for part in passes])
-            for site, passes in held.items()
-            if self.streams[site] == stream and all(r.dim() == 2 for r in self.real[site])
-        ]
-        tokens = max(map(len, rows), default=0)
-        return [each for each in rows if len(each) == tokens] or [torch.zeros(0, *sizes)]
+        rows = []
+        for site, passes in by_site.items():
+            has_rows = all(real.dim() == 2 for real in self.real[site])
+            if has_rows and self.streams[site] == stream:
+                rows.append(torch.cat([tokens[row] for tokens in passes]))
+        longest = max(map(len, rows), default=0)
+        return [tokens for tokens in rows if len(tokens) == longest] or [torch.zeros(0, *sizes)]
 
 
 def summary_of(experts: Sequence[str], shares: Tensor) -> dict[str, float]:
@@ -193,5 +196,8 @@ def summary_of(experts: Sequence[str], shares: Tensor) -> dict[str, float]:
     """
     total = shares.sum(dim=0) / shares.any(dim=-1).sum().clamp(min=1)
     best = total.sort(descending=True, stable=True)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {experts[z]: round(share, 4) for z, share in pairs if round(share, 4)}
+    rounded = {}
+    for z, share in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        if round(share, 4):
+            rounded[experts[z]] = round(share, 4)
+    return rounded

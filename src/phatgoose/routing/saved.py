@@ -1,8 +1,7 @@
 """Saved routed models: a folder with a description and the experts' tensors (docs/format.md).
 
 A folder may come from anyone: `read_saved` checks all of it once, and what it returns is trusted.
-Experts join and leave a folder, which is written anew beside the old one and replaces it in one
-step.
+Experts join and leave a folder, which is written anew beside the old one and then replaces it.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base import BaseReference, Text, check_base
+from ..base.identity import BaseReference, Text, check_base
 from ..config import Routing, closest
 from ..errors import ConfigError, PoolError, RoutingError
 from ..experts.adapter_files import check_parts
@@ -30,6 +29,7 @@ from ..experts.hub import HubReference
 from ..experts.pool import Pool, check_alike
 from ..experts.stack import INDICES
 from ..files import (
+    JsonObject,
     TensorFile,
     new_directory,
     new_file,
@@ -44,7 +44,9 @@ from ..files import (
 from ..names import ROUTED_INFO
 from ..reader import ReaderReference
 from ..sites import FLOATS
-from .layers import (
+from .routers.prompt import OWNERS, ByPrompt, Tables
+from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
+from .stacks import (
     SitePart,
     SiteStack,
     check_numbers,
@@ -54,8 +56,6 @@ from .layers import (
     renumbered,
     stack_of,
 )
-from .routers.prompt import OWNERS, ByPrompt, Tables
-from .routers.router import Router, check_measured, router_of, warn_of_lowered_k
 
 ROUTED_WEIGHTS = "routed.safetensors"
 FORMAT_VERSION = 1
@@ -65,14 +65,16 @@ LONGEST = 1.01  # of unit vectors that are rounded
 
 
 def write_saved(
-    folder: Path, info: Mapping[str, Any], sites: Mapping[str, SitePart], tables: Tables
+    folder: Path, info: JsonObject, sites: Mapping[str, SitePart], tables: Tables
 ) -> None:
     """Write a saved model's own files to `folder`: the description `info` and tensors."""
     tensors = tables.saved()
     for site, (stack, state) in sites.items():
         at_site = {"experts": stack.experts, **stack.tensors(), **state}
-        tensors |= {f"{name}.{site}": tensor for name, tensor in at_site.items()}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        for name, tensor in at_site.items():
+            tensors[f"{name}.{site}"] = tensor
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.detach().cpu().contiguous()
     with new_file(folder / ROUTED_WEIGHTS) as unfinished:
         save_file(tensors, unfinished)
         (folder / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
@@ -80,7 +82,7 @@ def write_saved(
     write_text(folder / ROUTED_INFO, json.dumps(info, indent=2) + "\n", RoutingError)
 
 
-def shareable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def shareable(records: Sequence[JsonObject]) -> list[JsonObject]:
     """`records` with the last name alone in place of a path on this machine."""
     shared = []
     for record in records:
@@ -137,7 +139,7 @@ class Description:
             )
 
 
-def read_description(path: Path) -> tuple[dict[str, Any], Description]:
+def read_description(path: Path) -> tuple[JsonObject, Description]:
     """The description in the file `path`, as it is and as what it says; else RoutingError."""
     info = read_json(path, dict, RoutingError, f" Pools are routed: compose({str(path.parent)!r}).")
     with reading(path, RoutingError):
@@ -151,14 +153,14 @@ class SavedModel:
     `sizes` are those of each site, by letter ("n" and "d" are its inputs and outputs).
     """
 
-    info: dict[str, Any]
+    info: JsonObject
     base: BaseReference
     tensors: TensorFile
     router: Router
     sizes: Mapping[str, Mapping[str | int, int]]
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[JsonObject]:
         return list(self.info["experts"])
 
     @property
@@ -206,9 +208,7 @@ def read_saved(directory: Path) -> SavedModel:
     return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
 
 
-def _checked(
-    file: TensorFile, info: Mapping[str, Any], router: Router
-) -> dict[str, dict[str | int, int]]:
+def _checked(file: TensorFile, info: JsonObject, router: Router) -> dict[str, dict[str | int, int]]:
     """The sizes of each site's tensors, by letter; ExpertError where tensors don't fit."""
     count = len(info["experts"])
     by_site = defaultdict[str, dict[str, Tensor]](dict)
@@ -218,10 +218,10 @@ def _checked(
             name, site = site, name
         by_site[site][name] = file[key]
     _check_tables(f"{file.path}, lookup", by_site.pop("lookup", {}), count, router)
-    return {
-        site: _check_site(f"{file.path}, {site}", tensors, count, router)
-        for site, tensors in by_site.items()
-    }
+    sizes = {}
+    for site, tensors in by_site.items():
+        sizes[site] = _check_site(f"{file.path}, {site}", tensors, count, router)
+    return sizes
 
 
 def _check_tables(where: str, tables: Mapping[str, Tensor], pool_size: int, router: Router) -> None:
@@ -334,12 +334,16 @@ def add_to_saved(
     parts = {site: saved.at(site) for site in saved.sizes}
     for site in pool.sites:
         # Without a stack to go by, float32: the base rounds it when it is loaded.
-        dtype = parts[site].stack.dtype if site in parts else torch.float32
+        dtype = torch.float32
+        if site in parts:
+            dtype = parts[site].stack.dtype
         stack = stack_of(pool, site, dtype, torch.device("cpu"))
         check_numbers(stack, site, pool.names)
         later = replace(stack, experts=stack.experts + len(saved.names))
         joining = SitePart(later, router.table(pool, site))
-        parts[site] = joined_parts(parts[site], joining) if site in parts else joining
+        if site in parts:
+            joining = joined_parts(parts[site], joining)
+        parts[site] = joining
     return _rewritten(folder, saved, parts, tables, records)
 
 
@@ -381,7 +385,7 @@ def _rewritten(
     saved: SavedModel,
     sites: Mapping[str, SitePart],
     tables: Tables,
-    records: list[dict[str, Any]],
+    records: list[JsonObject],
 ) -> SavedModel:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))  # the folder itself is replaced
     with (

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import one_line
-from ..passes import acting_at, watching
+from ..passes import in_context, watching
 from ..sites import Site, headless
 from .encoding import Encoder, TokenPair
 
@@ -316,7 +317,7 @@ def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     kept = batch["labels"].shape[1] + 1
     is_causal = "places" not in batch and "decoder_input_ids" not in batch
     with ExitStack() as stack:
-        stack.enter_context(acting_at(batch.get("active")))
+        stack.enter_context(active_at(batch.get("active")))
         if "places" in batch:
             stack.enter_context(head_at(model, batch["places"]))
             stack.enter_context(quick_backward(model, batch["input_ids"].shape[1]))
@@ -324,6 +325,31 @@ def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
             inputs["logits_to_keep"] = kept
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[:, -kept:-1] if is_causal else logits
+
+
+# Which tokens an expert acts on: all, or those from its prompt's end on (Activated LoRA).
+#
+# Such an expert (Greenewald et al. 2025, arXiv 2504.12397) adds nothing in a prompt's body, which
+# is then the base's own. It acts at the prompt's last tokens, its tail, and at every token of the
+# answer. Here one expert is alone, in training and measurements.
+
+_ACTIVE: ContextVar[Tensor | None] = ContextVar("active tokens", default=None)
+
+
+def active_at(active: Tensor | None) -> AbstractContextManager[None]:
+    """The expert acts at these tokens of the passes in this context, [rows, columns]; None: all."""
+    return in_context(_ACTIVE, active)
+
+
+def where_active(strength: Tensor | float, u: Tensor) -> Tensor | float:
+    """`strength` at tokens of u [.., n] that the expert acts on, and 0 elsewhere.
+
+    A layer inside one of the base's own experts, which sees some tokens only, can't tell them.
+    """
+    active = _ACTIVE.get()
+    if active is None:
+        return strength
+    return strength * active.to(u.device, u.dtype).reshape(*u.shape[:-1], 1)
 
 
 @contextmanager
@@ -399,7 +425,7 @@ def read_pairs(
             del inputs["labels"]
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
             active = inputs.pop("active", None)
-            with acting_at(active):
+            with active_at(active):
                 inner(**inputs, use_cache=False)
             bar.update(len(rows))
 

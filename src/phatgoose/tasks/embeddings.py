@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base import LOADS, quiet_loading
+from ..base.loading import LOADS, quiet_loading
 from ..config import GateTraining
 from ..errors import ConfigError
 from ..files import reading, shortened

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base import Base
+from ..base.identity import Base
 from ..config import Formatting
 from ..errors import BaseModelError, TaskError
 from ..files import one_line, reading

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..base import BaseReference, recorded_id
+from ..base.identity import BaseReference, recorded_id
 from ..experts.expert import ExpertInfo
 from ..jobs import BaseLocation, Engine
 from ..tasks.suites.registry import TrainingTask

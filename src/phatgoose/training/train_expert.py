@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..base import Base, check_base, fingerprint_here, load_base, number_format, recorded_id
+from ..base.identity import Base, check_base, number_format, recorded_id
+from ..base.loading import fingerprint_here, load_base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..base import Base
+from ..base.identity import Base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TrainingError
 from ..experts import kind_for

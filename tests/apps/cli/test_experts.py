@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, refused, review, write_rows
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
 from tiny import small_reader

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from routed_models import compose_by, with_embeddings
 from toy_embedders import use_toy_embedder

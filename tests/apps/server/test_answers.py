@@ -9,7 +9,7 @@ import torch
 import serving
 from phatgoose.apps.server import create_app, served_models
 from phatgoose.apps.server.local import json_form
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, save
 from serving import CHAT_TEMPLATE, CHATS, GREEDY, PROMPT, ask, chunks_of, error_of, text_of

@@ -21,7 +21,7 @@ from phatgoose.apps.server.local.json_form import beginning_of
 from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose, detach

@@ -21,7 +21,7 @@ from phatgoose.apps.server.guards import (
 )
 from phatgoose.apps.server.protocol import ApiError, ChatRequest, without_paths
 from phatgoose.apps.server.requests import RequestReader, check_body
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.routing.compose import composition_of
 from phatgoose.routing.routers.auto import resolved

@@ -16,7 +16,7 @@ from phatgoose.apps.server.local.runner import ModelRunner
 from phatgoose.apps.server.protocol import ApiError, ChatRequest
 from phatgoose.apps.server.replies import Progress
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt, RequestReader
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.untrusted_text import UntrustedText
 from routed_models import compose_by

@@ -18,7 +18,8 @@ from kernel_problems import (
 from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
-from phatgoose.routing.layers import RoutedLinear, SiteStack, stack_of
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.stacks import SiteStack, stack_of
 from phatgoose.sites import Site
 from routed_models import by_vectors
 

@@ -24,14 +24,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
-from phatgoose.routing.compose import (
-    compose,
-    detach,
-    load,
-    open_chooser,
-    routing_for,
-    save,
-)
+from phatgoose.routing.compose import compose, detach, load, routing_for, save
 from phatgoose.routing.conversation import (
     ChatTexts,
     ScoredText,
@@ -40,6 +33,7 @@ from phatgoose.routing.conversation import (
     base_texts,
     helpers_class,
 )
+from phatgoose.routing.opening import open_chooser
 from phatgoose.routing.routers.discriminant import Discriminant, Lines, Ready, line_of, room_of
 from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval

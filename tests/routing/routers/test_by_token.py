@@ -12,7 +12,7 @@ from peft import ArrowConfig, create_arrow_model
 from safetensors.torch import load_file, save_file
 
 from oracle import plain_scores
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from odd_files import nested, one_line_of
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.lora import LoraStack

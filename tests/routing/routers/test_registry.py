@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from fake_packages import install
-from phatgoose.base import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.pool import Pool

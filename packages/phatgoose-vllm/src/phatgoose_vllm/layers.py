@@ -29,13 +29,8 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.model_loader.utils import get_model_architecture
 
-from phatgoose.base import (
-    BaseReference,
-    check_base,
-    fingerprint_of_files,
-    load_skeleton,
-    tensor_named,
-)
+from phatgoose.base.identity import BaseReference, check_base, fingerprint_of_files, tensor_named
+from phatgoose.base.loading import load_skeleton
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, RoutingError
 from phatgoose.files import TensorFile
 

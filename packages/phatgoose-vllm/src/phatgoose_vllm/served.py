@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phatgoose.base import BaseReference
+from phatgoose.base.identity import BaseReference
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.expert import tail_of
-from phatgoose.routing.compose import is_routed
-from phatgoose.routing.layers import SiteStack, check_numbers, folded_weight
+from phatgoose.routing.layers import folded_weight
+from phatgoose.routing.opening import is_routed
 from phatgoose.routing.routers.fixed import Random
 from phatgoose.routing.routers.prompt import ByPrompt
 from phatgoose.routing.routers.router import STANDARDISED, Router, RouterAtSite
 from phatgoose.routing.saved import SavedModel, read_saved
+from phatgoose.routing.stacks import SiteStack, check_numbers
 
 MODEL = "PHATGOOSE_MODEL"  # in the environment: a routed folder
 CPU = torch.device("cpu")

@@ -158,7 +158,7 @@ def analyse(
     tasks = [task for name in suite for task in open_suite(name).load(reading.sources)]
     from ...analysis.analyse import analyse as run
     from ...analysis.report import REPORT, write_report
-    from ...routing.compose import is_pool
+    from ...routing.opening import is_pool
     from ..tables import routers_table
 
     require_writable(out / REPORT, EvaluationError)

@@ -38,7 +38,7 @@ from ...tasks.task import Sources
 from ..console import check_report, set_voice
 
 if TYPE_CHECKING:
-    from ...base import Base, BaseReference
+    from ...base.identity import Base, BaseReference
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...tasks.task import Task
@@ -264,7 +264,7 @@ class BaseOptions(Settings):
     dtype: Annotated[str, "auto, bfloat16, float16, float32 or 4bit (as for QLoRA)."] = "auto"
 
     def load(self, default: BaseReference | None) -> Base:
-        from ...base import load_base
+        from ...base.loading import load_base
 
         if self.base or default is None:
             return load_base(self.base or SMOLLM2, dtype=self.dtype)
@@ -321,7 +321,7 @@ class ModelOptions(BaseOptions):
     def open(self, model: str, *, keeps_factors: bool = False) -> Base:
         """What is at `model`; ConfigError for a routing of one that has its own."""
         require_there(model, self.base)
-        from ...routing.compose import open_model, require_pool
+        from ...routing.opening import open_model, require_pool
 
         routing = self.routing
         if self.keep or self.leave_out or routing != routing.of_any_model:

@@ -164,7 +164,7 @@ def export(
     for_one |= options.changed(opening.routing, *vars(opening.routing))
     options.only_with("without --engine", engine is None, for_one)
     if engine is not None:
-        from ...routing.compose import require_pool
+        from ...routing.opening import require_pool
         from ..deploy import deploy
 
         require_pool(model)

@@ -21,7 +21,7 @@ from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from ...base import UNFINISHED
+from ...base.detokenising import UNFINISHED
 from ...routing.choice import ALONE
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline
 from .requests import Asked

@@ -29,10 +29,11 @@ def _affinities(
         feature = start + tl.arange(0, BLOCK_N)
         inside = (token < tokens)[:, None] & (feature < n)[None, :]
         x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
-        known = (feature < n)[:, None] & (expert < E)[None, :]
-        v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=known, other=0.0)
+        loaded = (feature < n)[:, None] & (expert < E)[None, :]
+        v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=loaded, other=0.0)
         if WIDE:
-            x, v = x.to(tl.float32), v.to(tl.float32)
+            x = x.to(tl.float32)
+            v = v.to(tl.float32)
         products = tl.dot(x, v, products, input_precision="tf32x3")
         if STANDARDISED:
             shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
@@ -152,7 +153,8 @@ def shrink_pair(
             tl.store(experts + pair, expert)
             tl.store(weights + pair, weight)
     else:
-        expert, weight = tl.load(experts + pair), tl.load(weights + pair)
+        expert = tl.load(experts + pair)
+        weight = tl.load(weights + pair)
         if weight == 0.0:
             return
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -161,8 +163,8 @@ def shrink_pair(
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
         x = tl.load(u + pair // k * n + feature, mask=feature < n, other=0.0)
-        known = (rank < r)[:, None] & (feature < n)[None, :]
-        a = tl.load(A + rows[:, None] + feature[None, :], mask=known, other=0.0)
+        loaded = (rank < r)[:, None] & (feature < n)[None, :]
+        a = tl.load(A + rows[:, None] + feature[None, :], mask=loaded, other=0.0)
         products += a.to(tl.float32) * x.to(tl.float32)[None, :]
     tl.store(inner + pair * r + rank, weight * tl.sum(products, 1), mask=rank < r)
 
@@ -192,9 +194,9 @@ def expand_token(
             for start in range(0, r, BLOCK_R):
                 rank = start + tl.arange(0, BLOCK_R)
                 h = tl.load(inner + pair * r + rank, mask=rank < r, other=0.0)
-                known = (rank < r)[:, None] & (feature < d)[None, :]
+                loaded = (rank < r)[:, None] & (feature < d)[None, :]
                 b_rows = B + (expert * r + rank)[:, None] * d
-                b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+                b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
                 total += tl.sum(h[:, None] * b.to(tl.float32), 0)
     if ADDED:
         total += tl.load(delta + token * d + feature, mask=feature < d, other=0.0).to(tl.float32)
@@ -205,11 +207,11 @@ def expand_token(
 def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
     """How many pairs each expert has, `counts` [E], and each pair's place among its expert's."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
-    expert = tl.load(experts + pair, mask=wanted, other=0)
+    weighs = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
+    expert = tl.load(experts + pair, mask=weighs, other=0)
     # Which pair comes first is chance, but no result depends on it.
-    place = tl.atomic_add(counts + expert, 1, mask=wanted)
-    tl.store(places + pair, place, mask=wanted)
+    place = tl.atomic_add(counts + expert, 1, mask=weighs)
+    tl.store(places + pair, place, mask=weighs)
 
 
 @triton.jit
@@ -235,14 +237,14 @@ def place_pairs(
 ):
     """Put each pair into a block of its expert: `rows` and `owners` count from 1."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
-    expert = tl.load(experts + pair, mask=wanted, other=0)
-    place = tl.load(places + pair, mask=wanted, other=0)
-    block = tl.load(firsts + expert, mask=wanted, other=0) + place // BLOCK_T
+    weighs = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
+    expert = tl.load(experts + pair, mask=weighs, other=0)
+    place = tl.load(places + pair, mask=weighs, other=0)
+    block = tl.load(firsts + expert, mask=weighs, other=0) + place // BLOCK_T
     row = place % BLOCK_T
     # Counted from 1: the 0 of a fresh tensor marks an empty place.
-    tl.store(rows + block * BLOCK_T + row, pair + 1, mask=wanted)
-    tl.store(owners + block, expert.to(tl.int32) + 1, mask=wanted & (row == 0))
+    tl.store(rows + block * BLOCK_T + row, pair + 1, mask=weighs)
+    tl.store(owners + block, expert.to(tl.int32) + 1, mask=weighs & (row == 0))
 
 
 @triton.jit
@@ -276,10 +278,11 @@ def shrink_block(
         feature = start + tl.arange(0, BLOCK_N)
         inside = (pair >= 0)[:, None] & (feature < n)[None, :]
         x = tl.load(x_rows + feature[None, :], mask=inside, other=0.0)
-        known = (feature < n)[:, None] & (rank < r)[None, :]
-        a = tl.load(a_rows + feature[:, None], mask=known, other=0.0)
+        loaded = (feature < n)[:, None] & (rank < r)[None, :]
+        a = tl.load(a_rows + feature[:, None], mask=loaded, other=0.0)
         if WIDE:
-            x, a = x.to(tl.float32), a.to(tl.float32)
+            x = x.to(tl.float32)
+            a = a.to(tl.float32)
         products = tl.dot(x, a, products, input_precision="tf32x3")
     weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
     written = (pair >= 0)[:, None] & (rank < r)[None, :]
@@ -313,13 +316,14 @@ def expand_block(
         rank = start + tl.arange(0, BLOCK_R)
         inside = (pair >= 0)[:, None] & (rank < r)[None, :]
         h = tl.load(inner + pair[:, None] * r + rank[None, :], mask=inside, other=0.0)
-        known = (rank < r)[:, None] & (feature < d)[None, :]
+        loaded = (rank < r)[:, None] & (feature < d)[None, :]
         b_rows = B + (expert * r + rank)[:, None] * d
-        b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+        b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
         # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
         if WIDE:
-            h, b = h.to(tl.float32), b.to(tl.float32)
+            h = h.to(tl.float32)
+            b = b.to(tl.float32)
         products = tl.dot(h, b, products, input_precision="tf32x3")
     written = (pair >= 0)[:, None] & (feature < d)[None, :]
     places = parts + pair[:, None] * d + feature[None, :]

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ....analysis.traces import TraceKeeper, TraceStream
-from ....base import Detokeniser, shown_as, text_of, texts_of
+from ....base.detokenising import Detokeniser, shown_as, text_of, texts_of
 from ....errors import EngineError
 from ....routing.choice import PromptRouting
 from ....tasks.batching import pad_left

@@ -27,15 +27,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from ....analysis.traces import TraceKeeper
-from ....base import Base, BaseReference, load_base, settled_dtype, twin
+from ....base.identity import Base, BaseReference, twin
+from ....base.loading import load_base, settled_dtype
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
 from ....routing.choice import PromptRouting
-from ....routing.compose import compose, composition_if_any, is_pool, is_routed, load, require_pool
+from ....routing.compose import compose, composition_if_any, load
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
+from ....routing.opening import is_pool, is_routed, require_pool
 from ....routing.recording import watch
 from ....routing.routers.auto import resolved
 from ....routing.routers.fixed import mixture_of

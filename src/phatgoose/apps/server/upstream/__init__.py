@@ -14,8 +14,8 @@ from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
 from ....routing.choice import ALONE
-from ....routing.compose import open_chooser, require_pool
 from ....routing.conversation import ChatTexts
+from ....routing.opening import open_chooser, require_pool
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS

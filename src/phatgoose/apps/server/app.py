@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -195,15 +195,6 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-class Look(NamedTuple):
-    """What a connection of uvicorn's was at when it was looked at, and since when."""
-
-    cycle: object  # one request and its answer
-    waits: bool  # for its client
-    unsent: int  # bytes
-    since: float
-
-
 def server_of(
     app: FastAPI, host: str, port: int, limits: Serving, patience: float = PATIENCE
 ) -> uvicorn.Server:
@@ -212,22 +203,22 @@ def server_of(
     It closes connections whose client hasn't sent a request, or read on, for `patience` seconds;
     RequestGuard gives bodies their time.
     """
-    looks = dict[Any, Look]()
+    looks = dict[Any, tuple[object, float]]()  # what each connection is at, and since when
 
     async def look() -> None:
         now = time.monotonic()
         before = {**looks}
         looks.clear()
         for connection in list[Any](server.server_state.connections):
-            cycle = connection.cycle
+            cycle = connection.cycle  # of uvicorn: one request and its answer
             is_idle = cycle is None or cycle.response_complete
             waits = is_idle or connection.flow.write_paused
-            new = Look(cycle, waits, connection.transport.get_write_buffer_size(), now)
-            last = before.get(connection)
-            if last is not None and last[:-1] == new[:-1]:
-                new = last
-            looks[connection] = new
-            if waits and now - new.since > patience:
+            state = cycle, waits, connection.transport.get_write_buffer_size()
+            last, since = before.get(connection, (None, now))
+            if state != last:
+                since = now
+            looks[connection] = state, since
+            if waits and now - since > patience:
                 connection.transport.abort()
 
     config = uvicorn.Config(

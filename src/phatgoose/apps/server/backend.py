@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from ...config import Routing, Serving
 from ...experts.pool import Pool
-from .protocol import AnyRequest
-from .replies import Reply, Weights
+from .protocol import AnyRequest, Weights
+from .replies import Reply
 from .requests import Frame, PreparedRequest
 from .settings import ServedModel
 

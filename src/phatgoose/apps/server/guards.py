@@ -77,12 +77,12 @@ class AccessControl:
         self.experts = dict[str, frozenset[str]]()
         for written in keys:
             key, _, experts = written.rpartition("=")
-            if key and experts:  # keys may end in "="
-                digest = hashlib.sha256(key.encode()).digest()
-                self.experts[_name_of(digest)] = frozenset(experts.split("+"))
-            else:
-                digest = hashlib.sha256(written.encode()).digest()
+            if not (key and experts):  # keys may end in "="
+                key = written
+            digest = hashlib.sha256(key.encode()).digest()
             self._digests.append(digest)
+            if key != written:
+                self.experts[_name_of(digest)] = frozenset(experts.split("+"))
 
     def check(self, scope: Scope) -> str:
         """The client, by key or by address. Raises ApiError if the request is not allowed."""

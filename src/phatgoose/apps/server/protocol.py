@@ -31,6 +31,7 @@ SHOWN = 60  # characters of a field's name that an error repeats
 INVALID = "invalid_request"
 
 Fields: TypeAlias = dict[str, Any]  # of an object in JSON
+Weights: TypeAlias = dict[str, float]  # of experts by name, best first; none of the base
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
@@ -171,15 +172,39 @@ class RoutingOverride:
 ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
 # Undeclared fields that ask for nothing: the first with any value, the others with these values.
 # Nor do nulls, empty lists and empty objects ask for anything.
-IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
-IDLE |= {"user", "truncation", "include_obfuscation", "client_metadata", *ANSWERED}
-IDLE |= {"service_tier", "verbosity", "prediction", "reasoning_content"}
-IDLE |= {"prompt_cache_retention", "prompt_cache_options"}
-IDLE_VALUES: dict[str, tuple[object, ...]] = {"store": (False,), "modalities": (["text"],)}
-IDLE_VALUES |= {"continue_final_message": (False,), "add_generation_prompt": (True,)}
-IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
-IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
-IDLE_VALUES |= dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,))
+IDLE = {
+    "cache_control",
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "user",
+    "truncation",
+    "include_obfuscation",
+    "client_metadata",
+    *ANSWERED,
+    "service_tier",
+    "verbosity",
+    "prediction",
+    "reasoning_content",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+}
+IDLE_VALUES: dict[str, tuple[object, ...]] = {
+    "store": (False,),
+    "modalities": (["text"],),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "tool_choice": ("none",),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    # Of other servers.
+    "repeat_penalty": (1,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+}
 
 
 class Strict(BaseModel):

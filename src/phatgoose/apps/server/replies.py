@@ -23,12 +23,11 @@ from starlette.types import Receive, Scope, Send
 from ...analysis.traces import TraceStream
 from ...base import UNFINISHED
 from ...routing.choice import ALONE
-from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields
+from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
 from .requests import PreparedRequest
 from .turns import Deadline
 
 Result = TypeVar("Result")
-Weights = dict[str, float]  # of experts by name, best first; none of the base
 EXPERTS = "X-Phatgoose-Experts"
 MOST_TOKENS = "X-Phatgoose-Max-Tokens"
 MOST_OF_A_HEADER = 4000  # characters
@@ -123,7 +122,7 @@ def routing_report(
     k: int | None,
     experts: Iterable[str],
     tokens: Sequence[Fields],
-    summary: Mapping[str, float],
+    summary: Weights,
 ) -> Fields:
     """Which experts served an answer's `tokens`; `summary` has each expert's share of all so far.
 
@@ -137,8 +136,8 @@ def routing_report(
         "router": router,
         "k": k,
         "experts": list(experts),
-        "tokens": list(tokens),
-        "summary": dict(summary),
+        "tokens": tokens,
+        "summary": summary,
         "chosen": None,
         "trace": None,
     }

@@ -31,6 +31,7 @@ from .protocol import (
     ApiError,
     ChatRequest,
     Fields,
+    Weights,
     bad_request,
     for_clients,
 )
@@ -129,8 +130,16 @@ class Decoding:
 
 
 # Fields of requests that are those of Decoding.
-SAMPLING = {"temperature", "top_p", "top_k", "min_p", "logit_bias"}
-SAMPLING |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+SAMPLING = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "logit_bias",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+}
 
 
 class Answer(NamedTuple):
@@ -150,7 +159,7 @@ class PreparedRequest:
     """
 
     request: AnyRequest
-    mixture: Mapping[str, float] | None
+    mixture: Weights | None
     prompts: list[RequestPrompt]
     answers: list[Answer]
     client: str

@@ -75,13 +75,17 @@ def _messages(items: object) -> object:
     for item in items:
         kind = _kind_of(item)
         if kind == "message":
-            messages.append(_message(item, item.get("role"), "content"))
+            message = {"role": item.get("role"), "content": item.get("content")}
+            messages.append({**message, "tool_call_id": item.get("call_id")})
         elif kind == "function_call_output":
-            messages.append(_message(item, "tool", "output"))
+            message = {"role": "tool", "content": item.get("output")}
+            messages.append({**message, "tool_call_id": item.get("call_id")})
         elif kind == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})
-            messages[-1].setdefault("tool_calls", []).append(_call(item))
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
         elif kind != "reasoning":  # which clients send back
             why = f"input: {shortened(kind, SHOWN)} is no message or function_call"
             raise bad_request(f"{why}. {KEEPS_NOTHING}", "input", INVALID)
@@ -91,15 +95,6 @@ def _messages(items: object) -> object:
 def _kind_of(item: object) -> str:
     """An item's type; of what is no object, how it is shown in the refusal."""
     return str(item.get("type") or "message") if isinstance(item, dict) else str([item])
-
-
-def _message(item: Fields, role: object, field: str) -> Fields:
-    return {"role": role, "content": item.get(field), "tool_call_id": item.get("call_id")}
-
-
-def _call(item: Fields) -> Fields:
-    function = {"name": item.get("name"), "arguments": item.get("arguments")}
-    return {"id": item.get("call_id"), "type": "function", "function": function}
 
 
 def _functions(tools: object) -> object:
@@ -136,9 +131,11 @@ def _nested(kind: str, flat: object) -> object:
     """A tool or a format: what is beside a type here is one level below in chats."""
     if not isinstance(flat, dict):
         return flat
-    fields = {name: value for name, value in flat.items() if name != "type"}
     nested: Fields = {"type": flat.get("type")}
-    return {**nested, kind: fields} if fields else nested
+    fields = {name: value for name, value in flat.items() if name != "type"}
+    if fields:
+        nested[kind] = fields
+    return nested
 
 
 TEXT = -1  # the number of the text among calls
@@ -148,8 +145,10 @@ CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # What a response has where its request doesn't say it, and what it has in any case.
 USUAL: Fields = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "metadata": {}}
 BEGUN: Fields = {"object": "response", "status": "in_progress", "output": [], "store": False}
-DETAILS = {"input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}
-DETAILS |= {"output_tokens_details": {"reasoning_tokens": 0}}
+DETAILS = {
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens_details": {"reasoning_tokens": 0},
+}
 
 
 class Item(NamedTuple):

@@ -34,7 +34,15 @@ from ...untrusted_text import UntrustedText
 from . import protocol
 from .backend import Backend, R, Seen, Served
 from .guards import ALLOWED, CLIENT, Metrics
-from .protocol import AnyRequest, ApiError, Fields, RoutingOverride, bad_request, busy
+from .protocol import (
+    AnyRequest,
+    ApiError,
+    Fields,
+    RoutingOverride,
+    Weights,
+    bad_request,
+    busy,
+)
 from .replies import Builder, EventStream, Reply, headers_of, unless_gone
 from .requests import PreparedRequest, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
@@ -185,7 +193,7 @@ class Service(Generic[R]):
             experts |= dict.fromkeys(usable(model.experts, http))
         return [protocol.ANY_MODEL, *models, *experts]
 
-    def _find(self, name: str, http: Request) -> tuple[Served[R], Mapping[str, float] | None]:
+    def _find(self, name: str, http: Request) -> tuple[Served[R], Weights | None]:
         """The model that a request names, and where it names one expert, its mixture.
 
         An expert is EXPERT or MODEL:EXPERT. In front of an engine there are also its base alone,
@@ -251,17 +259,15 @@ class Service(Generic[R]):
             reply, chosen = await self.backend.begin(prepared, runner)
             cached.requests += 1  # and it is until the reply is closed
         reply.at_end += [partial(self._count, reply), cached.release]
-        by_base = 0
-        if chosen is not None:
-            by_base = sum(not chosen[answer.row] for answer in answers)
-        self.metrics.by_base.labels(request.model).inc(by_base)
+        by_base = [answer for answer in answers if chosen is not None and not chosen[answer.row]]
+        self.metrics.by_base.labels(request.model).inc(len(by_base))
         return reply, headers_of(prepared, chosen)
 
     async def _routing(
         self,
         request: AnyRequest,
         model: Served[R],
-        mixture: Mapping[str, float] | None,
+        mixture: Weights | None,
         http: Request,
         deadline: Deadline,
     ) -> CachedRouting[R]:

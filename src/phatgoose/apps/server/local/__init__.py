@@ -28,11 +28,12 @@ from ..protocol import (
     ApiError,
     ChatRequest,
     Fields,
+    Weights,
     bad_request,
     check_known,
     for_clients,
 )
-from ..replies import Progress, Reply, Weights, routing_report
+from ..replies import Progress, Reply, routing_report
 from ..requests import PreparedRequest
 from ..turns import FairQueue, Turns
 from .batches import ActiveSequence, Batch

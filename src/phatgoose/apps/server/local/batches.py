@@ -374,7 +374,9 @@ class Batch:
         self._mask = self._mask[rows]
         unused = int(self._mask.any(dim=0).long().argmax())
         self._mask = self._mask[:, unused:]
-        for layer in self._cache.layers if unused else ():
+        if not unused:
+            return
+        for layer in self._cache.layers:
             # A view would keep the dropped columns in memory.
             layer.keys = layer.keys[..., unused:, :].contiguous()
             layer.values = layer.values[..., unused:, :].contiguous()

@@ -18,7 +18,6 @@ import weakref
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -148,8 +147,11 @@ class Forms:
         large = sum(other.bytes for other in self._in_use if other.bytes > limits.large)
         if used.bytes > limits.large and large > limits.most_large:
             raise busy("Too many large schemas are in use; try again in a while.", 5)
-        compiled = partial(form_of, request, calls, runner, used)
-        return await self._compiling.run(prepared.client, prepared.deadline, lambda _: compiled())
+        return await self._compiling.run(
+            prepared.client,
+            prepared.deadline,
+            lambda _: form_of(request, calls, runner, used),
+        )
 
     async def _proof_of(self, prepared: PreparedRequest, calls: Calls | None) -> Proof:
         without_numbers = calls and calls.without_numbers()
@@ -278,8 +280,8 @@ class Calls:
         before, after = FORMS[self._mark].split("%s")
         functions = []
         for function in self._functions.values():
-            keeps_to_schema = self._must or function.strict
-            parameters = (function.parameters if keeps_to_schema else None) or {}
+            schema_counts = self._must or function.strict
+            parameters = (schema_counts and function.parameters) or {}
             begin = self._lark_of(f'{before}{{"name": "{function.name}", "arguments": ')
             # Words of a schema that llguidance doesn't know matter where the client says strict.
             is_lenient = not function.strict

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -45,7 +45,7 @@ from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
-from ..protocol import Fields
+from ..protocol import Fields, Weights
 from ..requests import Frame
 from ..service import numbered, seen_at
 from ..settings import ServedModel
@@ -243,7 +243,7 @@ class ModelRunner:
         self,
         prompts: Sequence[Sequence[int]],
         texts: Sequence[str | Sequence[int] | ChatTexts] | None = None,
-        mixture: Mapping[str, float] | None = None,
+        mixture: Weights | None = None,
         **aware: object,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
@@ -318,11 +318,13 @@ class LoadedModel:
                 f"these; the server can't batch such a model and doesn't serve it."
             )
         share_factors(model, [other.runner.model for other in others])
-        self.parts = parts = composition_if_any(model)
-        self.experts: tuple[str, ...] = parts.experts if parts else ()
         self.bases = (self.base.id,)
-        self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()
+        self.experts: tuple[str, ...] = ()
+        self.routing = Routing()
+        self.parts = parts = composition_if_any(model)
         if parts is not None:
+            self.experts = parts.experts
+            self.routing = numbered(parts.routing, len(parts.experts))
             check_served(parts.router)
         self.runner: ModelRunner = ModelRunner(model, self.base.tokenizer)
         self.prompts = self.pool.prompts if is_pool(place) else {}

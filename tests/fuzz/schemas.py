@@ -25,7 +25,8 @@ from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.errors import EngineError
 from phatgoose.untrusted_text import resident
 
-MOST_COMPILING = 2 * json_form.SECONDS  # here, where other threads share the processor
+LIMITS = json_form.Limits()
+MOST_COMPILING = 2 * LIMITS.seconds  # here, where other threads share the processor
 MOST_STEP = 0.5
 MOST_BYTES = 200 << 20
 STEPS = 60
@@ -76,7 +77,7 @@ def schema(chance: random.Random, depth: int = 3) -> dict[str, object]:
 
 
 def grammar_of(schema: object) -> str:
-    return f"start: {json_form._by(schema)}"
+    return f"start: {json_form.json_rule(schema)}"
 
 
 def walked(grammar: str, runner: Any, chance: random.Random, steps: int = STEPS) -> str:
@@ -107,11 +108,11 @@ def walked(grammar: str, runner: Any, chance: random.Random, steps: int = STEPS)
     return ""
 
 
-def tried(seed: int, runner: Any) -> str:
+def tried(seed: int, runner: Any, limits: json_form.Limits = LIMITS) -> str:
     """Whether the schema of this number was refused, compiled, or ended an answer later."""
     chance = random.Random(seed)
     asked = {**schema(chance), "$defs": {"a": schema(chance, 2)}}
-    if json_form.proven(grammar_of(asked), 60).why:
+    if json_form.proven(grammar_of(asked), 60, limits).why:
         return "refused"
     try:
         return "ended" if walked(grammar_of(asked), runner, chance) else "compiled"

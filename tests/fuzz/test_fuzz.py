@@ -55,10 +55,10 @@ needs_library = pytest.mark.skipif(json_form.LLMatcher is None, reason="needs ph
 
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
-def test_strange_schemas_are_compiled_within_limits_or_refused(monkeypatch):
-    monkeypatch.setattr(json_form, "SECONDS", 0.3)
+def test_strange_schemas_are_compiled_within_limits_or_refused():
+    limits = json_form.Limits(seconds=0.3)
     runner = schemas.runner_of(make_tokenizer(final_eos=False))
-    assert {schemas.tried(seed, runner) for seed in range(12)} >= {"refused", "compiled"}
+    assert {schemas.tried(seed, runner, limits) for seed in range(12)} >= {"refused", "compiled"}
 
 
 @needs_library
@@ -66,6 +66,6 @@ def test_a_pattern_of_many_states_ends_an_answer_and_not_the_memory(monkeypatch)
     """`.*a.{200}b.*` has 2 ** 200 states, which come as an answer is written."""
     monkeypatch.setitem(grammars.LIMITS, "max_lexer_states", 500)
     grammar = schemas.grammar_of({"type": "string", "pattern": ".*a.{200}b.*"})
-    assert json_form.proven(grammar, 60).why == ""
+    assert json_form.proven(grammar, 60, json_form.Limits()).why == ""
     runner = schemas.runner_of(make_tokenizer(final_eos=False))
     assert "too many states" in schemas.walked(grammar, runner, random.Random(0), steps=2000)

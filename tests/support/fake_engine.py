@@ -274,11 +274,20 @@ def gateway(place, engine, limits=None, *, ready=True, listens=False, **options)
     named = {name: options.get(name) for name in ("key", "model_name", "default")}
     upstreams = [Upstream(each.url, **named) for each in engines]
     app = create_app(models, limits, keys, upstreams=upstreams)
+    hurry(app.state.service)
     near = serving.client_of(app, raise_server_exceptions=False)
     with serving.far_client_of(app) if listens else near as client:
         if ready:
             serving.until(lambda: client.get("/healthz").status_code == 200)
         yield client
+
+
+def hurry(service, again=0.2):
+    """Have a service look often at the files of its models, and at its engines if it has any."""
+    service.looking = 0.05
+    service.again = again
+    if service.backend.upstream:
+        service.backend.links.checking = 0.05
 
 
 def chosen_by(place, prompt, router="retrieval"):

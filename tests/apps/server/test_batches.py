@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local import FAILED, GenerationEngine
 from phatgoose.apps.server.local.batches import ActiveSequence, Batch, Sampler
-from phatgoose.apps.server.local.json_form import beginning_of
 from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
 from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.replies import beginning_of
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
@@ -367,7 +367,7 @@ def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
         store.keep(Reader(reader, 99), list(range(tokens)), cache, 0, torch.ones(tokens))
 
     def has(reader):
-        return store.find(Reader(reader, 99), list(range(20))) is not None
+        return store.find(Reader(reader, 99), list(range(20)))[0] is not None
 
     most = 3 * 2 * 2 * 4 * 4 * 20  # three of two sides, heads, columns, bytes and tokens
     store = PrefixStore(most)

@@ -9,7 +9,7 @@ from http.client import HTTPConnection
 import pytest
 
 import serving
-from fake_engine import engine_of, gateway, numbered
+from fake_engine import engine_of, gateway, hurry, numbered
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
@@ -372,11 +372,7 @@ def test_a_client_that_goes_away_frees_its_place(far, stream, late):
 
 
 @pytest.mark.parametrize("kind", ["here", "vllm"])
-def test_a_watched_pool_takes_experts_in_and_gives_them_up(
-    place, tmp_path, caplog, monkeypatch, kind
-):
-    monkeypatch.setattr("phatgoose.apps.server.service.LOOKING", 0.05)
-    monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 600)
+def test_a_watched_pool_takes_experts_in_and_gives_them_up(place, tmp_path, caplog, kind):
     for name in ("e0", "e1"):
         shutil.copytree(place / name, tmp_path / name)
         (tmp_path / f"round-{name}").symlink_to(tmp_path)
@@ -402,6 +398,7 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
         else:
             opened = gateway(tmp_path, engine, Serving(watch=True))
         client = stack.enter_context(opened)
+        hurry(client.app.state.service, again=600)
         (tmp_path / config).write_text("{")
         until(lambda: "goose has changed, and is served as it was" in caplog.text)
         assert answers("e1")
@@ -426,7 +423,7 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
                 assert running.result() == wanted  # by the experts that it began with
             error_of(client, **body)
         else:
-            monkeypatch.setattr("phatgoose.apps.server.service.AGAIN", 0.2)
+            hurry(client.app.state.service)
             engine.loads = False
             shutil.copytree(place / "e3", tmp_path / "e3")
             until(lambda: "lacks e3" in caplog.text)
@@ -438,14 +435,12 @@ def test_a_watched_pool_takes_experts_in_and_gives_them_up(
             assert answers("e1")
 
 
-def test_what_changed_while_models_were_loaded_is_served_and_factors_stay_shared(
-    place, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("phatgoose.apps.server.service.LOOKING", 0.05)
+def test_what_changed_while_models_were_loaded_is_served_and_factors_stay_shared(place, tmp_path):
     shutil.copytree(place / "e0", tmp_path / "e0")
     routings = {"goose": Routing("phatgoose"), "arrow": Routing("arrow")}
     models = [ServedModel(n, str(tmp_path), r, dtype="float32") for n, r in routings.items()]
     app = create_app(models, Serving(watch=True))
+    hurry(app.state.service)
     shutil.copytree(place / "e1", tmp_path / "e1")
     with serving.client_of(app) as client:
         until(

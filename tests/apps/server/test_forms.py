@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from phatgoose.apps.server.local import json_form
-from phatgoose.apps.server.local.json_form import Proof
+from phatgoose.apps.server.local.json_form import Limits, Proof
 from phatgoose.config import Serving
 from serving import CHAT, CHAT_TEMPLATE, CHATS, GREEDY, ask, beside, error_of, held, until
 
@@ -24,6 +23,10 @@ def by(schema):
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
+def forms_of(client):
+    return client.app.state.service.backend.forms
+
+
 @pytest.fixture
 def client(client_with):
     return client_with(Serving(timeout=60), template=CHAT_TEMPLATE)
@@ -31,7 +34,7 @@ def client(client_with):
 
 @linux
 @pytest.mark.parametrize("schema", [PRIMES, PATTERNS, MANY], ids=["primes", "patterns", "fields"])
-def test_a_schema_without_end_is_refused_and_others_are_served(client, schema, monkeypatch):
+def test_a_schema_without_end_is_refused_and_others_are_served(client, schema):
     endless = [beside(error_of, client, **GREEDY, **by(schema)) for _ in range(3)]
     assert ask(client, **GREEDY)["choices"]
     for each in endless:
@@ -40,7 +43,7 @@ def test_a_schema_without_end_is_refused_and_others_are_served(client, schema, m
         assert error["param"] == "response_format"
     fields = {**GREEDY, "max_tokens": 80, **by(COLOUR)}
     assert json.loads(ask(client, **fields)["choices"][0]["text"]) in COLOUR["enum"]
-    monkeypatch.setattr(json_form, "new_process", None)  # both are known by now
+    forms_of(client).limits = Limits(longest=0)  # neither is proven again
     assert error_of(client, **GREEDY, **by(schema))["message"].endswith(LIMITS)
     assert ask(client, **fields)["choices"]
 
@@ -55,13 +58,12 @@ def test_tools_without_end_are_refused(client):
 
 
 @linux
-def test_memory_is_limited_and_what_is_left_comes_back(client, monkeypatch):
-    monkeypatch.setattr(json_form, "MEMORY", 1 << 20)
+def test_memory_is_limited_and_what_is_left_comes_back(client):
+    forms = forms_of(client)
+    forms.limits = Limits(memory=1 << 20)
     assert "or 1 MiB to compile" in error_of(client, **GREEDY, **by(PATTERNS))["message"]
-    monkeypatch.setattr(json_form, "MEMORY", 64 << 20)
-    monkeypatch.setattr(json_form, "LARGE", 0)
-    monkeypatch.setattr(json_form, "MOST_LARGE", 2)
-    monkeypatch.setattr(json_form, "proven", lambda *_: Proof("", 1))
+    forms.limits = Limits(large=0, most_large=2)
+    forms.prove = lambda *_: Proof("", 1)
     with held():
         holds = [beside(ask, client, **GREEDY, **by({"const": f"the {n}"})) for n in (1, 2)]
         engine = client.app.state.service.backend.engine
@@ -73,16 +75,16 @@ def test_memory_is_limited_and_what_is_left_comes_back(client, monkeypatch):
     until(lambda: client.post("/v1/completions", json={**GREEDY, **by({"const": 3})}).is_success)
 
 
-def test_a_process_without_time_to_answer_is_no_fault_of_the_schema(client, monkeypatch):
-    monkeypatch.setattr(json_form, "LONGEST", 0.01)
+def test_a_process_without_time_to_answer_is_no_fault_of_the_schema(client):
+    forms_of(client).limits = Limits(longest=0.01)
     error = error_of(client, 429, **GREEDY, **by(COLOUR))
     assert error["message"].startswith("The server had no time to compile the schema")
-    monkeypatch.undo()
+    forms_of(client).limits = Limits()
     assert ask(client, **GREEDY, **by(COLOUR))["choices"]  # it isn't remembered
 
 
-def test_the_proofs_that_are_remembered_are_bounded(client, monkeypatch):
-    monkeypatch.setattr(json_form, "MOST_PROOFS", 2)
+def test_the_proofs_that_are_remembered_are_bounded(client):
+    forms_of(client).limits = Limits(proofs=2)
     for value in range(4):
         ask(client, **GREEDY, **by({"const": value}))
-    assert len(client.app.state.service.backend._forms._proofs) == 2
+    assert len(forms_of(client).proofs) == 2

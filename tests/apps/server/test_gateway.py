@@ -12,7 +12,7 @@ import time
 import pytest
 
 from fake_engine import ASK, BASE, CACHED, NAMES, PIECES, chosen_by, engine_of, gateway, numbered
-from phatgoose.apps.server import Upstream, upstream
+from phatgoose.apps.server import Upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.expert import LAYOUT
@@ -35,11 +35,7 @@ EXPERT = {**ASK, "model": "e1"}
 STREAM = {**EXPERT, "stream": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurried(embedder_for_all):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upstream, "CHECKING", 0.05)
-        yield
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def engine(fake):
 
 
 @pytest.fixture(scope="module")
-def client(place, fake, hurried):
+def client(place, fake, embedder_for_all):
     with gateway(place, fake) as client:
         yield client
 

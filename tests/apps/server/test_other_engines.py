@@ -3,18 +3,13 @@
 import pytest
 
 from fake_engine import ASK, BASE, NAMES, engine_of, gateway, numbered
-from phatgoose.apps.server import ServedModel, Upstream, create_app, upstream
+from phatgoose.apps.server import ServedModel, Upstream, create_app
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from serving import CHATS, PATH, ask, error_of, health_of, text_of, until
 from topic_prompts import OWNERS, PROMPTS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def hurried(embedder_for_all):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upstream, "CHECKING", 0.05)
-        yield
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from architectures import make_tiny
 from fake_engine import NAMES
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
 from phatgoose.apps.server.local.runner import LoadedModel
-from phatgoose.apps.server.protocol import Deadline, RoutingOverride
+from phatgoose.apps.server.protocol import RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
-from phatgoose.apps.server.service import Turns, in_thread
+from phatgoose.apps.server.turns import Deadline, Turns, in_thread
 from phatgoose.config import Routing
 from phatgoose.errors import BaseModelError, ConfigError, PhatgooseError
 from phatgoose.routing.compose import compose, save

@@ -7,20 +7,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from fake_engine import ASK, BASE, NAMES, engine_of, gateway, numbered
-from phatgoose.apps.server import service, upstream
 from phatgoose.config import Serving
 from serving import PATH, ask, beside, chunks_of, counts_of, error_of, health_of, text_of, until
 
 E1 = {**ASK, "model": "e1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurried(embedder_for_all):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upstream, "CHECKING", 0.05)
-        patch.setattr(service, "LOOKING", 0.05)
-        patch.setattr(service, "AGAIN", 0.2)
-        yield
+pytestmark = pytest.mark.usefixtures("embedder_for_all")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 A request passes guards (it is counted, allowed and read), service (whose methods are the routes
 that app declares), requests (its texts become tokens), local/ (batches of sequences pass through
 models) and replies. In front of another engine upstream/ stands for local/: both are a `Backend`.
-`protocol` has bodies and errors, `settings` the models' places as an operator writes them.
+`protocol` has bodies and errors, `turns` the queues in which clients wait, `settings` the models'
+places as an operator writes them. docs/design.md draws the way of a chat.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,7 @@ from ...errors import PhatgooseError
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
 from .local import LocalBackend
 from .local.runner import ModelRunner, load_models
-from .protocol import REQUESTABLE_ROUTERS, ApiError, for_clients
+from .protocol import REQUESTABLE_ROUTERS, ApiError, Fields, for_clients
 from .requests import invalid
 from .service import Service
 from .settings import ServedModel, Upstream
@@ -45,10 +45,12 @@ ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
 SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
 PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
 # The browser is let run only these scripts and styles, and reach only this server.
-ALLOWED = [f"'sha256-{b64encode(sha256(x.encode()).digest()).decode()}'" for x in (SCRIPT, CSS)]
+SCRIPT_HASH, CSS_HASH = (
+    b64encode(sha256(text.encode()).digest()).decode() for text in (SCRIPT, CSS)
+)
 HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; script-src {ALLOWED[0]}; style-src {ALLOWED[1]}; "
+        f"default-src 'none'; script-src 'sha256-{SCRIPT_HASH}'; style-src 'sha256-{CSS_HASH}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
@@ -71,13 +73,14 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         return invalid(error).reply
     if not isinstance(error, HTTPException):
-        is_ours = isinstance(error, PhatgooseError)
-        message = for_clients(error) if is_ours else "The server failed; its log says more."
+        message = "The server failed; its log says more."
+        if isinstance(error, PhatgooseError):
+            message = for_clients(error)
         return ApiError(500, message).reply
     message = str(error.detail)
     if error.status_code == 404:  # of a path
-        there = ", ".join(each.path for each in request.app.routes if "/v1" in each.path)
-        message = f"{message}: there are {there}; answers aren't kept."
+        paths = [route.path for route in request.app.routes if "/v1" in route.path]
+        message = f"{message}: there are {', '.join(paths)}; answers aren't kept."
     return ApiError(error.status_code, message, error.headers).reply
 
 
@@ -85,7 +88,7 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE, headers=HEADERS)
 
 
-def routes_of(service: AnyService) -> list[tuple[str, Any, str, dict[str, Any]]]:
+def routes_of(service: AnyService) -> list[tuple[str, Callable[..., object], str, Fields]]:
     """(path, endpoint, summary, options) of each route."""
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
     answering = {"methods": ["POST"], "responses": {200: ANSWERED}}
@@ -116,7 +119,8 @@ def create_app(
     (`AccessControl`, also for keys that may use some experts only). Raises what opening a model
     does, and ConfigError for a key of experts that no model has.
     """
-    limits, metrics = serving or Serving(), Metrics()
+    limits = serving or Serving()
+    metrics = Metrics()
     service: AnyService
     if upstreams:
         links = Links(upstreams, metrics, are_shared=len(api_keys) > 1)
@@ -129,12 +133,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        following = asyncio.ensure_future(service.follow()) if limits.watch else None
+        tasks = [asyncio.ensure_future(service.follow())] if limits.watch else []
         try:
             yield
         finally:
-            if following is not None:
-                following.cancel()
+            for task in tasks:
+                task.cancel()
             await service.close()
 
     app = FastAPI(
@@ -149,10 +153,10 @@ def create_app(
     )
     app.state.service = service
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
-    keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
     for path, endpoint, summary, options in routes_of(service):
-        needed = [] if path in OPEN else keyed
-        app.add_api_route(path, endpoint, summary=summary, dependencies=needed, **options)
+        has_key = bool(api_keys) and path not in OPEN
+        keyed = [Depends(scheme)] if has_key else []  # for the schema; RequestGuard checks keys
+        app.add_api_route(path, endpoint, summary=summary, dependencies=keyed, **options)
     app.add_middleware(RequestGuard, access=access, metrics=metrics)
     for kind in (HTTPException, RequestValidationError, PhatgooseError, Exception):
         app.add_exception_handler(kind, refused)
@@ -192,26 +196,30 @@ def leave() -> NoReturn:
 
 
 def server_of(
-    app: Any, host: str, port: int, limits: Serving, patience: float = PATIENCE
+    app: FastAPI, host: str, port: int, limits: Serving, patience: float = PATIENCE
 ) -> uvicorn.Server:
     """The uvicorn server of `app`, with limits on connections, headers and time.
 
     It closes connections whose client hasn't sent a request, or read on, for `patience` seconds;
     RequestGuard gives bodies their time.
     """
-    looks = dict[Any, tuple[object, float]]()  # what each connection waits for, and since when
+    looks = dict[Any, tuple[object, float]]()  # what each connection is at, and since when
 
     async def look() -> None:
-        now, before = time.monotonic(), {**looks}
+        now = time.monotonic()
+        before = {**looks}
         looks.clear()
-        for each in list[Any](server.server_state.connections):
-            cycle = each.cycle  # of uvicorn: one request and its answer
-            waits = cycle is None or cycle.response_complete or each.flow.write_paused
-            state = cycle, waits, each.transport.get_write_buffer_size()
-            last, since = before.get(each, (None, now))
-            looks[each] = state, since if state == last else now
-            if waits and now - looks[each][1] > patience:
-                each.transport.abort()
+        for connection in list[Any](server.server_state.connections):
+            cycle = connection.cycle  # of uvicorn: one request and its answer
+            is_idle = cycle is None or cycle.response_complete
+            waits = is_idle or connection.flow.write_paused
+            state = cycle, waits, connection.transport.get_write_buffer_size()
+            last, since = before.get(connection, (None, now))
+            if state != last:
+                since = now
+            looks[connection] = state, since
+            if waits and now - since > patience:
+                connection.transport.abort()
 
     config = uvicorn.Config(
         app,

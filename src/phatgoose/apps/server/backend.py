@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from ...config import Routing, Serving
 from ...experts.pool import Pool
-from .protocol import AnyRequest
-from .replies import Reply, Weights
-from .requests import Asked, Frame
+from .protocol import AnyRequest, Weights
+from .replies import Reply
+from .requests import Frame, PreparedRequest
 from .settings import ServedModel
 
 
@@ -89,7 +89,9 @@ class Backend(Protocol[R]):
     def check(self, request: AnyRequest, model: Served[R]) -> None:
         """Raise ApiError for what can't be answered."""
 
-    async def begin(self, asked: Asked, runner: R) -> tuple[Reply, list[Weights] | None]:
+    async def begin(
+        self, prepared: PreparedRequest, runner: R
+    ) -> tuple[Reply, list[Weights] | None]:
         """The answers, begun, and each prompt's experts, None by token. Raises ApiError."""
 
     async def take(self, models: Mapping[str, Served[R]]) -> None:

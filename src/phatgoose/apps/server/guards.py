@@ -9,7 +9,7 @@ import ipaddress
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -33,9 +33,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ours: Any = {"namespace": "phatgoose", "registry": self.registry}
-        kinds: Any = Counter, Gauge, Histogram
-        self.counter, self.gauge, self.histogram = (partial(each, **ours) for each in kinds)
+
+        def ours(kind: Any) -> Any:
+            return partial(kind, namespace="phatgoose", registry=self.registry)
+
+        self.counter: Callable[..., Counter] = ours(Counter)
+        self.gauge: Callable[..., Gauge] = ours(Gauge)
+        self.histogram: Callable[..., Histogram] = ours(Histogram)
         self.requests = self.counter("requests", "Requests answered.", ["path", "status"])
         words = "Seconds from a request to the end of its answer."
         self.seconds = self.histogram("request_seconds", words, ["path"], buckets=SECONDS)
@@ -66,15 +70,18 @@ class AccessControl:
         names = {host_of(host) for host in hosts}
         self._any = ANY_HOST in hosts
         self._addresses = bool(names & {"0.0.0.0", "::", ""})
-        here = {socket.gethostname().lower()} if self._addresses else set()
-        self._hosts = {*LOOPBACK, *names, *here}
-        self._digests, self.experts = list[bytes](), dict[str, frozenset[str]]()
+        self._hosts = names.union(LOOPBACK)
+        if self._addresses:
+            self._hosts.add(socket.gethostname().lower())
+        self._digests = list[bytes]()
+        self.experts = dict[str, frozenset[str]]()
         for written in keys:
             key, _, experts = written.rpartition("=")
-            is_limited = bool(key and experts)  # keys may end in "="
-            digest = hashlib.sha256((key if is_limited else written).encode()).digest()
+            if not (key and experts):  # keys may end in "="
+                key = written
+            digest = hashlib.sha256(key.encode()).digest()
             self._digests.append(digest)
-            if is_limited:
+            if key != written:
                 self.experts[_name_of(digest)] = frozenset(experts.split("+"))
 
     def check(self, scope: Scope) -> str:
@@ -82,13 +89,14 @@ class AccessControl:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         for name in map(host_of, hosts):
+            is_ours = self._any or name in self._hosts
             # A page whose name was made to resolve here (DNS rebinding) asks for that name.
-            if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
+            if not is_ours and not (self._addresses and _is_address(name)):
                 message = "The Host header's name isn't this server's; --allow-host adds names."
                 raise ApiError(403, message, code="unknown_host")
         # A browser names the page that asks; pages of other servers may only read.
-        origins = [each.partition("://")[2].lower() for each in headers.getlist("origin")]
-        if scope["method"] not in SAFE and set(origins) - {host.lower() for host in hosts}:
+        origins = {origin.partition("://")[2].lower() for origin in headers.getlist("origin")}
+        if scope["method"] not in SAFE and not origins.issubset(map(str.lower, hosts)):
             message = "Pages of other servers may not use this one."
             raise ApiError(403, message, code="foreign_origin")
         if not self._digests or scope["path"] in OPEN:
@@ -96,7 +104,7 @@ class AccessControl:
         scheme, key = get_authorization_scheme_param(headers.get("authorization"))
         # All keys are compared, by digest and in constant time, so that timing reveals nothing.
         digest = hashlib.sha256(key.encode(errors="replace")).digest()
-        same = [hmac.compare_digest(digest, each) for each in self._digests]
+        same = [hmac.compare_digest(digest, other) for other in self._digests]
         if scheme.lower() != "bearer" or not sum(same):
             message = "This server requires an API key: 'Authorization: Bearer KEY'."
             raise ApiError(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
@@ -125,7 +133,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _network_of(client: Sequence[Any] | None) -> str:
+def _network_of(client: Sequence[object] | None) -> str:
     name = str(client[0]) if client else "unknown"
     with suppress(ValueError):  # no address of IPv6
         address = ipaddress.IPv6Address(name.partition("%")[0])
@@ -155,15 +163,20 @@ class RequestGuard:
         most: int = MOST_BODY,
         seconds: float = PATIENCE,
     ) -> None:
-        self._app, self._access, self._metrics = app, access, metrics
-        self._most, self._seconds = most, seconds
+        self._app = app
+        self._access = access
+        self._metrics = metrics
+        self._most = most
+        self._seconds = seconds
         self.size = 0  # bytes of all bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status, received = time.perf_counter(), CLIENT_GONE, receive
+        begun = time.perf_counter()
+        status = CLIENT_GONE
+        received = receive
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -188,15 +201,16 @@ class RequestGuard:
             status = 500
             raise
         finally:
-            path = str(getattr(scope.get("route"), "path", ""))
+            path = getattr(scope.get("route"), "path", "")
             if not path:  # refused here, or unknown
-                paths = (each.path for each in scope["app"].routes)
+                paths = [route.path for route in scope["app"].routes]
                 path = scope["path"] if scope["path"] in paths else UNROUTED
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
     async def _body_of(self, scope: Scope, receive: Receive) -> bytes:
-        request, content = Request(scope, receive), bytearray()
+        request = Request(scope, receive)
+        content = bytearray()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page can't make a browser send this type to another server without asking that first.
         if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):

@@ -6,14 +6,12 @@ they ask for nothing, or forwards them. Docstrings of bodies are part of /openap
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -31,6 +29,9 @@ from ...untrusted_text import UntrustedText
 MOST_SHOWN = 500  # characters of an error
 SHOWN = 60  # characters of a field's name that an error repeats
 INVALID = "invalid_request"
+
+Fields: TypeAlias = dict[str, Any]  # of an object in JSON
+Weights: TypeAlias = dict[str, float]  # of experts by name, best first; none of the base
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
@@ -50,7 +51,8 @@ class ApiError(HTTPException):
         param: str | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        usual = "server_error" if status >= 500 else "invalid_request_error"
+        kind = KINDS.get(status, usual)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @property
@@ -77,30 +79,6 @@ def without_paths(message: str) -> str:
     return PATH.sub(lambda path: re.split(r"[/\\]", path[0])[-1], message)
 
 
-class Deadline:
-    """A request may take `seconds` from now on; made in the event loop."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self._end = seconds, asyncio.get_running_loop().time() + seconds
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self._end - asyncio.get_running_loop().time())
-
-    @asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
-        """Raise ApiError for what takes longer."""
-        try:
-            async with asyncio.timeout(self.left):
-                yield
-        except TimeoutError:
-            raise self.missed() from None
-
-    def missed(self) -> ApiError:
-        message = f"The answer took longer than {self.seconds:g} seconds."
-        return ApiError(504, message, code="timeout")
-
-
 ANY_MODEL = "auto"  # the first model of a gateway
 
 # Requests.
@@ -111,23 +89,30 @@ SEEDS = 1 << 63
 # What a router can't get from a request: weights have a field of their own, and which files the
 # server reads is not a client's to say.
 LACKING = {"weights", "task", "examples"}
-REQUESTABLE_ROUTERS = AUTO, *(n for n, each in all_routers().items() if not LACKING & {*each.given})
+_complete = [name for name, rule in all_routers().items() if LACKING.isdisjoint(rule.given)]
+REQUESTABLE_ROUTERS = AUTO, *_complete
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
+def _wrong(why: str) -> PydanticCustomError:
+    """An error of pydantic's that says why."""
+    return PydanticCustomError("wrong", "{why}", {"why": why})
+
+
 def _requestable(router: str) -> str:
     name = router.partition(":")[0]
-    hint = closest(name, REQUESTABLE_ROUTERS)
-    why = f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}"
+    if name not in REQUESTABLE_ROUTERS:
+        hint = closest(name, REQUESTABLE_ROUTERS)
+        raise _wrong(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}.{hint}")
+    if router == AUTO:
+        return router
     try:
-        if name in REQUESTABLE_ROUTERS:
-            return router if router == AUTO else canonical(router)
+        return canonical(router)
     except ConfigError as error:
-        why = str(error)
-    raise PydanticCustomError("router", "{why}", {"why": why})
+        raise _wrong(str(error)) from error
 
 
 Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
@@ -135,11 +120,12 @@ Weight = Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 Mixture = Annotated[dict[Name, Weight], Field(min_length=1, max_length=MOST_MIXED)]
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 # One form inside, so that an error is of the form that a field has.
-ONE_OR_MANY = BeforeValidator(
-    lambda value: [value] if isinstance(value, str) else value,
-    json_schema_input_type=str | list[str],
-)
+ONE_OR_MANY = BeforeValidator(_listed, json_schema_input_type=str | list[str])
 Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True), ONE_OR_MANY]
 Prompts = Annotated[
     list[str], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True), ONE_OR_MANY
@@ -155,17 +141,17 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # What gives a template its chat: a client's would be read in place of the one that was routed.
 RENDERS = PreTrainedTokenizerBase.apply_chat_template, UntrustedText.read
-NOT_VARIABLES = {"messages"}.union(*(inspect.signature(each).parameters for each in RENDERS))
+_parameters = [inspect.signature(render).parameters for render in RENDERS]
+NOT_VARIABLES = {"messages"}.union(*_parameters)
 
 
-def _without_chats(variables: dict[str, Any]) -> dict[str, Any]:
+def _without_chats(variables: Fields) -> Fields:
     for name in NOT_VARIABLES & variables.keys():
-        why = f"{name} is not a variable of the template's that a request may set."
-        raise PydanticCustomError("variables", "{why}", {"why": why})
+        raise _wrong(f"{name} is not a variable of the template's that a request may set.")
     return variables
 
 
-Variables = Annotated[dict[Name, Any], AfterValidator(_without_chats)]
+Variables = Annotated[dict[Name, object], AfterValidator(_without_chats)]
 Finish = Literal["stop", "length"]
 
 
@@ -186,15 +172,39 @@ class RoutingOverride:
 ANSWERED = {"annotations", "logprobs"}  # fields of a text that was an answer
 # Undeclared fields that ask for nothing: the first with any value, the others with these values.
 # Nor do nulls, empty lists and empty objects ask for anything.
-IDLE = {"cache_control", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
-IDLE |= {"user", "truncation", "include_obfuscation", "client_metadata", *ANSWERED}
-IDLE |= {"service_tier", "verbosity", "prediction", "reasoning_content"}
-IDLE |= {"prompt_cache_retention", "prompt_cache_options"}
-IDLE_VALUES: dict[str, tuple[Any, ...]] = {"store": (False,), "modalities": (["text"],)}
-IDLE_VALUES |= {"continue_final_message": (False,), "add_generation_prompt": (True,)}
-IDLE_VALUES |= {"tool_choice": ("none",), "best_of": (1,), "echo": (False,), "suffix": ("",)}
-IDLE_VALUES |= {"repeat_penalty": (1,), "typical_p": (1,), "min_tokens": (0,)}  # of other servers
-IDLE_VALUES |= dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,))
+IDLE = {
+    "cache_control",
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "user",
+    "truncation",
+    "include_obfuscation",
+    "client_metadata",
+    *ANSWERED,
+    "service_tier",
+    "verbosity",
+    "prediction",
+    "reasoning_content",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+}
+IDLE_VALUES: dict[str, tuple[object, ...]] = {
+    "store": (False,),
+    "modalities": (["text"],),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "tool_choice": ("none",),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    # Of other servers.
+    "repeat_penalty": (1,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+}
 
 
 class Strict(BaseModel):
@@ -204,20 +214,28 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        fields = body.items() if isinstance(body, dict) else None
-        return body if fields is None else {n: each for n, each in fields if each is not None}
+    def _without_nulls(cls, body: object) -> object:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+    @property
+    def extra(self) -> Fields:
+        """The undeclared fields."""
+        return self.model_extra or {}
 
     def undeclared(self, place: tuple[str, ...] = ()) -> Iterator[tuple[Strict, tuple[str, ...]]]:
         """(what it is a field of, where it is) of each undeclared field, here and inside."""
-        for name in self.model_extra or ():
+        for name in self.extra:
             yield self, (*place, name)
         for field in type(self).model_fields:
-            value, name = getattr(self, field), self.sent_as(field)
-            for number, each in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(each, Strict):
-                    inside = (name, str(number)) if isinstance(value, list) else (name,)
-                    yield from each.undeclared((*place, *inside))
+            inside = (*place, self.sent_as(field))
+            value = getattr(self, field)
+            if isinstance(value, Strict):
+                yield from value.undeclared(inside)
+            for number, part in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(part, Strict):
+                    yield from part.undeclared((*inside, str(number)))
 
     @classmethod
     def sent_as(cls, field: str) -> str:
@@ -235,7 +253,7 @@ class ResponseFormat(Strict):
     """The form of an answer: text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = Field(None, description="With the schema in it.")
+    json_schema: Fields | None = Field(None, description="With the schema in it.")
 
 
 class GenerationRequest(Strict):
@@ -275,12 +293,12 @@ class GenerationRequest(Strict):
     )
 
     @property
-    def schema_asked(self) -> Any:
+    def schema_of_answers(self) -> Fields | None:
         """The schema that an answer keeps to; None for text."""
         form = self.response_format
         if form is None or form.type == "text":
             return None
-        schema = (form.json_schema or {}).get("schema")
+        schema: Fields | None = (form.json_schema or {}).get("schema")
         return {"type": "object"} if schema is None else schema
 
     @property
@@ -304,7 +322,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _few(self) -> CompletionRequest:
         if len(self.prompt) * (self.n or 1) > MOST_ANSWERS:
-            raise PydanticCustomError("answers", f"Prompts times n may be {MOST_ANSWERS} answers.")
+            raise _wrong(f"Prompts times n may be {MOST_ANSWERS} answers.")
         return self
 
 
@@ -320,7 +338,7 @@ class Function(Strict):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = Field(None, description="Handed to the template.")
-    parameters: dict[str, Any] | None = Field(None, description="The arguments' JSON schema.")
+    parameters: Fields | None = Field(None, description="The arguments' JSON schema.")
     strict: bool | None = Field(False, description="Its calls keep to the schema in any case.")
 
 
@@ -332,13 +350,16 @@ class Tool(Strict):
 
 
 MOST_MESSAGES = 5_000  # of a conversation, or parts of a message
+
+
+def _in_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
 Content = Annotated[
     list[TextPart],
     Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-    BeforeValidator(
-        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
-        json_schema_input_type=str | list[TextPart],
-    ),
+    BeforeValidator(_in_parts, json_schema_input_type=str | list[TextPart]),
 ]
 
 
@@ -348,13 +369,13 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="Of an assistant it may be null.")
     name: str | None = Field(None, description="Handed to the template.")
-    tool_calls: list[dict[str, Any]] | None = Field(None, max_length=128, fail_fast=True)
+    tool_calls: list[Fields] | None = Field(None, max_length=128, fail_fast=True)
     tool_call_id: Name | None = Field(None, description="Of a tool: the call that it answers.")
 
     @model_validator(mode="after")
     def _said(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("content", "Only an assistant's content may be null.")
+            raise _wrong("Only an assistant's content may be null.")
         return self
 
     @property
@@ -362,19 +383,21 @@ class Message(Strict):
         return "".join(part.text for part in self.content or ())
 
     @property
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Fields:
         """The message as chat templates know it, text only."""
+        more = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_unset=True)
         # OpenAI's newer name, and the one that templates know.
         role = "system" if self.role == "developer" else self.role
-        more = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_unset=True)
         return {"role": role, "content": self.text, **more}
 
     @property
-    def sent(self) -> dict[str, Any]:
+    def sent(self) -> Fields:
         """The message as an engine is sent it: text as such, unless its parts say more."""
-        message = self.model_dump(exclude_unset=True) | {"role": self.plain["role"]}
-        is_text = not any((part.model_extra or {}).keys() - ANSWERED for part in self.content or ())
-        return message | ({"content": self.content and self.text} if is_text else {})
+        message = self.model_dump(exclude_unset=True)
+        message["role"] = self.plain["role"]
+        if all(part.extra.keys() <= ANSWERED for part in self.content or ()):
+            message["content"] = self.content and self.text
+        return message
 
 
 class ChatRequest(GenerationRequest):
@@ -388,15 +411,20 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Effort | None = Field(None, description="Handed to the template.")
     chat_template_kwargs: Variables | None = Field(None, description="Handed to the template.")
     tools: list[Tool] | None = Field(None, max_length=128, fail_fast=True)
-    tool_choice: str | dict[str, Any] | None = Field("auto", description="Or none, required, one.")
+    tool_choice: str | Fields | None = Field("auto", description="Or none, required, one.")
     parallel_tool_calls: bool | None = Field(True, description="Several calls in an answer.")
 
     @property
     def functions(self) -> list[Function]:
         """Those that the answer may call; empty where `tool_choice` is no valid one."""
-        known = {each.function.name: each.function for each in self.tools or () if each.function}
-        names = {name: {"type": "function", "function": {"name": name}} for name in known}
-        return [known[n] for n in known if self.tool_choice in ("auto", "required", names[n])]
+        tools = [tool.function for tool in self.tools or () if tool.function]
+        functions = {function.name: function for function in tools}
+        if self.tool_choice in ("auto", "required"):
+            return list(functions.values())
+        for name, function in functions.items():
+            if self.tool_choice == {"type": "function", "function": {"name": name}}:
+                return [function]
+        return []
 
 
 AnyRequest = CompletionRequest | ChatRequest
@@ -405,12 +433,18 @@ AnyRequest = CompletionRequest | ChatRequest
 def check_known(request: AnyRequest) -> None:
     """Raise ApiError for an undeclared field that asks for something."""
     for part, place in request.undeclared():
-        name, value = place[-1], (part.model_extra or {})[place[-1]]
+        name = place[-1]
         accepted = IDLE_VALUES.get(name, (None,))
-        if name in IDLE or place[0] == "tools" != name or value in ([], {}, *accepted):
+        is_of_a_tool = place[0] == "tools" and name != "tools"
+        asks_for_nothing = name in IDLE or part.extra[name] in ([], {}, *accepted)
+        if is_of_a_tool or asks_for_nothing:
             continue
-        known = list(map(part.sent_as, type(part).model_fields))
-        shown = [shortened(n, SHOWN)[1:-1] for n in place]
-        only, hint = " or ".join(map(json.dumps, accepted)), closest(name[:SHOWN], known)
-        message = f"{'.'.join(shown)}: only {only} is accepted; supported are {', '.join(known)}."
-        raise bad_request(f"{message}{hint}", shown[0], INVALID)
+        supported = [part.sent_as(field) for field in type(part).model_fields]
+        shown = [shortened(name, SHOWN)[1:-1] for name in place]
+        only = " or ".join(map(json.dumps, accepted))
+        raise bad_request(
+            f"{'.'.join(shown)}: only {only} is accepted; supported are {', '.join(supported)}."
+            f"{closest(name[:SHOWN], supported)}",
+            shown[0],
+            INVALID,
+        )

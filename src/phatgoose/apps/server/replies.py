@@ -6,14 +6,13 @@ Who computes them, here or in another engine, puts `Progress` into a `Reply`.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -21,28 +20,35 @@ from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
+from ...analysis.traces import TraceStream
 from ...base.detokenising import UNFINISHED
 from ...routing.choice import ALONE
-from .protocol import CLIENT_GONE, ApiError, ChatRequest, Deadline
-from .requests import Asked
+from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
+from .requests import PreparedRequest
+from .turns import Deadline
 
 Result = TypeVar("Result")
-Weights = dict[str, float]  # of experts by name, best first; none of the base
-EXPERTS, MOST_TOKENS = "X-Phatgoose-Experts", "X-Phatgoose-Max-Tokens"
+EXPERTS = "X-Phatgoose-Experts"
+MOST_TOKENS = "X-Phatgoose-Max-Tokens"
 MOST_OF_A_HEADER = 4000  # characters
 
 
-def headers_of(asked: Asked, chosen: Sequence[Weights] | None) -> dict[str, str]:
+def headers_of(prepared: PreparedRequest, chosen: Sequence[Weights] | None) -> dict[str, str]:
     """What is told before an answer: its most tokens, if more were asked for, and prompts' experts.
 
     Those of two prompts are written as reviews=0.71, trivia=0.29; base=1.
     """
-    cut = [each.decoding.max_tokens for each in asked.answers if each.decoding.is_cut]
-    headers = {MOST_TOKENS: str(min(cut))} if cut else {}
+    headers = {}
+    decodings = [answer.decoding for answer in prepared.answers]
+    cut = [decoding.max_tokens for decoding in decodings if decoding.is_cut]
+    if cut:
+        headers[MOST_TOKENS] = str(min(cut))
     if chosen is not None:
-        prompts = [sorted((each or ALONE).items(), key=lambda pair: -pair[1]) for each in chosen]
-        parts = (", ".join(f"{name}={weight:.4g}" for name, weight in each) for each in prompts)
-        headers[EXPERTS] = "; ".join(parts)[:MOST_OF_A_HEADER]
+        prompts = []
+        for experts in chosen:
+            best_first = sorted((experts or ALONE).items(), key=lambda pair: -pair[1])
+            prompts.append(", ".join(f"{name}={weight:.4g}" for name, weight in best_first))
+        headers[EXPERTS] = "; ".join(prompts)[:MOST_OF_A_HEADER]
     return headers
 
 
@@ -72,35 +78,52 @@ class Progress:
     choice: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
-    routing: tuple[Any, ...] = ()
+    routing: tuple[TraceStream, ...] = ()
     finish: str | None = None
     generated: int = 0
-    message: Mapping[str, Any] = field(default_factory=dict)
-    beside: Mapping[str, Any] = field(default_factory=dict)
-    reply: Mapping[str, Any] = field(default_factory=dict)
+    message: Fields = field(default_factory=dict)
+    beside: Fields = field(default_factory=dict)
+    reply: Fields = field(default_factory=dict)
 
     @staticmethod
     def joined(events: Sequence[Progress]) -> Progress:
         """One answer's events as one."""
-        last, text = events[-1], "".join(each.text for each in events)
-        told: dict[str, Any] = {"message": {}, "beside": {}, "reply": {}}
-        for event, level in itertools.product(events, told):
-            told[level] |= getattr(event, level)
-        if calls := [each for new in events for each in new.message.get("tool_calls") or ()]:
-            calls = [{n: v for n, v in each.items() if n != "index"} for each in calls]
-            told["message"].update(content=text or None, tool_calls=calls)
-        tokens = tuple(token for each in events for token in each.tokens)
-        routing = tuple(part for each in events for part in each.routing)
-        return replace(last, text=text, tokens=tokens, routing=routing, **told)
+        text = "".join(event.text for event in events)
+        message: Fields = {}
+        beside: Fields = {}
+        reply: Fields = {}
+        calls: list[Fields] = []
+        tokens: list[ScoredToken] = []
+        routing: list[TraceStream] = []
+        for event in events:
+            message |= event.message
+            beside |= event.beside
+            reply |= event.reply
+            calls += event.message.get("tool_calls") or ()
+            tokens += event.tokens
+            routing += event.routing
+        if calls:
+            for number, call in enumerate(calls):
+                calls[number] = {name: field for name, field in call.items() if name != "index"}
+            message |= {"content": text or None, "tool_calls": calls}
+        return replace(
+            events[-1],
+            text=text,
+            tokens=tuple(tokens),
+            routing=tuple(routing),
+            message=message,
+            beside=beside,
+            reply=reply,
+        )
 
 
 def routing_report(
     router: str,
     k: int | None,
     experts: Iterable[str],
-    tokens: Sequence[Mapping[str, Any]],
-    summary: Mapping[str, float],
-) -> dict[str, Any]:
+    tokens: Sequence[Fields],
+    summary: Weights,
+) -> Fields:
     """Which experts served an answer's `tokens`; `summary` has each expert's share of all so far.
 
     Each token has its text (`token`), its `part`, prompt or answer, its `stream`, and its `experts`
@@ -109,12 +132,18 @@ def routing_report(
     first could be sent. A `summary` of "base" says that no expert acts. `trace`, of the same
     tokens, is present if it was asked for (docs/analysis.md).
     """
-    rest = {"chosen": None, "trace": None}
-    named = {"router": router, "k": k, "experts": list(experts)}
-    return {**named, "tokens": list(tokens), "summary": dict(summary), **rest}
+    return {
+        "router": router,
+        "k": k,
+        "experts": list(experts),
+        "tokens": tokens,
+        "summary": summary,
+        "chosen": None,
+        "trace": None,
+    }
 
 
-Reports = Callable[[Progress], dict[str, Any] | None]
+Reports = Callable[[Progress], Fields | None]
 
 
 class Builder:
@@ -123,42 +152,54 @@ class Builder:
     `report` makes of an answer's progress what is told of its routing.
     """
 
-    def __init__(self, asked: Asked, report: Reports) -> None:
-        self.request, self._report = asked.request, report
-        self.is_chat = isinstance(asked.request, ChatRequest)
-        self._rows = [answer.row for answer in asked.answers]
-        self._prompt_tokens = [len(prompt.tokens) for prompt in asked.prompts]
-        self.answers, self._generated = len(asked.answers), [0] * len(asked.answers)
-        self._counted: dict[str, Any] = {}  # by an engine
-        name = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._identity: dict[str, Any] = {"id": name, "created": int(time.time())}
-        self._identity["model"] = asked.request.model
+    def __init__(self, prepared: PreparedRequest, report: Reports) -> None:
+        self.request = prepared.request
+        self._report = report
+        self.is_chat = isinstance(prepared.request, ChatRequest)
+        self._rows = [answer.row for answer in prepared.answers]
+        self._prompt_tokens = [len(prompt.tokens) for prompt in prepared.prompts]
+        self.answers = len(prepared.answers)
+        self._generated = [0] * self.answers
+        self._counted: Fields = {}  # by an engine
+        kind = "chatcmpl" if self.is_chat else "cmpl"
+        self._identity: Fields = {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": prepared.request.model,
+        }
 
     @property
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Fields:
         prompt = sum(self._prompt_tokens)
         answers = sum(self._generated)
-        total = prompt + answers
-        usage = {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": total}
-        return usage | (self._counted if self.answers == 1 else {})
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": answers,
+            "total_tokens": prompt + answers,
+        }
+        if self.answers == 1:
+            usage |= self._counted
+        return usage
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> list[Fields]:
         """The chunks before the first token: in chats, who speaks."""
+        chunks = []
         delta = {"role": "assistant", "content": ""}
-        numbers = range(self.answers if self.is_chat else 0)
-        return [self._chunk({"index": n, "delta": delta, "finish_reason": None}) for n in numbers]
+        for number in range(self.answers if self.is_chat else 0):
+            chunks.append(self._chunk({"index": number, "delta": delta, "finish_reason": None}))
+        return chunks
 
-    def chunks(self, progress: Progress) -> list[dict[str, Any]]:
+    def chunks(self, progress: Progress) -> list[Fields]:
         self._count(progress)
-        said = {"delta": {"content": progress.text, **progress.message}}
-        return [{**progress.reply, **self._chunk(self._choice(progress, said))}]
+        delta = {"content": progress.text, **progress.message}
+        return [{**progress.reply, **self._chunk(self._choice(progress, "delta", delta))}]
 
-    def closing(self) -> list[dict[str, Any]]:
+    def closing(self) -> list[Fields]:
         """The chunks after the last token: what was used, if that was asked for."""
         options = self.request.stream_options
         return [self._chunk(usage=self.usage)] if options and options.include_usage else []
 
-    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+    def failed(self, error: ApiError) -> list[Fields]:
         """The chunks that come in place of all others."""
         return [error.body]
 
@@ -169,40 +210,55 @@ class Builder:
         row = self._rows[progress.choice]
         self._prompt_tokens[row] = counted.get("prompt_tokens", self._prompt_tokens[row])
 
-    def _chunk(self, *choices: Any, usage: Any = None) -> dict[str, Any]:
+    def _chunk(self, *choices: Fields, usage: Fields | None = None) -> Fields:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {**self._identity, "object": kind, "choices": choices, "usage": usage}
 
-    def whole(self, events: Sequence[Sequence[Progress]]) -> dict[str, Any]:
-        answers, choices = [Progress.joined(each) for each in events], []
-        for each in answers:
-            self._count(each)
-            message = {"role": "assistant", "content": each.text, "refusal": None, **each.message}
-            choices.append(self._choice(each, {"message": message}))
-        reply = {**answers[-1].reply, **self._chunk(*choices, usage=self.usage)}
-        return reply | ({"object": "chat.completion"} if self.is_chat else {})
-
-    def _choice(self, progress: Progress, said: Mapping[str, Any]) -> dict[str, Any]:
-        tokens, report = progress.tokens, self._report(progress)
-        common = {"index": progress.choice, "finish_reason": progress.finish, "routing": report}
-        logprobs: dict[str, Any] | None = None
-        if self.is_chat:
-            if self.request.logprobs:
-                content = [
-                    _with_bytes(token.text, token.logprob)
-                    | {"top_logprobs": [_with_bytes(*each) for each in token.top]}
-                    for token in tokens
-                ]
-                logprobs = {"content": content, "refusal": None}
-            return {**common, **said, "logprobs": logprobs, **progress.beside}
-        if self.request.logprobs is not None:
-            logprobs = {
-                "tokens": [token.text for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [_by_text(token) for token in tokens],
-                "text_offset": [token.place for token in tokens],
+    def whole(self, events: Sequence[Sequence[Progress]]) -> Fields:
+        choices = []
+        for answer in map(Progress.joined, events):
+            self._count(answer)
+            message = {
+                "role": "assistant",
+                "content": answer.text,
+                "refusal": None,
+                **answer.message,
             }
-        return {**common, "text": progress.text, "logprobs": logprobs, **progress.beside}
+            choices.append(self._choice(answer, "message", message))
+        reply = {**answer.reply, **self._chunk(*choices, usage=self.usage)}
+        if self.is_chat:
+            reply["object"] = "chat.completion"
+        return reply
+
+    def _choice(self, progress: Progress, name: str, message: Fields) -> Fields:
+        """One of a reply's choices; a chat's has the `message` under this name."""
+        return {
+            "index": progress.choice,
+            "finish_reason": progress.finish,
+            "routing": self._report(progress),
+            **({name: message} if self.is_chat else {"text": progress.text}),
+            "logprobs": self._logprobs(progress.tokens),
+            **progress.beside,
+        }
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> Fields | None:
+        request = self.request
+        if isinstance(request, ChatRequest):
+            if not request.logprobs:
+                return None
+            content = []
+            for token in tokens:
+                top = [_with_bytes(text, logprob) for text, logprob in token.top]
+                content.append({**_with_bytes(token.text, token.logprob), "top_logprobs": top})
+            return {"content": content, "refusal": None}
+        if request.logprobs is None:
+            return None
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [_by_text(token) for token in tokens],
+            "text_offset": [token.place for token in tokens],
+        }
 
 
 def _by_text(token: ScoredToken) -> dict[str, float]:
@@ -213,34 +269,60 @@ def _by_text(token: ScoredToken) -> dict[str, float]:
     return by_text
 
 
-def _with_bytes(text: str, logprob: float) -> dict[str, Any]:
+def _with_bytes(text: str, logprob: float) -> Fields:
     # A part of a character has no bytes; they come with its last token.
     content = None if UNFINISHED in text else list(text.encode())
     return {"token": text, "logprob": logprob, "bytes": content}
+
+
+def beginning_of(stops: Sequence[str], text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `stops`."""
+    longest = 0
+    for stop in stops:
+        place = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+        while place >= 0 and not stop.startswith(text[place:]):
+            place = text.find(stop[0], place + 1)
+        if place >= 0:
+            longest = max(longest, len(text) - place)
+    return longest
 
 
 class Reply:
     """The answers to one request while they come, due by `deadline`; made in the event loop.
 
     Whoever computes them puts what is new into `events`, which holds `room` of them (0: any
-    number), or an error. `at_end` frees the places of unfinished answers: close it in any case.
+    number), or an error. `at_end` has what is done when the reply is closed, which it must be in
+    any case: the places of unfinished answers are freed.
     """
 
     def __init__(self, builder: Builder, deadline: Deadline, room: int = 0) -> None:
-        self.builder, self._deadline = builder, deadline
-        self.at_end = ExitStack()
+        self.builder = builder
+        self._deadline = deadline
+        self.at_end: list[Callable[[], object]] = []
         self.events: asyncio.Queue[Progress | ApiError] = asyncio.Queue(room)
         self._first: Progress | None = None
 
+    def close(self) -> None:
+        for end in self.at_end:
+            end()
+
     async def begun(self, http: Request) -> None:
-        """Wait for what is first. Raises ApiError when that is an error, or no one waits."""
-        self._first = await unless_gone(http, self._next())
+        """Wait for what is first. Raises ApiError when that is an error, or no one waits.
+
+        Then it is closed.
+        """
+        try:
+            self._first = await unless_gone(http, self._next())
+        except BaseException:
+            self.close()
+            raise
 
     async def progress(self) -> AsyncIterator[Progress]:
         """What is new, until all answers are finished. Raises ApiError."""
         left = self.builder.answers
         while left:
-            event, self._first = self._first or await self._next(), None
+            event = self._first or await self._next()
+            self._first = None
             left -= event.finish is not None
             yield event
 
@@ -275,9 +357,10 @@ class Reply:
         return event
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """What `work` returns; ApiError when the client disconnects before."""
-    gone, task = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -293,28 +376,29 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def written(content: Any) -> str:
+def written(content: object) -> str:
     """`content` as JSON, in which numbers beyond its range are null."""
     return to_json(content, inf_nan_mode="null").decode()
 
 
-def _events(make: Callable[..., list[dict[str, Any]]], *new: Any) -> str:
+def _events(make: Callable[..., list[Fields]], *new: object) -> str:
     """The chunks that come of what is `new`, as events; those of the Responses API are named."""
-    chunks = make(*new)
-    names = [f"event: {each['type']}\n" if "sequence_number" in each else "" for each in chunks]
-    return "".join(f"{n}data: {written(each)}\n\n" for n, each in zip(names, chunks, strict=True))
+    events = ""
+    for chunk in make(*new):
+        if "sequence_number" in chunk:
+            events += f"event: {chunk['type']}\n"
+        events += f"data: {written(chunk)}\n\n"
+    return events
 
 
 class EventStream(StreamingResponse):
-    """A reply's events; `at_end` is closed when the client has them or is gone."""
+    """A reply's events; the reply is closed when the client has them or is gone."""
 
-    def __init__(self, reply: Reply, headers: Mapping[str, str], at_end: ExitStack) -> None:
+    def __init__(self, reply: Reply, headers: Mapping[str, str]) -> None:
         headers = {"Cache-Control": "no-store", **headers}
         super().__init__(reply.as_events(), media_type="text/event-stream", headers=headers)
-        self._at_end = at_end
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with closing(self._reply):
             await super().__call__(scope, receive, send)
-        finally:
-            self._at_end.close()

@@ -6,18 +6,23 @@ Forms are those of openai 3.57.
 from __future__ import annotations
 
 import secrets
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
 from ...files import shortened
-from .protocol import INVALID, SHOWN, ApiError, ChatRequest, Message, bad_request
+from .protocol import INVALID, SHOWN, ApiError, ChatRequest, Fields, Message, bad_request
 from .replies import Builder, Progress, Reports
-from .requests import Asked
+from .requests import PreparedRequest
 
-Fields = dict[str, Any]
-NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
-NAMES |= {"reasoning_effort": "reasoning"}  # of chats, and of responses
+# Fields of chats, and of responses.
+NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text",
+    "reasoning_effort": "reasoning",
+}
 KEPT = "store", "previous_response_id", "conversation", "background", "prompt"
 KEEPS_NOTHING = "This server keeps nothing: send the whole conversation as input, and store: false."
 
@@ -36,22 +41,20 @@ class ResponsesRequest(ChatRequest):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_chat(cls, body: Any) -> Any:
-        # Of another kind than it should be, a value is left for chats to refuse.
-        fields = {**body} if isinstance(body, dict) else {}
+    def _as_chat(cls, body: object) -> Fields:
+        # What has another form than it should is left for chats to refuse.
+        fields: Fields = {**body} if isinstance(body, dict) else {}
         for name in KEPT:
             if fields.pop(name, None):
                 raise bad_request(f"{name}: {KEEPS_NOTHING}", name, INVALID)
-        items = fields.get("input")
-        items = [{"role": "user", "content": items}] if isinstance(items, str) else items
-        if isinstance(tools := fields.get("tools"), list):  # Codex always sends other kinds too
-            known = [each for each in tools if _inside(each, "type") in ("function", [each])]
-            tools = [_nested("function", each) for each in known] or None
-        choice = _nested("function", fields.get("tool_choice"))  # engines refuse auto without tools
-        fields |= {"tools": tools, "tool_choice": None if choice == "auto" else choice}
-        fields["reasoning"] = _inside(fields.get("reasoning") or {}, "effort")
-        fields["text"] = _nested("json_schema", _inside(fields.get("text") or {}, "format"))
-        return {**fields, "input": _messages(items) if isinstance(items, list) else items}
+        return {
+            **fields,
+            "input": _messages(fields.get("input")),
+            "tools": _functions(fields.get("tools")),
+            "tool_choice": _choice(fields.get("tool_choice")),
+            "text": _format(fields.get("text")),
+            "reasoning": _effort(fields.get("reasoning")),
+        }
 
     @model_validator(mode="after")
     def _instructed(self) -> ResponsesRequest:
@@ -62,38 +65,77 @@ class ResponsesRequest(ChatRequest):
         return self
 
 
-def _messages(items: list[Any]) -> list[Fields]:
+def _messages(items: object) -> object:
     """A chat's messages; an assistant's calls are in one with what it said before them."""
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    if not isinstance(items, list):
+        return items
     messages = list[Fields]()
     for item in items:
-        kind = _inside(item, "type") or "message"
-        if kind == "function_call":
-            function = {name: item.get(name) for name in ("name", "arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
+        kind = _kind_of(item)
+        if kind == "message":
+            message = {"role": item.get("role"), "content": item.get("content")}
+            messages.append({**message, "tool_call_id": item.get("call_id")})
+        elif kind == "function_call_output":
+            message = {"role": "tool", "content": item.get("output")}
+            messages.append({**message, "tool_call_id": item.get("call_id")})
+        elif kind == "function_call":
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
             messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind in ("message", "function_call_output"):
-            role, name = ("tool", "output") if kind != "message" else (item.get("role"), "content")
-            message = {"role": role, "content": item.get(name), "tool_call_id": item.get("call_id")}
-            messages.append(message)
         elif kind != "reasoning":  # which clients send back
-            why = f"input: {shortened(str(kind), SHOWN)} is no message or function_call"
+            why = f"input: {shortened(kind, SHOWN)} is no message or function_call"
             raise bad_request(f"{why}. {KEEPS_NOTHING}", "input", INVALID)
     return messages
 
 
-def _inside(value: Any, name: str) -> Any:
-    """A field of an object; of anything else a list with it, which is refused as a field."""
-    return value.get(name) if isinstance(value, dict) else [value]
+def _kind_of(item: object) -> str:
+    """An item's type; of what is no object, how it is shown in the refusal."""
+    return str(item.get("type") or "message") if isinstance(item, dict) else str([item])
 
 
-def _nested(kind: str, flat: Any) -> Any:
+def _functions(tools: object) -> object:
+    """The functions among the tools, in chats' form; Codex always sends other kinds too."""
+    if not isinstance(tools, list):
+        return tools
+    functions = []
+    for tool in tools:
+        if not isinstance(tool, dict) or tool.get("type") == "function":
+            functions.append(_nested("function", tool))
+    return functions or None  # engines refuse an empty list
+
+
+def _choice(choice: object) -> object:
+    """A chat's tool_choice; engines refuse auto without tools."""
+    return None if choice == "auto" else _nested("function", choice)
+
+
+def _format(text: object) -> object:
+    """A chat's response_format."""
+    if not isinstance(text, dict):
+        return text or None
+    return _nested("json_schema", text.get("format"))
+
+
+def _effort(reasoning: object) -> object:
+    """A chat's reasoning_effort."""
+    if not reasoning:
+        return None
+    return reasoning.get("effort") if isinstance(reasoning, dict) else [reasoning]  # is refused
+
+
+def _nested(kind: str, flat: object) -> object:
     """A tool or a format: what is beside a type here is one level below in chats."""
     if not isinstance(flat, dict):
         return flat
-    fields = {name: each for name, each in flat.items() if name != "type"}
-    return {"type": flat.get("type"), **({kind: fields} if fields else {})}
+    nested: Fields = {"type": flat.get("type")}
+    fields = {name: value for name, value in flat.items() if name != "type"}
+    if fields:
+        nested[kind] = fields
+    return nested
 
 
 TEXT = -1  # the number of the text among calls
@@ -103,8 +145,22 @@ CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # What a response has where its request doesn't say it, and what it has in any case.
 USUAL: Fields = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "metadata": {}}
 BEGUN: Fields = {"object": "response", "status": "in_progress", "output": [], "store": False}
-DETAILS = {"input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}
-DETAILS |= {"output_tokens_details": {"reasoning_tokens": 0}}
+DETAILS = {
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens_details": {"reasoning_tokens": 0},
+}
+
+
+class Item(NamedTuple):
+    """A part of a response: its fields, and those of its events that say where it is."""
+
+    fields: Fields
+    place: Fields
+
+    @property
+    def kind(self) -> str:
+        """How the events of its content are called."""
+        return KINDS[self.fields["type"]]
 
 
 class ResponseBuilder(Builder):
@@ -114,12 +170,21 @@ class ResponseBuilder(Builder):
     The last event reports the routing.
     """
 
-    def __init__(self, body: Fields, asked: Asked, report: Reports) -> None:
-        super().__init__(asked, report)
-        self._seen, self._items, self._made = list[Progress](), dict[int, list[Fields]](), 0
-        repeated = {n: each for n, each in body.items() if n != "input" and each is not None}
-        identity = {"id": f"resp_{secrets.token_hex(12)}", "created_at": self._identity["created"]}
-        self._response = {**USUAL, **repeated, **BEGUN, **identity}
+    def __init__(self, body: Fields, prepared: PreparedRequest, report: Reports) -> None:
+        super().__init__(prepared, report)
+        self._seen = list[Progress]()
+        self._items = dict[int, Item]()
+        self._events = 0
+        repeated = {
+            name: value for name, value in body.items() if name != "input" and value is not None
+        }
+        self._response: Fields = {
+            **USUAL,
+            **repeated,
+            **BEGUN,
+            "id": f"resp_{secrets.token_hex(12)}",
+            "created_at": self._identity["created"],
+        }
 
     def opening(self) -> list[Fields]:
         return [self._event(kind, response=self._response) for kind in ("created", "in_progress")]
@@ -127,48 +192,73 @@ class ResponseBuilder(Builder):
     def chunks(self, progress: Progress) -> list[Fields]:
         self._count(progress)
         self._seen.append(progress)
-        item: Fields = {"type": "message", "role": "assistant", "content": []}
-        events = self._said(TEXT, progress.text, item) if progress.text else []
+        events = list[Fields]()
+        if progress.text:
+            fields: Fields = {"type": "message", "role": "assistant", "content": []}
+            events += self._grown(TEXT, progress.text, fields)
         for number, call in enumerate(progress.message.get("tool_calls") or ()):
             function = call.get("function") or {}
-            item = {"type": "function_call", "call_id": call.get("id"), **function, "arguments": ""}
-            events += self._said(call.get("index", number), function.get("arguments") or "", item)
+            fields = {
+                "type": "function_call",
+                "call_id": call.get("id"),
+                **function,
+                "arguments": "",
+            }
+            arguments = function.get("arguments") or ""
+            events += self._grown(call.get("index", number), arguments, fields)
         return events
 
-    def _said(self, number: int, new: str, item: Fields) -> list[Fields]:
-        """The events of what is `new` of an item, which begins as `item` if it isn't there."""
+    def _grown(self, number: int, new: str, fields: Fields) -> list[Fields]:
+        """The events of what is `new` of an item, which has these `fields` if it begins."""
         events = []
         if number not in self._items:
-            item |= {"id": f"{item['type']}_{secrets.token_hex(12)}", "status": "in_progress"}
-            place = {"item_id": item["id"], "output_index": (index := len(self._items))}
-            self._items[number] = [item, place]
-            events.append(self._event("output_item.added", output_index=index, item={**item}))
+            index = len(self._items)
+            fields["id"] = f"{fields['type']}_{secrets.token_hex(12)}"
+            fields["status"] = "in_progress"
+            place: Fields = {"item_id": fields["id"], "output_index": index}
+            events.append(self._event("output_item.added", output_index=index, item={**fields}))
             if number == TEXT:
                 place |= {"content_index": 0, "logprobs": []}
                 events.append(self._event("content_part.added", **place, part={**PART, "text": ""}))
-        item, place = self._items[number]
+            self._items[number] = Item(fields, place)
+        item = self._items[number]
         if number != TEXT:
-            item["arguments"] += new
-        return [*events, self._event(f"{KINDS[item['type']]}.delta", **place, delta=new)]
+            item.fields["arguments"] += new
+        return [*events, self._event(f"{item.kind}.delta", **item.place, delta=new)]
 
     def closing(self) -> list[Fields]:
-        answer, used, events = Progress.joined(self._seen), self.usage, list[Fields]()
+        answer = Progress.joined(self._seen)
         reason = CUT.get(answer.finish or "")
         status = "incomplete" if reason else "completed"
-        for index, (item, place) in enumerate(self._items.values()):
-            item["status"], is_text = status, item["type"] == "message"
-            named = {name: item.get(name) for name in ("name", "arguments")}
-            said = {"text": answer.text} if is_text else named
-            events.append(self._event(f"{KINDS[item['type']]}.done", **place, **said))
-            if is_text:
-                item["content"] = [part := {**PART, **said}]
-                events.append(self._event("content_part.done", **place, part=part))
-            events.append(self._event("output_item.done", output_index=index, item=item))
-        usage = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
-        ended: Fields = {"status": status, "incomplete_details": reason and {"reason": reason}}
-        ended |= {"usage": {**usage, "total_tokens": used["total_tokens"], **DETAILS}}
-        ended |= {"output": [item for item, _ in self._items.values()]}
-        response = {**self._response, **ended, "routing": self._report(answer)}
+        events = list[Fields]()
+        for index, item in enumerate(self._items.values()):
+            fields = item.fields
+            fields["status"] = status
+            if fields["type"] == "message":
+                part = {**PART, "text": answer.text}
+                fields["content"] = [part]
+                events += [
+                    self._event(f"{item.kind}.done", **item.place, text=answer.text),
+                    self._event("content_part.done", **item.place, part=part),
+                ]
+            else:
+                named = {"name": fields.get("name"), "arguments": fields["arguments"]}
+                events.append(self._event(f"{item.kind}.done", **item.place, **named))
+            events.append(self._event("output_item.done", output_index=index, item=fields))
+        usage = self.usage
+        response = {
+            **self._response,
+            "status": status,
+            "incomplete_details": reason and {"reason": reason},
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "output_tokens": usage["completion_tokens"],
+                "total_tokens": usage["total_tokens"],
+                **DETAILS,
+            },
+            "output": [item.fields for item in self._items.values()],
+            "routing": self._report(answer),
+        }
         return [*events, self._event(status, response=response)]
 
     def failed(self, error: ApiError) -> list[Fields]:
@@ -176,11 +266,13 @@ class ResponseBuilder(Builder):
         failed = {**self._response, "status": "failed", "error": why}
         return [self._event("failed", response=failed)]
 
-    def whole(self, events: Any) -> Any:
+    def whole(self, events: Sequence[Sequence[Progress]]) -> Fields:
         for progress in events[0]:
             self.chunks(progress)
-        return self.closing()[-1]["response"]
+        response: Fields = self.closing()[-1]["response"]
+        return response
 
-    def _event(self, kind: str, **fields: Any) -> Fields:
-        self._made += 1
-        return {"type": f"response.{kind}", "sequence_number": self._made - 1, **fields}
+    def _event(self, kind: str, **fields: object) -> Fields:
+        number = self._events
+        self._events += 1
+        return {"type": f"response.{kind}", "sequence_number": number, **fields}

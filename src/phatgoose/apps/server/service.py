@@ -9,14 +9,12 @@ import asyncio
 import glob
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, NamedTuple, Self
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -36,25 +34,44 @@ from ...untrusted_text import UntrustedText
 from . import protocol
 from .backend import Backend, R, Seen, Served
 from .guards import ALLOWED, CLIENT, Metrics
-from .protocol import AnyRequest, ApiError, Deadline, RoutingOverride, bad_request, busy
+from .protocol import (
+    AnyRequest,
+    ApiError,
+    Fields,
+    RoutingOverride,
+    Weights,
+    bad_request,
+    busy,
+)
 from .replies import Builder, EventStream, Reply, headers_of, unless_gone
-from .requests import Asked, RequestReader
+from .requests import PreparedRequest, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS
+from .turns import Deadline, Turns, in_thread
 
 MOST_NAME = 80  # characters of a name that an error repeats
 SHOWN = 3  # example prompts
-LOOKING = 1.0  # seconds between two looks at whether files have changed
-AGAIN = 30.0  # seconds until a change that couldn't be taken over is tried again
+MOST_ROUTINGS = 8  # that requests asked for are kept
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+class Texts(NamedTuple):
+    """What runs a base's chat template and tokenizer, and turns to use it; None in an engine."""
+
+    process: UntrustedText | None
+    turns: Turns
 
 
 class Service(Generic[R]):
-    """Public methods that take a request are the routes'."""
+    """Public methods that take a request are the routes'.
+
+    `looking` is how many seconds are between two looks at whether files have changed, and `again`
+    after how many a change that couldn't be taken over is tried again.
+    """
+
+    looking = 1.0
+    again = 30.0
 
     def __init__(self, backend: Backend[R], metrics: Metrics) -> None:
         self.backend = backend
@@ -64,7 +81,7 @@ class Service(Generic[R]):
         self.begun = int(time.time())
         self.routings = RoutingCache(backend)
         # One for each base: a template that takes long keeps nobody else's requests waiting.
-        self._texts: dict[PreTrainedTokenizerBase | None, tuple[UntrustedText | None, Turns]] = {}
+        self._texts: dict[PreTrainedTokenizerBase | None, Texts] = {}
         for model in self.models.values():
             self._texts_of(model)
 
@@ -74,19 +91,24 @@ class Service(Generic[R]):
 
     def check_allowed(self, by_key: Collection[frozenset[str]]) -> None:
         """Raise PhatgooseError where the experts that keys may use can't be kept to."""
-        models = [each for each in self.models.values() if by_key and each.experts]
-        names = sorted({name for model in models for name in model.experts})
-        for each in models:
-            if not each.runner.frame.looks_prompts_up:  # it is composed of some of its experts
-                overridden(each, RoutingOverride(allowed=each.experts))
-        if not all(allowed.issubset(names) for allowed in by_key):
-            message = f"A key in {API_KEYS} (KEY=EXPERT+EXPERT) names an expert that isn't served"
+        if not by_key:
+            return
+        names = set[str]()
+        for model in self.models.values():
+            names.update(model.experts)
+            if model.experts and not model.runner.frame.looks_prompts_up:
+                # It is composed of some of its experts.
+                overridden(model, RoutingOverride(allowed=model.experts))
+        if not names.issuperset(frozenset[str]().union(*by_key)):
             # Without the name, which may be the end of a key.
-            raise ConfigError(f"{message}; there are {', '.join(names)}.")
+            raise ConfigError(
+                f"A key in {API_KEYS} (KEY=EXPERT+EXPERT) names an expert that isn't served; "
+                f"there are {', '.join(sorted(names))}."
+            )
 
     @property
     def texts(self) -> list[UntrustedText]:
-        return [process for process, _ in self._texts.values() if process is not None]
+        return [texts.process for texts in self._texts.values() if texts.process is not None]
 
     def start(self) -> None:
         self.backend.start()
@@ -99,12 +121,19 @@ class Service(Generic[R]):
         await self.backend.close()
 
     async def health(self) -> JSONResponse:
-        state, turns = self.backend.state, [turns for _, turns in self._texts.values()]
-        reading = sum(each.most - each.free + len(each) for each in turns)  # prompts
-        health: dict[str, Any] = {"status": "ok" if state.is_well else "failing"}
-        health |= {"reading": reading, "waiting": state.waiting, "running": state.running}
+        state = self.backend.state
+        reading = 0  # prompts
+        for _, turns in self._texts.values():
+            reading += turns.most - turns.free + len(turns)
+        health: Fields = {
+            "status": "ok" if state.is_well else "failing",
+            "reading": reading,
+            "waiting": state.waiting,
+            "running": state.running,
+        }
         if self.backend.upstream:
-            health |= {"upstream": "ok" if state.is_well else "away", "upstreams": state.upstreams}
+            health["upstream"] = "ok" if state.is_well else "away"
+            health["upstreams"] = state.upstreams
         return JSONResponse(health, 200 if state.is_well else 503)
 
     async def numbers(self, http: Request) -> Response:
@@ -121,63 +150,71 @@ class Service(Generic[R]):
     async def responses(self, body: ResponsesRequest, http: Request) -> Response:
         return await self._answer(body, http, partial(ResponseBuilder, await http.json()))
 
-    async def cards(self, http: Request) -> dict[str, Any]:
+    async def cards(self, http: Request) -> Fields:
         data = [await self.card(name, http) for name in self._all_names(http)]
         return {"object": "list", "data": data}
 
-    async def card(self, name: str, http: Request) -> dict[str, Any]:
+    async def card(self, name: str, http: Request) -> Fields:
         """What is told of a model, or of one expert. Raises ApiError."""
-        model, fixed = self._find(name, http)
-        frame, is_whole = model.runner.frame, fixed is None and bool(model.experts)
-        experts = list(usable(model.experts, http) if fixed is None else fixed)
+        model, mixture = self._find(name, http)
+        frame = model.runner.frame
+        experts = list(usable(model.experts, http) if mixture is None else mixture)
+        prompts = [model.prompts[expert] for expert in experts if expert in model.prompts]
+        is_routed = mixture is None and bool(model.experts)
         return {
             "id": name,
             "object": "model",
             "created": self.begun,
             "owned_by": "phatgoose",
             "base": protocol.without_paths(model.bases[-1]),
-            "router": model.routing.router if is_whole else None,  # None for a base alone
-            "k": model.routing.k if is_whole else None,
+            "router": model.routing.router if is_routed else None,  # None for a base alone
+            "k": model.routing.k if is_routed else None,
             "experts": experts,
-            "prompts": [model.prompts[each] for each in experts if each in model.prompts][:SHOWN],
-            "traces": is_whole and not self.backend.upstream,  # they can be asked for
+            "prompts": prompts[:SHOWN],
+            "traces": is_routed and not self.backend.upstream,  # they can be asked for
             "context": frame.context,
             "chat": frame.tokenizer is None or bool(frame.tokenizer.chat_template),
         }
 
     def _models_for(self, http: Request) -> dict[str, Served[R]]:
         """The models without those of whose experts the client may use none."""
-        pairs = self.models.items()
-        return {n: each for n, each in pairs if not each.experts or usable(each.experts, http)}
+        models = {}
+        for name, model in self.models.items():
+            if not model.experts or usable(model.experts, http):
+                models[name] = model
+        return models
 
     def _all_names(self, http: Request) -> list[str]:
         models = self._models_for(http)
         if not self.backend.upstream:
             return list(models)
-        experts = (name for each in models.values() for name in usable(each.experts, http))
-        return [protocol.ANY_MODEL, *models, *dict.fromkeys(experts)]
+        experts = dict[str, None]()
+        for model in models.values():
+            experts |= dict.fromkeys(usable(model.experts, http))
+        return [protocol.ANY_MODEL, *models, *experts]
 
-    def _find(self, name: str, http: Request) -> tuple[Served[R], Mapping[str, float] | None]:
+    def _find(self, name: str, http: Request) -> tuple[Served[R], Weights | None]:
         """The model that a request names, and where it names one expert, its mixture.
 
         An expert is EXPERT or MODEL:EXPERT. In front of an engine there are also its base alone,
         and "auto", the first model. Raises ApiError.
         """
         models = self._models_for(http)
-        if self.backend.upstream and name == protocol.ANY_MODEL and name not in models:
-            name = next(iter(models), name)
         if name in models:
             return models[name], None
+        if self.backend.upstream and name == protocol.ANY_MODEL:
+            for model in models.values():
+                return model, None
         for model in models.values():
             expert = name.removeprefix(f"{model.settings.name}:")
             if expert in usable(model.experts, http):
                 return model, {expert: 1.0}
             if self.backend.upstream and name in model.bases:
                 return model, {}
-        names_here = self._all_names(http)
-        listed = shortened(", ".join(names_here), 300)[1:-1]
+        names = self._all_names(http)
+        listed = shortened(", ".join(names), 300)[1:-1]
         message = f"There is no model {shortened(name, MOST_NAME)}; there are {listed}."
-        hint = closest(name[:MOST_NAME], names_here)  # bounded: it compares the name with each
+        hint = closest(name[:MOST_NAME], names)  # bounded: it compares the name with each
         raise ApiError(404, f"{message}{hint}", code="model_not_found", param="model")
 
     async def _answer(
@@ -185,46 +222,58 @@ class Service(Generic[R]):
     ) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
-        deadline, client = Deadline(self.backend.limits.timeout), http.scope[CLIENT]
+        reply, headers = await self._begun(request, http, builder)
+        if request.stream:
+            await reply.begun(http)
+            return EventStream(reply, headers)  # which closes the reply
+        with closing(reply):
+            content = await unless_gone(http, reply.whole())
+        return Response(content, media_type="application/json", headers=headers)
+
+    async def _begun(
+        self, request: AnyRequest, http: Request, builder: Callable[..., Builder]
+    ) -> tuple[Reply, dict[str, str]]:
+        """A reply whose answers are being computed, to be closed, and what is told before them."""
+        deadline = Deadline(self.backend.limits.timeout)
+        client = http.scope[CLIENT]
         model, expert = self._find(request.model, http)
-        mixtures = [each for each in (expert, request.weights) if each is not None]
+        mixtures = [mixture for mixture in (expert, request.weights) if mixture is not None]
         if len(mixtures) + (request.override != RoutingOverride()) > 1:
             message = "An expert's name, weights, and other fields of routing exclude each other."
             raise bad_request(message, request.changed)
         self.backend.check(request, model)
         mixture = mixtures[0] if mixtures else None
-        with ExitStack() as at_end:
-            cached = await self._routing(request, model, mixture, http, deadline)
-            runner = at_end.enter_context(cached).runner
+        cached = await self._routing(request, model, mixture, http, deadline)
+        with cached:  # it is needed while prompts are read
+            runner = cached.runner
             process, turns = self._texts_of(model)
-            routed = runner.frame.looks_prompts_up and mixture is None
-            frame = replace(runner.frame, looks_prompts_up=routed)
+            chooses = runner.frame.looks_prompts_up and mixture is None
+            frame = replace(runner.frame, looks_prompts_up=chooses)
             reader = RequestReader(frame, self.backend.limits, process)
             prompts = await turns.run(client, deadline, partial(reader.prompts, request))
-            answers, experts = reader.answers(request, prompts), usable(model.experts, http)
-            asked = Asked(request, mixture, prompts, answers, client, deadline, experts, builder)
-            reply, chosen = await self.backend.begin(asked, runner)
-            at_end.callback(self._count, reply)
-            at_end.push(reply.at_end)
-            by_base = [each for each in answers if chosen is not None and not chosen[each.row]]
-            self.metrics.by_base.labels(request.model).inc(len(by_base))
-            headers = headers_of(asked, chosen)
-            if request.stream:
-                await reply.begun(http)
-                return EventStream(reply, headers, at_end.pop_all())
-            content = await unless_gone(http, reply.whole())
-        return Response(content, media_type="application/json", headers=headers)
+            answers = reader.answers(request, prompts)
+            experts = usable(model.experts, http)
+            prepared = PreparedRequest(
+                request, mixture, prompts, answers, client, deadline, experts, builder
+            )
+            reply, chosen = await self.backend.begin(prepared, runner)
+            cached.requests += 1  # and it is until the reply is closed
+        reply.at_end += [partial(self._count, reply), cached.release]
+        by_base = [answer for answer in answers if chosen is not None and not chosen[answer.row]]
+        self.metrics.by_base.labels(request.model).inc(len(by_base))
+        return reply, headers_of(prepared, chosen)
 
     async def _routing(
         self,
         request: AnyRequest,
         model: Served[R],
-        mixture: Mapping[str, float] | None,
+        mixture: Weights | None,
         http: Request,
         deadline: Deadline,
     ) -> CachedRouting[R]:
         """How `model` routes for a request, by experts that its client may use. Raises ApiError."""
-        override, experts = request.override, usable(model.experts, http)
+        override = request.override
+        experts = usable(model.experts, http)
         chooses = override == RoutingOverride() and model.runner.frame.looks_prompts_up
         try:
             if mixture is not None:  # which an engine is sent as it is
@@ -236,16 +285,11 @@ class Service(Generic[R]):
         except PhatgooseError as error:
             raise bad_request(protocol.for_clients(error), request.changed) from error
 
-    def _texts_of(self, model: Served[R]) -> tuple[UntrustedText | None, Turns]:
-        """What runs the chat template and tokenizer of a model's base, and turns to use it.
-
-        None where an engine does.
-        """
+    def _texts_of(self, model: Served[R]) -> Texts:
         tokenizer = model.runner.frame.tokenizer
         if tokenizer not in self._texts:
-            turns = Turns(1, self.backend.limits.max_queue)
             process = None if tokenizer is None else UntrustedText(tokenizer)
-            self._texts[tokenizer] = process, turns
+            self._texts[tokenizer] = Texts(process, Turns(1, self.backend.limits.max_queue))
         return self._texts[tokenizer]
 
     async def follow(self) -> None:
@@ -255,17 +299,17 @@ class Service(Generic[R]):
         old one. One that can't be opened leaves it where it is, and is tried again.
         """
         last = {name: model.seen for name, model in self.models.items()}
-        again = dict.fromkeys(last, 0.0)
+        earliest = dict.fromkeys(last, 0.0)  # when one is tried again
         while True:
-            await asyncio.sleep(LOOKING)
+            await asyncio.sleep(self.looking)
             for name, model in self.models.items():
                 try:
-                    now = await in_thread(partial(seen_at, model.settings.place))
-                    before, last[name] = last[name], now
+                    before = last[name]
+                    last[name] = now = await in_thread(partial(seen_at, model.settings.place))
                     if before != now:
-                        again[name] = 0.0
-                    elif now != model.seen and time.monotonic() >= again[name]:
-                        again[name] = time.monotonic() + AGAIN
+                        earliest[name] = 0.0
+                    elif now != model.seen and time.monotonic() >= earliest[name]:
+                        earliest[name] = time.monotonic() + self.again
                         new = await in_thread(partial(model.reopened, self.models.values()))
                         await self.backend.take({**self.models, name: new})
                         self.routings.cached.clear()
@@ -275,7 +319,8 @@ class Service(Generic[R]):
                     log.warning(words, name, one_line(error))
 
     def _count(self, reply: Reply) -> None:
-        usage, name = reply.builder.usage, reply.builder.request.model
+        usage = reply.builder.usage
+        name = reply.builder.request.model
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 
@@ -283,12 +328,15 @@ class Service(Generic[R]):
 def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:
     """Those of `experts` that the client of a request may use."""
     allowed = http.scope[ALLOWED]
-    return tuple(experts if allowed is None else (each for each in experts if each in allowed))
+    if allowed is None:
+        return tuple(experts)
+    return tuple(expert for expert in experts if expert in allowed)
 
 
 def seen_at(place: str) -> Seen:
     """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
-    inside, files = glob.escape(place), []
+    inside = glob.escape(place)
+    files = []
     for path in sorted(glob.glob(f"{inside}/*") + glob.glob(f"{inside}/*/*")):  # links may loop
         with suppress(OSError):  # it went away since it was listed
             if os.path.isfile(path):
@@ -316,10 +364,6 @@ def numbered(routing: Routing, experts: int) -> Routing:
     return replace(router.routing, k=min(router.k, experts) or None)
 
 
-MOST_ROUTINGS = 8  # that requests asked for are kept
-MOST_TURNS = 256  # that may wait whatever --max-queue says, a half of them one client's
-
-
 class CachedRouting(Generic[R]):
     """A `runner`, once it is composed; as a context it is needed by one of its `requests`."""
 
@@ -339,6 +383,9 @@ class CachedRouting(Generic[R]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
         self.requests -= 1
 
 
@@ -372,10 +419,10 @@ class RoutingCache(Generic[R]):
         key = (model, routing, pool.names)
         cached = self.cached.pop(key, None) or CachedRouting[R]()
         if len(self.cached) >= self.most:
-            unused = (each for each, other in self.cached.items() if not other.requests)
-            if (oldest := next(unused, None)) is None:
+            unused = [key for key, other in self.cached.items() if not other.requests]
+            if not unused:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
-            del self.cached[oldest]
+            del self.cached[unused[0]]
         self.cached[key] = cached  # now the last
         with cached:  # from now on, so that those asked for at once are no more than fit
             if not cached.is_composed:
@@ -391,116 +438,3 @@ class RoutingCache(Generic[R]):
         with without_downloads():  # a client must not start downloads
             if not cached.is_composed:  # while this one waited for its turn
                 cached.runner = model.composed(pool, routing, runners)
-
-
-class FairQueue(Generic[Item]):
-    """Clients' items in their order; the next turn is the client's served longest ago."""
-
-    def __init__(self) -> None:
-        self._lines: dict[str, list[Item]] = {}  # in the order of turns
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
-
-    def __iter__(self) -> Iterator[Item]:
-        return (each for line in self._lines.values() for each in line)
-
-    def heads(self) -> list[tuple[str, Item]]:
-        """Each client with its first item, in the order of turns."""
-        return [(client, line[0]) for client, line in self._lines.items()]
-
-    def add(self, client: str, item: Item) -> None:
-        self._lines.setdefault(client, []).append(item)
-
-    def take(self, client: str) -> None:
-        """Remove the first item of a client, who is the last from now on."""
-        line = self._lines.pop(client)
-        if line[1:]:
-            self._lines[client] = line[1:]
-
-    def remove(self, client: str, item: Item) -> None:
-        """Remove an item, wherever it is, if it is there."""
-        self._lines[client] = [x for x in self._lines.get(client, ()) if x is not item]
-        if not self._lines[client]:
-            del self._lines[client]
-
-    def check_room(self, client: str, new: int, most: int) -> None:
-        """Raise ApiError where `new` ones are more than may wait, of all or of one client."""
-        mine = len(self._lines.get(client, ()))
-        if len(self) + new > most or mine + new > (most + 1) // 2:
-            message = f"{len(self)} answers are waiting already, {mine} of them yours"
-            raise busy(f"{message}; {new} more are too many now.")
-
-
-class Turns(FairQueue[asyncio.Future[None]]):
-    """Up to `most` works at once; the client served longest ago is next.
-
-    As many as `waiting` may wait, and always MOST_TURNS.
-    """
-
-    def __init__(self, most: int, waiting: int = 0) -> None:
-        super().__init__()
-        self.most = self.free = most
-        self.waiting = max(waiting, MOST_TURNS)
-
-    async def wait(self, client: str, deadline: Deadline) -> None:
-        """Wait for a turn, to be given back by `pass_on`; ApiError at the deadline, or at once."""
-        if self.free:
-            self.free -= 1
-            return
-        self.check_room(client, 1, self.waiting)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.add(client, place)
-        try:
-            async with deadline.kept():
-                await place
-        except BaseException:
-            self.remove(client, place)
-            if not place.cancelled():  # the turn came as this one gave up
-                self.pass_on()
-            raise
-
-    def pass_on(self) -> None:
-        while heads := self.heads():
-            client, place = heads[0]
-            self.take(client)
-            if not place.done():  # or it was cancelled
-                place.set_result(None)
-                return
-        self.free += 1
-
-    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Result]) -> Result:
-        """What `work(seconds left)` returns, done in a thread; ApiError at the deadline.
-
-        A thread can't be ended: past the deadline the work keeps its place until it returns.
-        """
-        await self.wait(client, deadline)
-        seconds = deadline.left
-        result = in_thread(lambda: work(seconds))
-        result.add_done_callback(lambda _: self.pass_on())
-        await asyncio.wait([result], timeout=seconds)
-        if not result.done():
-            raise deadline.missed()
-        return result.result()  # which may raise a TimeoutError of the work's own
-
-
-def in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
-    """What comes of `work` in a daemon thread. For the event loop's thread."""
-    done: Future[Result] = Future()
-    done.set_running_or_notify_cancel()  # a thread can't be cancelled
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # a panic in Rust is no Exception
-            is_plain = isinstance(error, Exception)
-            done.set_exception(error if is_plain else RuntimeError(str(error)))
-
-    try:
-        # asyncio and anyio wait for their threads when the process ends, even for a stuck one.
-        threading.Thread(target=run, name="phatgoose-work", daemon=True).start()
-    except RuntimeError as error:  # no more can be started
-        done.set_exception(error)
-    result = asyncio.wrap_future(done)
-    result.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # maybe unseen
-    return result

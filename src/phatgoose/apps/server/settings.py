@@ -18,7 +18,8 @@ API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 UPSTREAM_KEY = "PHATGOOSE_UPSTREAM_KEY"  # the environment's key for the engine
 ADDRESS = r"(?i:https?)://([\w.-]+|\[[\w:.%]+\])(:[0-6]?\d{1,4})?(/[!->@-~]*)?"
 KEY = r"[!-~]*"
-EXPERT_PLACE, BASE_PLACE = "{expert}", "{base}"  # in what an engine calls an expert
+EXPERT_PLACE = "{expert}"  # in what an engine calls an expert
+BASE_PLACE = "{base}"
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
     if Path(written).exists():  # whatever characters its name has
         return ServedModel(_name_of(written), written, **options)
     before, _, query = written.partition("?")
-    name, separator, place = before.partition("=")
-    if not (separator and name and place):
-        name, place = _name_of(before), before
-    common, changes = options.get("routing", Routing()), parse_qsl(query, keep_blank_values=True)
-    routing = from_mapping(Routing, {**asdict(common), **dict(changes)}, written)
+    name, _, place = before.partition("=")
+    if not (name and place):
+        name = _name_of(before)
+        place = before
+    common = asdict(options.get("routing", Routing()))
+    changes = dict(parse_qsl(query, keep_blank_values=True))
+    routing = from_mapping(Routing, common | changes, written)
     return ServedModel(name, place, **{**options, "routing": routing})
 
 

@@ -11,7 +11,6 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -24,12 +23,21 @@ from ....routing.choice import ALONE, PromptRouting
 from ....routing.compose import composition_of
 from ..backend import Backend, Served, State
 from ..guards import Metrics
-from ..protocol import AnyRequest, ApiError, bad_request, check_known, for_clients
-from ..replies import Progress, Reply, Weights, routing_report
-from ..requests import Asked
-from ..service import FairQueue, Turns
+from ..protocol import (
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    Fields,
+    Weights,
+    bad_request,
+    check_known,
+    for_clients,
+)
+from ..replies import Progress, Reply, routing_report
+from ..requests import PreparedRequest
+from ..turns import FairQueue, Turns
 from .batches import ActiveSequence, Batch
-from .json_form import Calls, Forms
+from .json_form import Calls, Forms, JsonForm
 from .runner import MIB, LoadedModel, ModelRunner, PrefixStore
 
 LOOKUPS = 2  # requests for which experts are looked up at once
@@ -51,17 +59,20 @@ class LocalBackend(Backend[ModelRunner]):
         self._limits = limits
         words = "Answers in a batch when it read prompts or made a step."
         batch = metrics.histogram("batch_rows", words, buckets=[2**i for i in range(9)])
-        self.engine = engine = GenerationEngine(limits, batch.observe)
+        self.engine = GenerationEngine(limits, batch.observe)
+        prefixes = self.engine.prefixes
         kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
-        kept.set_function(lambda: engine.prefixes.bytes)
+        kept.set_function(lambda: prefixes.bytes)
         self._lookups = Turns(LOOKUPS, limits.max_queue)
-        self._forms = Forms(limits.max_queue)
+        self.forms = Forms(limits.max_queue)
 
     def start(self) -> None:
         self.engine.start()
-        templates = [each.runner.tokenizer.chat_template for each in self.models.values()]
-        if any("tools" not in str(each or "tools") for each in templates):
-            log.warning("A base's chat template has no tools: only forced calls of tools work.")
+        for model in self.models.values():
+            template = model.runner.tokenizer.chat_template
+            if template and "tools" not in str(template):
+                log.warning("A base's chat template has no tools: only forced calls of tools work.")
+                return
 
     async def close(self) -> None:
         self.engine.stop()
@@ -76,35 +87,55 @@ class LocalBackend(Backend[ModelRunner]):
 
     def check(self, request: AnyRequest, model: Served[ModelRunner]) -> None:
         check_known(request)
+        if isinstance(request, ChatRequest):
+            calls_none = request.tool_choice in ("auto", "none")
+            if not request.functions and not calls_none:
+                message = (
+                    "tool_choice is none, auto, required, or one function of the tools by name."
+                )
+                raise bad_request(message, "tool_choice")
         if request.routing and not model.experts:
             message = f"{request.model!r} is a base model alone; it has no routing."
             raise bad_request(message, "routing")
 
-    async def begin(self, asked: Asked, runner: ModelRunner) -> tuple[Reply, list[Weights] | None]:
-        calls = Calls.of(asked.request, runner)
+    async def begin(
+        self, prepared: PreparedRequest, runner: ModelRunner
+    ) -> tuple[Reply, list[Weights] | None]:
+        client = prepared.client
+        request = prepared.request
+        calls: Calls | None = None
+        if isinstance(request, ChatRequest) and request.functions:
+            calls = Calls.of(request, runner)
 
-        def chosen(_: float = 0) -> Sequence[PromptRouting | None]:
-            tokens, read = zip(*((each.tokens, each.asked) for each in asked.prompts), strict=True)
-            known = {"allowed": asked.experts, "client": asked.client}
-            return runner.routings_of(tokens, read, asked.mixture, **known)
+        def choose(_: float = 0) -> Sequence[PromptRouting | None]:
+            return runner.routings_of(
+                [prompt.tokens for prompt in prepared.prompts],
+                [prompt.asked for prompt in prepared.prompts],
+                prepared.mixture,
+                allowed=prepared.experts,
+                client=client,
+            )
 
-        if asked.mixture is None and runner.frame.looks_prompts_up:
-            routed = await self._lookups.run(asked.client, asked.deadline, chosen)
+        if prepared.mixture is None and runner.frame.looks_prompts_up:
+            routed = await self._lookups.run(client, prepared.deadline, choose)
         else:
-            routed = chosen()
-        json_form = await self._forms.of(asked, calls, runner)
-        reporter = Reporter(runner, asked, routed)
-        reply = Reply(asked.builder(asked, reporter), asked.deadline)
-        in_loop: Any = asyncio.get_running_loop().call_soon_threadsafe
-        deliver = partial(in_loop, reply.events.put_nowait)  # called in the engine's thread
-        sequences = [
-            ActiveSequence(runner, answer, deliver, asked.client, routed[answer.row])
-            for answer in asked.answers
-        ]
-        for each in sequences:
-            each.form, each.calls = json_form and json_form.copy(), calls
+            routed = choose()
+        form: JsonForm | None = None
+        if calls or request.schema_of_answers is not None:
+            form = await self.forms.of(prepared, calls, runner)
+        reporter = Reporter(runner, prepared, routed)
+        reply = Reply(prepared.builder(prepared, reporter), prepared.deadline)
+        in_loop: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
+        # Called in the engine's thread.
+        deliver = partial(in_loop, reply.events.put_nowait)
+        sequences = []
+        for answer in prepared.answers:
+            sequence = ActiveSequence(runner, answer, deliver, client, routed[answer.row])
+            sequence.form = form and form.copy()
+            sequence.calls = calls
+            sequences.append(sequence)
         self.engine.submit(sequences)
-        reply.at_end.callback(self.engine.cancel, sequences)
+        reply.at_end.append(partial(self.engine.cancel, sequences))
         return reply, reporter.chosen
 
 
@@ -112,41 +143,53 @@ class Reporter:
     """Reports the routing of the tokens that answers come to, as a request wants it."""
 
     def __init__(
-        self, runner: ModelRunner, asked: Asked, routed: Sequence[PromptRouting | None]
+        self,
+        runner: ModelRunner,
+        prepared: PreparedRequest,
+        routed: Sequence[PromptRouting | None],
     ) -> None:
-        self._runner, self._asked, self._routed = runner, asked, routed
-        choices = [each.choice for each in routed if each and each.choice]
+        self._runner = runner
+        self._prepared = prepared
+        self._choices = [None if routing is None else routing.choice for routing in routed]
         # Each prompt's experts; None where they are chosen by token.
-        named = [each.named(composition_of(runner.model).experts)[0] for each in choices]
-        self.chosen = named or None
-        # Each expert's share of the tokens so far.
+        self.chosen: list[Weights] | None = None
+        if all(self._choices):
+            experts = composition_of(runner.model).experts
+            self.chosen = [choice.named(experts)[0] for choice in self._choices if choice]
+        # Each expert's share of the tokens so far, and how many tokens have any, by answer.
         self._sums = defaultdict[int, Counter[str]](Counter)
         self._tokens: Counter[int] = Counter()
 
-    def __call__(self, progress: Progress) -> dict[str, Any] | None:
+    def __call__(self, progress: Progress) -> Fields | None:
         if not progress.routing:
             return None
-        choice, streams = progress.choice, join_streams(progress.routing)
-        parts, sums = composition_of(self._runner.model), self._sums[choice]
-        mine, tokens = self._asked.experts, list[dict[str, Any]]()
-        names = tuple(name if name in mine else f"#{z}" for z, name in enumerate(parts.experts))
+        number = progress.choice
+        parts = composition_of(self._runner.model)
+        allowed = self._prepared.experts
+        names = [name if name in allowed else f"#{z}" for z, name in enumerate(parts.experts)]
+        streams = join_streams(progress.routing)
+        sums = self._sums[number]
+        tokens = []
         for stream in streams:
             shares = stream.shares(len(names))
             for text, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
                 best = {names[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))}
-                where = {"part": PARTS[part], "stream": stream.name}
-                tokens.append({"token": text, **where, "experts": best})
+                tokens.append(
+                    {"token": text, "part": PARTS[part], "stream": stream.name, "experts": best}
+                )
                 sums.update(best)
-                self._tokens[choice] += bool(best)
-        count, row = self._tokens[choice], self._asked.answers[choice].row
-        alone = ALONE if self.chosen and not self.chosen[row] else {}
-        router, known = parts.router.text, [name for name in names if name in mine]
-        summary = {name: round(total / count, 4) for name, total in sums.most_common()} or alone
-        report = routing_report(router, parts.router.k or None, known, tokens, summary)
-        if self._asked.request.routing == "trace":
-            routed = self._routed[row]
-            whole = chosen_for_whole(parts, routed.choice if routed else None)
-            report["trace"] = Trace(names, router, tuple(streams), whole).to_dict()
+                self._tokens[number] += bool(best)
+        count = self._tokens[number]
+        summary = {name: round(total / count, 4) for name, total in sums.most_common()}
+        row = self._prepared.answers[number].row
+        if self.chosen and not self.chosen[row]:
+            summary = summary or ALONE
+        router = parts.router.text
+        shown = [name for name in names if name in allowed]
+        report = routing_report(router, parts.router.k or None, shown, tokens, summary)
+        if self._prepared.request.routing == "trace":
+            whole = chosen_for_whole(parts, self._choices[row])
+            report["trace"] = Trace(tuple(names), router, tuple(streams), whole).to_dict()
         return report
 
 
@@ -159,7 +202,8 @@ class GenerationEngine:
     """
 
     def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
-        self._limits, self._count = limits, count
+        self._limits = limits
+        self._count = count
         self.prefixes = PrefixStore(limits.prefix_cache * MIB)
         self._queue = FairQueue[ActiveSequence]()
         self.batches: list[Batch] = []
@@ -190,21 +234,21 @@ class GenerationEngine:
         with self._changed:
             most = 0 if self._stopping else self._limits.max_queue
             self._queue.check_room(client, len(sequences), most)
-            for each in sequences:
-                self._queue.add(client, each)
+            for sequence in sequences:
+                self._queue.add(client, sequence)
             self._changed.notify()
 
     def cancel(self, sequences: Sequence[ActiveSequence]) -> None:
         with self._changed:
-            for each in sequences:
-                each.is_cancelled = True
-                self._queue.remove(each.client, each)
+            for sequence in sequences:
+                sequence.is_cancelled = True
+                self._queue.remove(sequence.client, sequence)
             self._changed.notify()
 
     @property
     def running(self) -> list[ActiveSequence]:
         # A copy of the list, which the engine's thread may change meanwhile.
-        return [each for batch in list(self.batches) for each in batch.running]
+        return [sequence for batch in list(self.batches) for sequence in batch.running]
 
     @property
     def waiting(self) -> int:
@@ -222,10 +266,10 @@ class GenerationEngine:
         finally:
             with self._changed:
                 self._stopping = True
-                left = [*self.running, *self._queue]
+                unfinished = [*self.running, *self._queue]
                 self.batches.clear()
                 self._queue = FairQueue()
-            _fail(left, STOPPED)
+            _fail(unfinished, STOPPED)
 
     def _wait(self) -> bool:
         with self._changed:
@@ -233,9 +277,12 @@ class GenerationEngine:
             return not self._stopping
 
     def admit(self) -> None:
-        read = 0
-        while read < MOST_READ and (group := self._next_group(MOST_READ - read)):
-            read += _padded_tokens(group)
+        left = MOST_READ
+        while left > 0:
+            group = self._next_group(left)
+            if not group:
+                return
+            left -= _padded_tokens(group)
             batch = self._batch_for(group[0].runner)
             if batch not in self.batches:
                 self.batches.append(batch)
@@ -255,27 +302,33 @@ class GenerationEngine:
         is_short = False
         for client, head in self._queue.heads():
             together = [*group, head]
-            fits = _padded_tokens(together) <= most_read
-            if group and not (head.runner is group[0].runner and fits):
+            is_of_group = head.runner is together[0].runner
+            if group and not (is_of_group and _padded_tokens(together) <= most_read):
                 continue
-            running = [each for each in (*self.running, *group) if each.client == client]
-            if running and is_short:
+            running = [*self.running, *group]
+            taken = sum(row.most_tokens for row in running if row.client == client)
+            if taken and is_short:
                 continue
-            batch = self._batch_for(head.runner)
-            others = sum(each.tokens_with() for each in self.batches if each is not batch)
-            free = self._limits.max_batch_tokens - others - batch.tokens_with(together)
-            taken = sum(each.most_tokens for each in running)
+            free = self._free_with(together)
             if free < 0:
-                if not running:
+                if not taken:
                     return None
                 is_short = True
             elif not taken or taken + head.most_tokens <= SHARE * free:
                 return head
         return None
 
+    def _free_with(self, newcomers: Sequence[ActiveSequence]) -> int:
+        """Tokens left free in memory if these join their batch; negative if they don't fit."""
+        batch = self._batch_for(newcomers[0].runner)
+        free = self._limits.max_batch_tokens - batch.tokens_with(newcomers)
+        return free - sum(other.tokens_with() for other in self.batches if other is not batch)
+
     def _batch_for(self, runner: ModelRunner) -> Batch:
-        batches = (batch for batch in self.batches if batch.runner is runner)
-        return next(batches, None) or Batch(runner, self.prefixes)
+        for batch in self.batches:
+            if batch.runner is runner:
+                return batch
+        return Batch(runner, self.prefixes)
 
     def _guarded(
         self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()
@@ -288,16 +341,17 @@ class GenerationEngine:
         except Exception as error:
             failed = joining or concerned  # what runs is as it was before some joined
             log.exception("A batch of %d answers failed.", len(failed))
-            batch.sequences = batch.sequences if joining else []
+            if not joining:
+                batch.sequences = []
             _fail(failed, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
 
 
 def _padded_tokens(sequences: Sequence[ActiveSequence]) -> int:
-    return len(sequences) * max(len(each.prompt) for each in sequences)
+    return len(sequences) * max(len(sequence.prompt) for sequence in sequences)
 
 
 def _fail(sequences: Iterable[ActiveSequence], message: str) -> None:
-    for each in sequences:
-        if not each.is_over:
-            each.is_cancelled = True
-            each.deliver(ApiError(500, message))
+    for sequence in sequences:
+        if not sequence.is_over:
+            sequence.is_cancelled = True
+            sequence.deliver(ApiError(500, message))

@@ -24,21 +24,25 @@ from ....errors import EngineError
 from ....routing.choice import PromptRouting
 from ....tasks.batching import pad_left
 from ..protocol import ApiError, Finish, bad_request
-from ..replies import Progress, ScoredToken
+from ..replies import Progress, ScoredToken, beginning_of
 from ..requests import Answer, Decoding
-from .json_form import Calls, JsonForm, beginning_of, calls_begin
-from .runner import Cache, ModelRunner, PrefixStore, Reader, begin_with, joined
+from .json_form import Calls, JsonForm, calls_begin
+from .runner import Cache, ModelRunner, Prefix, PrefixStore, Reader, begin_with, joined
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
-PROMPT, ANSWER = 0, 1  # parts of a trace
+# Parts of a trace.
+PROMPT = 0
+ANSWER = 1
 
 
 class AnswerPenalty(LogitsProcessor):  # type: ignore[misc]  # transformers has no such class
     """OpenAI's frequency and presence penalties: of tokens after the first `begin`."""
 
     def __init__(self, frequency: float, presence: float, begin: int) -> None:
-        self._frequency, self._presence, self._begin = frequency, presence, begin
+        self._frequency = frequency
+        self._presence = presence
+        self._begin = begin
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         counts = input_ids[0, self._begin :].bincount(minlength=scores.shape[-1])
@@ -56,14 +60,16 @@ class Sampler:
     ) -> None:
         self._generator: torch.Generator | None = None
         self._processors = steps = LogitsProcessorList()
-        self._bias = {int(number): bias for number, bias in decoding.logit_bias.items() if bias}
-        if self._bias:
-            steps.append(SequenceBiasLogitsProcessor({(n,): v for n, v in self._bias.items()}))
+        biases = {(int(token),): bias for token, bias in decoding.logit_bias.items() if bias}
+        self._last_biased = max(biases, default=(0,))[0]
+        if biases:
+            steps.append(SequenceBiasLogitsProcessor(biases))
         if decoding.repetition_penalty != 1:
             steps.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
-        penalties = decoding.frequency_penalty, decoding.presence_penalty
-        if any(penalties):
-            steps.append(AnswerPenalty(*penalties, len(prompt)))
+        frequency = decoding.frequency_penalty
+        presence = decoding.presence_penalty
+        if frequency or presence:
+            steps.append(AnswerPenalty(frequency, presence, len(prompt)))
         self._prompt = prompt if steps else None  # which warpers don't look at
         if decoding.temperature < COLDEST:
             return
@@ -78,13 +84,11 @@ class Sampler:
             steps.append(MinPLogitsWarper(decoding.min_p))
 
     def __call__(self, logits: Tensor, generated: Sequence[int] = ()) -> int:
-        last, why = max(self._bias, default=0), ""
+        last = self._last_biased
         if last >= len(logits):
-            why = f"logit_bias names token {last}; there are {len(logits)}."
-        elif not logits.max().isfinite():  # which would fail all that share a batch
-            why = "The model's numbers overflow; weights nearer to 0 may not."
-        if why:
-            raise EngineError(why)
+            raise EngineError(f"logit_bias names token {last}; there are {len(logits)}.")
+        if not logits.max().isfinite():  # which would fail all that share a batch
+            raise EngineError("The model's numbers overflow; weights nearer to 0 may not.")
         scores = logits[None]
         if self._processors:
             before = [] if self._prompt is None else [*self._prompt, *generated]
@@ -109,14 +113,18 @@ class ActiveSequence:
         self,
         runner: ModelRunner,
         answer: Answer,
-        deliver: Callable[[Progress | ApiError], None],
+        deliver: Callable[[Progress | ApiError], object],
         client: str = "",
         routed: PromptRouting | None = None,
     ) -> None:
-        self.choice, _, prompt, self.decoding = answer
-        self.runner, self.prompt, self.deliver = runner, prompt.tokens, deliver
+        self.runner = runner
+        self.choice = answer.number
+        self.decoding = answer.decoding
+        self.prompt = answer.prompt.tokens
         self.most_tokens = len(self.prompt) + self.decoding.max_tokens
-        self.client, self.routed = client, routed
+        self.deliver = deliver
+        self.client = client
+        self.routed = routed
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []
@@ -125,7 +133,8 @@ class ActiveSequence:
         self._ends = () if self.decoding.ignores_end else runner.ends
         self._sampler = Sampler(self.decoding, runner.device, self.prompt)
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
-        self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
+        self._text = ""  # all so far
+        self._sent = 0  # how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
     @property
@@ -138,23 +147,27 @@ class ActiveSequence:
 
     def advance(self, logits: Tensor) -> None:
         """Choose the next token by `logits` [V], and deliver what can be."""
-        form, is_whole = self.form, False
+        form = self.form
+        is_complete = False
         try:
             scores = logits if form is None else form.allowed(logits)
             token = self._sampler(scores, self.generated)
-            is_whole = form is not None and token not in self._ends and form.add(token)
+            is_end = token in self._ends
+            if form is not None and not is_end:
+                is_complete = form.add(token)
         except EngineError as error:  # of the form, a client's; others in the batch go on
             self.is_cancelled = True
             self.deliver(bad_request(str(error)))
             return
         self.generated.append(token)
-        piece, begin = self._detokeniser.add(token), len(self._text)
+        piece = self._detokeniser.add(token)
+        begin = len(self._text)
         if self.calls:
             piece += self.calls.hidden.get(token, "")
         self._text += piece
         self.shown.append(shown_as(self.runner.tokenizer, token, piece))
         self._unsent.append((len(self._text), self._scored(token, begin, logits)))
-        if token in self._ends or is_whole:
+        if is_end or is_complete:
             self.finish = "stop"
         elif len(self.generated) >= self.decoding.max_tokens:
             self.finish = "length"
@@ -164,32 +177,35 @@ class ActiveSequence:
         self._emit()
 
     def _scored(self, token: int, place: int, logits: Tensor) -> ScoredToken:
-        shown, most = self.shown[-1], self.decoding.logprobs
+        shown = self.shown[-1]
+        most = self.decoding.logprobs
         if most is None:
             return ScoredToken(shown, place)
         scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp(min=LEAST)
         best = scores.topk(most)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        tokenizer = self.runner.tokenizer
-        top = ((shown if each == token else text_of(tokenizer, each), p) for each, p in pairs)
+        top = []
+        for other, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            text = shown if other == token else text_of(self.runner.tokenizer, other)
+            top.append((text, score))
         return ScoredToken(shown, place, float(scores[token]), tuple(top))
 
     def _cut_at_stop(self, new: int) -> None:
         stops = self.decoding.stop
-        longest = max((len(stop) for stop in stops), default=0)
+        longest = max(map(len, stops), default=0)
         begin = max(self._sent, len(self._text) - new - longest, 0)
-        cuts = [cut for stop in stops if (cut := self._text.find(stop, begin)) >= 0]
-        if cuts:
-            cut = min(cuts)
-            self._text, self.finish = self._text[:cut], "stop"
-            self._unsent = [each for each in self._unsent if each[1].place < cut]
+        cuts = [self._text.find(stop, begin) for stop in stops]
+        cut = min((cut for cut in cuts if cut >= 0), default=None)
+        if cut is not None:
+            self._text = self._text[:cut]
+            self.finish = "stop"
+            self._unsent = [pair for pair in self._unsent if pair[1].place < cut]
 
     def _emit(self) -> None:
         waiting = 0 if self.finish else beginning_of(self.decoding.stop, self._text)
         safe = len(self._text) - waiting
         if self.calls and not self.finish:
             safe = min(safe, self._sent + calls_begin(self._text[self._sent :]))
-        ready = [each for each in self._unsent if self.finish or each[0] <= safe]
+        ready = [pair for pair in self._unsent if self.finish or pair[0] <= safe]
         if ready and not self.finish:
             safe = ready[-1][0]
         self._unsent = self._unsent[len(ready) :]
@@ -198,12 +214,16 @@ class ActiveSequence:
         if self.finish and self.routing and self.shown:
             # Each token passes the model one step after it was chosen, so the last one never does.
             self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
-        routing, self.routing = tuple(self.routing), []
-        if (text or ready or routing or self.finish) and not self.is_cancelled:
+        routing = tuple(self.routing)
+        self.routing = []
+        is_news = text or ready or routing or self.finish
+        if is_news and not self.is_cancelled:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)
             new = Progress(self.choice, text, tokens, routing, self.finish, generated)
-            self.deliver(self.calls.parsed(new) if self.calls and self.finish else new)
+            if self.calls and self.finish:
+                new = self.calls.parsed(new)
+            self.deliver(new)
 
 
 def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple[Cache, Tensor]:
@@ -211,57 +231,73 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
 
     All get their first token. Returns their cache and its mask [rows, columns], 0 at padding.
     """
-    runner, groups = sequences[0].runner, dict[object, list[ActiveSequence]]()
-    for each in sequences:
-        groups.setdefault(_reading_of(each), []).append(each)
+    runner = sequences[0].runner
+    groups = dict[object, list[ActiveSequence]]()
+    for sequence in sequences:
+        groups.setdefault(_reading_of(sequence), []).append(sequence)
     firsts = [group[0] for group in groups.values()]
-    runner.use([each.routed for each in firsts])
-    readers = [each.reader for each in firsts]
-    known = [
+    runner.use([first.routed for first in firsts])
+    readers = [first.reader for first in firsts]
+    known: list[tuple[Prefix | None, int]] = []
+    for first, reader in zip(firsts, readers, strict=True):
         # Whoever wants the routing of the prompt's tokens wants them to be read.
-        None if each.decoding.routing else prefixes.find(reader, each.prompt)
-        for each, reader in zip(firsts, readers, strict=True)
-    ]
+        reads_all = first.decoding.routing
+        known.append((None, 0) if reads_all else prefixes.find(reader, first.prompt))
     # As many tokens of every row: windows and ALiBi count columns, so none may be padding between
     # what is known and what is read.
-    most = max(len(e.prompt) - (p[1] if p else 0) for e, p in zip(firsts, known, strict=True))
-    counts = [max(0, len(each.prompt) - most) for each in firsts]
-    unread = [each.prompt[-most:] for each in firsts]
-    cache, keeper = DynamicCache(), keeper_for(sequences)
-    before = begin_with(cache, [pair and pair[0] for pair in known], counts)
+    pairs = zip(firsts, known, strict=True)
+    most = max(len(first.prompt) - count for first, (_, count) in pairs)
+    unread = [first.prompt[-most:] for first in firsts]
+    counts = [max(0, len(first.prompt) - most) for first in firsts]
+    cache = DynamicCache()
+    before = begin_with(cache, [prefix for prefix, _ in known], counts)
     ids = pad_left(unread, runner.pad).to(runner.device)
-    mask = torch.cat([before, pad_left([[1] * len(each) for each in unread], 0)], dim=1)
+    mask = torch.cat([before, pad_left([[1] * len(tokens) for tokens in unread], 0)], dim=1)
     mask = mask.to(runner.device)
+    keeper = keeper_for(sequences)
     logits = runner.decode(ids, mask, cache, keeper)
-    streams = keeper.streams().values() if keeper else ()
-    for row, (first, group) in enumerate(zip(firsts, groups.values(), strict=True)):
-        prefixes.keep(readers[row], first.prompt, cache, row, mask[row])
-        end, count = (row + 1) * ids.shape[1], len(first.prompt)
-        for stream in streams if first.decoding.routing else ():
-            shown = texts_of(runner.tokenizer, first.prompt)
-            part = stream.some(slice(end - count, end), shown, [PROMPT] * count)
-            for each in group:
-                each.routing.append(part)
+    for row, (first, reader) in enumerate(zip(firsts, readers, strict=True)):
+        prefixes.keep(reader, first.prompt, cache, row, mask[row])
+    if keeper is not None:
+        _report_prompts(list(groups.values()), keeper, ids.shape[1])
     row_of = {reading: row for row, reading in enumerate(groups)}
-    rows = torch.tensor([row_of[_reading_of(each)] for each in sequences], device=runner.device)
+    read_in = [row_of[_reading_of(sequence)] for sequence in sequences]
+    rows = torch.tensor(read_in, device=runner.device)
     cache.batch_select_indices(rows)
-    for each, scores in zip(sequences, logits[rows, -1].float(), strict=True):
-        each.advance(scores)
+    for sequence, scores in zip(sequences, logits[rows, -1].float(), strict=True):
+        sequence.advance(scores)
     return cache, mask[rows]
+
+
+def _report_prompts(
+    groups: Sequence[Sequence[ActiveSequence]], keeper: TraceKeeper, columns: int
+) -> None:
+    """Give the sequences of each row the routing of their prompt, where they ask for it."""
+    for row, group in enumerate(groups):
+        first = group[0]
+        if not first.decoding.routing:
+            continue
+        shown = texts_of(first.runner.tokenizer, first.prompt)
+        count = len(first.prompt)
+        end = (row + 1) * columns
+        for stream in keeper.streams().values():
+            part = stream.some(slice(end - count, end), shown, [PROMPT] * count)
+            for sequence in group:
+                sequence.routing.append(part)
 
 
 def _reading_of(sequence: ActiveSequence) -> object:
     """What sequences have in common whose prompts are read alike."""
-    chosen = None if sequence.routed is None else sequence.routed.choice
+    choice = None if sequence.routed is None else sequence.routed.choice
     # Of one prompt the choice may differ: requests bring their own mixtures. What is known before
     # it is known to its client alone.
-    key = None if chosen is None else chosen.key
+    key = choice and choice.key
     return sequence.client, sequence.prompt, key, sequence.decoding.routing
 
 
 def keeper_for(sequences: Iterable[ActiveSequence]) -> TraceKeeper | None:
     """A keeper of routing decisions if any of `sequences` asks for them, else None."""
-    return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
+    return TraceKeeper() if any(sequence.decoding.routing for sequence in sequences) else None
 
 
 class Batch:
@@ -272,19 +308,21 @@ class Batch:
     """
 
     def __init__(self, runner: ModelRunner, prefixes: PrefixStore | None = None) -> None:
-        self.runner, self._prefixes = runner, prefixes or PrefixStore(0)
+        self.runner = runner
+        self._prefixes = prefixes or PrefixStore(0)
         self.sequences: list[ActiveSequence] = []
         self._cache: Cache = DynamicCache()
         self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens in the cache
 
     @property
     def running(self) -> list[ActiveSequence]:
-        return [each for each in self.sequences if not each.is_over]
+        return [sequence for sequence in self.sequences if not sequence.is_over]
 
     def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
         """Tokens in memory, padding included, when the longest ends, if `newcomers` join."""
         together = [*self.running, *newcomers]
-        return len(together) * max((each.most_tokens for each in together), default=0)
+        longest = max((sequence.most_tokens for sequence in together), default=0)
+        return len(together) * longest
 
     def join(self, newcomers: Sequence[ActiveSequence]) -> None:
         self._drop_finished()
@@ -293,18 +331,22 @@ class Batch:
             for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
                 mine.keys = joined(mine.keys, theirs.keys)
                 mine.values = joined(mine.values, theirs.values)
-            cache, mask = self._cache, joined(self._mask[..., None], mask[..., None])[..., 0]
-        self._cache, self._mask = cache, mask
+            cache = self._cache
+            mask = joined(self._mask[..., None], mask[..., None])[..., 0]
+        self._cache = cache
+        self._mask = mask
         self.sequences += newcomers
 
     def step(self) -> None:
         self._drop_finished()
-        runner, sequences = self.runner, self.sequences
+        runner = self.runner
+        sequences = self.sequences
         if not sequences:
             return
-        ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
+        last_tokens = [[sequence.generated[-1]] for sequence in sequences]
+        ids = torch.tensor(last_tokens, device=runner.device)
         keeper = keeper_for(sequences)
-        runner.use([each.routed for each in sequences])
+        runner.use([sequence.routed for sequence in sequences])
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         logits = runner.decode(ids, self._mask, self._cache, keeper)
         for stream in keeper.streams().values() if keeper else ():
@@ -317,13 +359,13 @@ class Batch:
 
     def _drop_finished(self) -> None:
         before = self.sequences
-        kept = [row for row, each in enumerate(before) if not each.is_over]
+        kept = [row for row, sequence in enumerate(before) if not sequence.is_over]
         if len(kept) == len(before):
             return
         self.sequences = [before[row] for row in kept]
-        for row, each in enumerate(before):
-            if each.finish is not None:
-                self._keep(row, each)
+        for row, sequence in enumerate(before):
+            if sequence.finish is not None:
+                self._keep(row, sequence)
         if not kept:
             self._cache = DynamicCache()
             return
@@ -332,7 +374,9 @@ class Batch:
         self._mask = self._mask[rows]
         unused = int(self._mask.any(dim=0).long().argmax())
         self._mask = self._mask[:, unused:]
-        for layer in self._cache.layers if unused else ():
+        if not unused:
+            return
+        for layer in self._cache.layers:
             # A view would keep the dropped columns in memory.
             layer.keys = layer.keys[..., unused:, :].contiguous()
             layer.values = layer.values[..., unused:, :].contiguous()
@@ -343,5 +387,5 @@ class Batch:
         reader = sequence.reader
         if reader.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
-            whole = Reader(reader.key, len(tokens))
-            self._prefixes.keep(whole, tokens, self._cache, row, self._mask[row])
+            reader = Reader(reader.key, len(tokens))
+            self._prefixes.keep(reader, tokens, self._cache, row, self._mask[row])

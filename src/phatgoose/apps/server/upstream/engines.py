@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import PurePath
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import httpx2
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -28,9 +28,18 @@ from pydantic_core import from_json
 
 from ....errors import ConfigError
 from ....files import first_line, one_line, shortened
-from ..protocol import NO_LIMIT, AnyRequest, ApiError, ChatRequest, bad_request, for_clients
-from ..replies import Progress, Weights, written
-from ..requests import Asked
+from ..protocol import (
+    NO_LIMIT,
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    Fields,
+    Weights,
+    bad_request,
+    for_clients,
+)
+from ..replies import Progress, written
+from ..requests import PreparedRequest
 from ..settings import EXPERT_PLACE, UPSTREAM_KEY, Upstream
 
 CONNECTING = 5.0  # seconds for a connection
@@ -40,17 +49,36 @@ MOST_SHOWN = 200  # characters of what an engine says
 MOST_READ = 8 << 20  # bytes of an answer to a question about the engine
 MOST_EVENT = 1 << 20  # bytes of an event in a stream, or of an error
 MOST_TOKEN = 512  # bytes that a token may take in a whole answer
-BROKEN, FAILED, AWAY = "upstream_broken", "upstream_failed", "upstream_unavailable"
+BROKEN = "upstream_broken"
+FAILED = "upstream_failed"
+AWAY = "upstream_unavailable"
 IS_AWAY = "The engine behind this server is away; try again."
 BROKE_OFF = "The engine broke off its answer."
-JSON = {"Content-Type": "application/json"}
 CUT = ("abort", "error")  # reasons that end an answer before its end
 SECRET = secrets.token_bytes(32)  # for salts that nobody can guess
 
 # Fields that this server reads for an engine, or says in another way.
-NOT_FORWARDED = {"model", "n", "router", "k", "weights", "keep", "leave_out", "routing", "messages"}
-NOT_FORWARDED |= {"prompt", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
-NOT_FORWARDED.add("route_by")
+NOT_FORWARDED = {
+    "model",
+    "n",
+    "router",
+    "k",
+    "weights",
+    "keep",
+    "leave_out",
+    "routing",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "route_by",
+}
+
+
+Events: TypeAlias = asyncio.Queue[Progress | ApiError]
+Form = TypeVar("Form")
 
 
 class TooMuchError(httpx2.HTTPError):
@@ -73,9 +101,11 @@ class AwayError(ApiError):
 
 def client_of(upstream: Upstream) -> httpx2.AsyncClient:
     """Connections to an engine; a proxy of the environment is not for what stands behind us."""
+    headers = {"Authorization": f"Bearer {upstream.key}"} if upstream.key else {}
+    headers["Content-Type"] = "application/json"
     return httpx2.AsyncClient(
         base_url=upstream.root,
-        headers=({"Authorization": f"Bearer {upstream.key}"} if upstream.key else {}) | JSON,
+        headers=headers,
         timeout=httpx2.Timeout(None, connect=CONNECTING),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
         trust_env=False,
@@ -97,19 +127,20 @@ async def content_of(reply: httpx2.Response, most: int) -> bytes:
     return bytes(content)
 
 
-def said_by(content: bytes, key: str | None) -> str:
+def message_in(content: bytes, key: str | None) -> str:
     """What an engine says in an error, on one line: OpenAI's form, a message, or the text.
 
     It may repeat what it was sent: the `key` is left out.
     """
-    said: Any = content.decode(errors="replace")
+    message: object = content.decode(errors="replace")
     with suppress(ValueError, RecursionError):
-        said = json.loads(content)
+        message = json.loads(content)
     for name in ("error", "message", "detail"):
-        said = said.get(name, said) if isinstance(said, dict) else said
-    text = said if isinstance(said, str) else json.dumps(said)
-    for each in (key, json.dumps(key)[1:-1]) if key else ():
-        text = text.replace(each, "…")
+        if isinstance(message, dict):
+            message = message.get(name, message)
+    text = message if isinstance(message, str) else json.dumps(message)
+    if key:
+        text = text.replace(key, "…").replace(json.dumps(key)[1:-1], "…")
     return one_line(text, MOST_SHOWN).rstrip(".")
 
 
@@ -151,7 +182,7 @@ class _Call(_Form):
 
 
 class _Message(_Form):
-    role: Any = None
+    role: object = None
     content: str | None = None
     tool_calls: list[_Call] | None = None
 
@@ -174,7 +205,7 @@ class _Choice(_Form):
     finish_reason: str | None = None
 
     @property
-    def said(self) -> _Message:
+    def new(self) -> _Message:
         return self.delta or self.message or _Message(content=self.text)
 
 
@@ -212,7 +243,7 @@ class Engine(ABC):
     health: ClassVar[str] = "/health"
     base: str
     context: int | None
-    ids: Mapping[str, Any]
+    ids: Mapping[str, str | int]
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -225,10 +256,11 @@ class Engine(ABC):
         """Have the engine load the adapter in a `folder`; why it doesn't, or ""."""
         return "it reads adapters when it starts"
 
-    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
+    def fields(self, weights: Weights) -> Fields:
         """The fields of a request that has these experts, by name; the base's for none."""
-        (name,) = weights or (None,)
-        return {"model": self.base if name is None else self.ids[name]}
+        for name in weights:
+            return {"model": self.ids[name]}
+        return {"model": self.base}
 
     @property
     def remedy(self) -> str:
@@ -240,16 +272,16 @@ class Engine(ABC):
         Returns which it lacks after all, and why; "" for none. Raises HTTPError, ConfigError.
         """
         await self.look(client)
-        said = ""
-        for name in folders.keys() - self.ids.keys():
-            said = await self.load(client, name, folders[name]) or said
-        if folders.keys() - self.ids.keys():
+        why = "it says no reason"
+        new = folders.keys() - self.ids.keys()
+        for name in new:
+            why = await self.load(client, name, folders[name]) or why
+        if new:
             await self.look(client)
         lacking = ", ".join(name for name in folders if name not in self.ids)
-        return lacking and (
-            f"{self.label} at {self._upstream.root} lacks {lacking} ({said or 'it says no reason'})"
-            f". {self.remedy}"
-        )
+        if not lacking:
+            return ""
+        return f"{self.label} at {self._upstream.root} lacks {lacking} ({why}). {self.remedy}"
 
 
 class Vllm(Engine):
@@ -263,13 +295,14 @@ class Vllm(Engine):
     async def look(self, client: httpx2.AsyncClient) -> None:
         cards = (await _read(client, "/v1/models", _Cards)).data
         base = next((card for card in cards if card.parent is None), cards[0])
-        self.base, self.context = base.id, base.max_model_len
+        self.base = base.id
+        self.context = base.max_model_len
         self.ids = {card.id: card.id for card in cards if card.id != base.id}
 
     async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
         body = {"lora_name": name, "lora_path": folder}
         reply = await _sent(client, "POST", "/v1/load_lora_adapter", LOADING, body)
-        return "" if reply.is_success else said_by(reply.content, self._upstream.key)
+        return "" if reply.is_success else message_in(reply.content, self._upstream.key)
 
 
 class LlamaCpp(Engine):
@@ -285,13 +318,14 @@ class LlamaCpp(Engine):
         adapters = await _read(client, "/lora-adapters", list[_Numbered])
         props = await _read(client, "/props", _Props)
         cards = await _read(client, "/v1/models", _Cards)
-        self.base, self.context = cards.data[0].id, props.n_ctx
-        self.ids = {PurePath(each.path).stem: each.id for each in adapters}
+        self.base = cards.data[0].id
+        self.context = props.n_ctx
+        self.ids = {PurePath(adapter.path).stem: adapter.id for adapter in adapters}
 
-    def fields(self, weights: Mapping[str, float]) -> dict[str, Any]:
+    def fields(self, weights: Weights) -> Fields:
         scales = {self.ids[name]: weight for name, weight in weights.items()}
         # All of them: of an empty list the server takes its own scales, by default 1 for each.
-        lora = [{"id": each, "scale": scales.get(each, 0.0)} for each in self.ids.values()]
+        lora = [{"id": number, "scale": scales.get(number, 0.0)} for number in self.ids.values()]
         return {"model": self.base, "lora": lora}
 
 
@@ -349,23 +383,26 @@ async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
     )
 
 
-async def _read(client: httpx2.AsyncClient, path: str, form: Any) -> Any:
+async def _read(client: httpx2.AsyncClient, path: str, form: type[Form]) -> Form:
     """What the engine answers at `path`, of this form. Raises HTTPError, ConfigError."""
     reply = await _sent(client, "GET", path)
     try:
         return TypeAdapter(form).validate_json(reply.content)
     except ValidationError as error:
         first = error.errors()[0]
+        status = reply.status_code
         why = ": ".join(["has another form", *map(str, first["loc"]), first["msg"]])
-        if reply.status_code in (401, 403):
+        if status in (401, 403):
             why = f"refuses the key; set {UPSTREAM_KEY} to the engine's own"
-        raise ConfigError(
-            f"{path} (status {reply.status_code}) {one_line(why, MOST_SHOWN)}."
-        ) from error
+        raise ConfigError(f"{path} (status {status}) {one_line(why, MOST_SHOWN)}.") from error
 
 
 async def _sent(
-    client: httpx2.AsyncClient, method: str, path: str, seconds: float = LOOKING, body: Any = None
+    client: httpx2.AsyncClient,
+    method: str,
+    path: str,
+    seconds: float = LOOKING,
+    body: Fields | None = None,
 ) -> httpx2.Response:
     """An answer to a question about the engine, read. Raises HTTPError."""
     request = client.build_request(method, path, json=body, timeout=seconds)
@@ -373,10 +410,12 @@ async def _sent(
     return httpx2.Response(reply.status_code, content=await content_of(reply, MOST_READ))
 
 
-def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str, Any]:
+def _body(number: int, prepared: PreparedRequest, sent: Weights, engine: Engine) -> Fields:
     """What the engine is asked for an answer."""
-    request, (*_, prompt, decoding) = asked.request, asked.answers[number]
-    body: dict[str, Any] = {
+    request = prepared.request
+    answer = prepared.answers[number]
+    decoding = answer.decoding
+    body: Fields = {
         **request.model_dump(exclude_unset=True, exclude=NOT_FORWARDED),
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -386,27 +425,30 @@ def _body(number: int, asked: Asked, sent: Weights, engine: Engine) -> dict[str,
     options = body.pop("stream_options", {})  # an error without a stream
     if request.stream:
         body["stream_options"] = {**options, "include_usage": True}
-    if isinstance(request, ChatRequest):
+    if not isinstance(request, ChatRequest):
+        body["prompt"] = answer.prompt.text
+    else:
         body["messages"] = [message.sent for message in request.messages]
         if decoding.logprobs is not None:  # 0 would mean none at all to llama.cpp
-            body |= {"logprobs": True, "top_logprobs": max(1, decoding.logprobs)}
-    else:
-        body["prompt"] = prompt.text
+            body["logprobs"] = True
+            body["top_logprobs"] = max(1, decoding.logprobs)
     if _is_limited(request) or _surely_fits(body, decoding.max_tokens, engine.context):
         body["max_tokens"] = decoding.max_tokens
-    named = {engine.names.get(name, name): value for name, value in body.items()}
-    salt = blake2b(asked.client.encode(), key=SECRET, digest_size=32).hexdigest()
-    salted = {engine.salt: salt} if engine.salt else {}
-    return {**engine.plain, **named, **engine.fields(sent), **salted}
+    for name, engines_name in engine.names.items():
+        if name in body:
+            body.setdefault(engines_name, body.pop(name))  # a client may send both
+    if engine.salt:
+        salt = blake2b(prepared.client.encode(), key=SECRET, digest_size=32)
+        body[engine.salt] = salt.hexdigest()
+    return {**engine.plain, **body, **engine.fields(sent)}
 
 
 def _is_limited(request: AnyRequest) -> bool:
     """Whether the client says how long an answer may be; a completion is short unless it does."""
+    most = request.max_tokens or 0
     if isinstance(request, ChatRequest):
-        wanted = request.max_completion_tokens or request.max_tokens or NO_LIMIT
-    else:
-        wanted = request.max_tokens or 0
-    return wanted < NO_LIMIT
+        most = request.max_completion_tokens or most or NO_LIMIT
+    return most < NO_LIMIT
 
 
 def _surely_fits(body: Mapping[str, Any], max_tokens: int, context: int | None) -> bool:
@@ -426,14 +468,18 @@ class Link:
     client: httpx2.AsyncClient
 
     def __init__(self, upstream: Upstream, *, is_shared: bool = False) -> None:
-        self.upstream, self._is_shared = upstream, is_shared
+        self.upstream = upstream
+        self._is_shared = is_shared
         self.engine: Engine | None = None  # not while it is away: it may hold others then
         self.busy = 0  # answers that it was asked for
         self.folders: Mapping[str, str] = {}  # of the experts that it was last prepared for
         self.problem = ""  # why it can't be used, or not for all of them
         self._lock = asyncio.Lock()  # for whoever prepares it
 
-    def can(self, weights: Mapping[str, float]) -> bool:
+    def is_there(self) -> bool:
+        return self.engine is not None
+
+    def can(self, weights: Weights) -> bool:
         """Whether the engine is there, has these experts, and applies them with these weights."""
         if self.engine is None or not weights.keys() <= self.engine.ids.keys():
             return False
@@ -441,30 +487,34 @@ class Link:
 
     async def prepare(self, folders: Mapping[str, str]) -> str:
         """Have the engine load what it lacks of these experts; why it can't, or ""."""
-        is_asked = self._lock.locked() and folders is self.folders
+        is_being_prepared = self._lock.locked() and folders is self.folders
         async with self._lock:
             self.folders = folders
             if self.engine and folders.keys() <= self.engine.ids.keys():
                 return ""  # others have prepared it
-            if is_asked:
+            if is_being_prepared:
                 return self.problem  # others have found it just now
             try:
                 engine = self.engine or await _engine_at(self.upstream, self.client)
-                said = await engine.prepare(self.client, folders)
+                problem = await engine.prepare(self.client, folders)
             except Exception as error:
                 return first_line(error)
             self.engine = engine
-            return said
+            return problem
 
     async def check(self) -> None:
         """See whether the engine is still well."""
         with suppress(Exception):  # not all are HTTPErrors: whoever watches must not end
-            if self.engine and (await _sent(self.client, "GET", self.engine.health)).is_success:
-                await self.engine.look(self.client)  # another may have taken its place
-                return
+            if self.engine:
+                reply = await _sent(self.client, "GET", self.engine.health)
+                if reply.is_success:
+                    await self.engine.look(self.client)  # another may have taken its place
+                    return
         self.engine = None
 
-    async def bring(self, number: int, asked: Asked, weights: Weights, events: Any) -> None:
+    async def bring(
+        self, number: int, prepared: PreparedRequest, weights: Weights, events: Events
+    ) -> None:
         """Put into `events` what the engine answers with these experts.
 
         Raises ApiError when the engine refuses the request or fails, AwayError if it is away or
@@ -473,12 +523,12 @@ class Link:
         engine = self.engine
         if engine is None:
             raise AwayError
-        is_chat = isinstance(asked.request, ChatRequest)
+        is_chat = isinstance(prepared.request, ChatRequest)
         path = "/v1/chat/completions" if is_chat else "/v1/completions"
         has_begun = False
         self.busy += 1
         try:
-            content = written(_body(number, asked, weights, engine))
+            content = written(_body(number, prepared, weights, engine))
             request = self.client.build_request("POST", path, content=content)
             try:
                 response = await self.client.send(request, stream=True)
@@ -488,7 +538,7 @@ class Link:
                 raise await self._refusal(response)
             # Without a salt, counts tell which beginnings of prompts other clients have sent.
             tells = bool(engine.salt) or not self._is_shared
-            async with aclosing(self._answered(response, number, asked, tells)) as answered:
+            async with aclosing(self._answered(response, number, prepared, tells)) as answered:
                 async for progress in answered:
                     has_begun = True
                     await events.put(progress)
@@ -498,16 +548,23 @@ class Link:
             self.busy -= 1
 
     async def _answered(
-        self, response: httpx2.Response, number: int, asked: Asked, tells: bool
+        self, response: httpx2.Response, number: int, prepared: PreparedRequest, tells: bool
     ) -> AsyncGenerator[Progress, None]:
         """What comes of an answer, with what the engine alone knows of it if it `tells`."""
-        pieces, usage, rest, finish = 0, _Usage(), dict[str, Any](), None
-        kind = response.headers.get("content-type", "")
-        is_stream = asked.request.stream and kind.startswith("text/event-stream")
-        decoding = asked.answers[number].decoding
+        pieces = 0
+        finish: str | None = None
+        usage = _Usage()
+        rest: Fields = {}
+        decoding = prepared.answers[number].decoding
         most_top = decoding.logprobs or 0
-        most = MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (1 + most_top)
-        contents = _events(response) if is_stream else _one(response, most)
+        kind = response.headers.get("content-type", "")
+        is_stream = prepared.request.stream and kind.startswith("text/event-stream")
+        if is_stream:
+            contents = _events(response)
+        else:
+            contents = _one(
+                response, MOST_EVENT + MOST_TOKEN * decoding.max_tokens * (1 + most_top)
+            )
         async with aclosing(contents):
             async for content in contents:
                 answer = self._read(content)
@@ -515,26 +572,30 @@ class Link:
                 if tells:
                     rest |= answer.model_extra or {}
                 for choice in (answer.choices or [])[:1]:
-                    finish, said = choice.finish_reason or finish, choice.said
+                    finish = choice.finish_reason or finish
                     if finish in CUT:
                         raise BrokenOffError(BROKE_OFF)
-                    message = said.model_dump(exclude={"role", "content"}, exclude_unset=True)
-                    beside = {n: v for n, v in (choice.model_extra or {}).items() if n != "index"}
-                    if choice.logprobs:
-                        for token in choice.logprobs.content or ():
-                            del token.top_logprobs[most_top:]
-                        beside["logprobs"] = choice.logprobs.model_dump(exclude_unset=True)
-                    text, pieces = said.content or "", pieces + bool(said.content)
-                    if text or any([*message.values(), *beside.values()]):
-                        message |= {"content": said.content}
-                        yield Progress(number, text, (), (), None, pieces, message, beside, rest)
+                    new = choice.new
+                    message = new.model_dump(exclude={"role", "content"}, exclude_unset=True)
+                    beside = _beside(choice, most_top)
+                    pieces += bool(new.content)
+                    if new.content or any(message.values()) or any(beside.values()):
+                        message["content"] = new.content
+                        yield Progress(
+                            number,
+                            new.content or "",
+                            generated=pieces,
+                            message=message,
+                            beside=beside,
+                            reply=rest,
+                        )
                         rest = {}  # once: a prompt's tokens in every chunk would be megabytes
         if finish is None and (is_stream or not pieces):  # it was ended, but not its answer
             raise BrokenOffError(BROKE_OFF)
         counted = None if tells else {*_Usage.model_fields}
         rest["usage"] = usage.model_dump(include=counted, exclude_unset=True, exclude_none=True)
-        generated, end = usage.completion_tokens or pieces, finish or "stop"
-        yield Progress(number, "", finish=end, generated=generated, reply=rest)
+        generated = usage.completion_tokens or pieces
+        yield Progress(number, "", finish=finish or "stop", generated=generated, reply=rest)
 
     def _failure(self, error: Exception, has_begun: bool) -> ApiError:
         if isinstance(error, TooMuchError):
@@ -554,24 +615,35 @@ class Link:
         content = b""
         with suppress(httpx2.HTTPError):  # broken off, or more than can be read
             content = await content_of(response, MOST_EVENT)
-        status, said = response.status_code, self._said(content)
+        status = response.status_code
+        why = self._message_in(content)
         if status in (400, 413, 422):
-            return bad_request(f"The engine refuses the request: {said}.", code="upstream_refused")
+            return bad_request(f"The engine refuses the request: {why}.", code="upstream_refused")
         if status in (429, 503):
-            return AwayError(f"The engine can't take the request now: {said}.", status)
+            return AwayError(f"The engine can't take the request now: {why}.", status)
         if status == 404:  # it doesn't know the adapter any more
             self.engine = None
-            return AwayError(f"The engine doesn't know the expert now: {said}.")
-        return ApiError(502, f"The engine failed by {status}: {said}.", code=FAILED)
+            return AwayError(f"The engine doesn't know the expert now: {why}.")
+        return ApiError(502, f"The engine failed by {status}: {why}.", code=FAILED)
 
-    def _said(self, content: bytes) -> str:
-        return for_clients(said_by(content, self.upstream.key))
+    def _message_in(self, content: bytes) -> str:
+        return for_clients(message_in(content, self.upstream.key))
 
     def _read(self, content: bytes) -> _Answer:
         value = from_json(content, allow_inf_nan=False)
         if isinstance(value, dict) and "error" in value:
-            raise ApiError(502, f"The engine failed: {self._said(content)}.", code=FAILED)
+            raise ApiError(502, f"The engine failed: {self._message_in(content)}.", code=FAILED)
         return _Answer.model_validate(value)
+
+
+def _beside(choice: _Choice, most_top: int) -> Fields:
+    """What an engine says in a choice beside its message, with so many alternatives to a token."""
+    beside = {name: value for name, value in (choice.model_extra or {}).items() if name != "index"}
+    if choice.logprobs:
+        for token in choice.logprobs.content or ():
+            del token.top_logprobs[most_top:]
+        beside["logprobs"] = choice.logprobs.model_dump(exclude_unset=True)
+    return beside
 
 
 async def _one(response: httpx2.Response, most: int) -> AsyncGenerator[bytes, None]:

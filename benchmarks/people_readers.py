@@ -41,7 +41,6 @@ READERS: Mapping[str, tuple[str, int, int]] = {
     "gemma": ("gemma-3-270m", 5, 12),
     "qwen": ("qwen2.5-coder-0.5b", 10, 17),
 }
-BEFORE = {"e5": "query: "}  # what a model was trained to see before a text
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,9 @@ class Reader:
         return whole / of_texts[:, None, None]
 
     def tokens(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
-        """The tokens of each text, behind what the model was trained to see; `most` at most."""
+        """The tokens of each text, `most` at most."""
         tokens_of = self.loaded[0]
-        return [tokens_of(BEFORE.get(self.name, "") + text)[:most] for text in texts]
+        return [tokens_of(text)[:most] for text in texts]
 
     @property
     def is_bert(self) -> bool:

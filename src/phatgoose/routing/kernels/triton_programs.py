@@ -13,6 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _both(rows, columns):
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def _multiplied(left, right, products, WIDE: tl.constexpr):
+    if WIDE:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, products, input_precision="tf32x3")
+
+
+@triton.jit
 def _affinities(
     u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -27,14 +40,11 @@ def _affinities(
         vector_sums = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
-        inside = (token < tokens)[:, None] & (feature < n)[None, :]
+        inside = _both(token < tokens, feature < n)
         x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
-        loaded = (feature < n)[:, None] & (expert < E)[None, :]
+        loaded = _both(feature < n, expert < E)
         v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=loaded, other=0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            v = v.to(tl.float32)
-        products = tl.dot(x, v, products, input_precision="tf32x3")
+        products = _multiplied(x, v, products, WIDE)
         if STANDARDISED:
             shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
             sums += tl.sum(shifted, 1)
@@ -78,7 +88,7 @@ def _choose(
         left = tl.where(expert[None, :] == best[:, None], float("-inf"), left)
     powers = tl.exp(chosen - tl.max(chosen, 1)[:, None])
     shares = powers / tl.sum(powers, 1)[:, None]
-    written = (token < tokens)[:, None] & (choice < k)[None, :]
+    written = _both(token < tokens, choice < k)
     tl.store(weights + token[:, None] * k + choice[None, :], shares, mask=written)
 
 
@@ -93,7 +103,7 @@ def score_experts(
     products = _affinities(
         u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
     )
-    written = (token < tokens)[:, None] & (expert < E)[None, :]
+    written = _both(token < tokens, expert < E)
     tl.store(scores + token[:, None] * E + expert[None, :], products, mask=written)
 
 
@@ -163,7 +173,7 @@ def shrink_pair(
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
         x = tl.load(u + pair // k * n + feature, mask=feature < n, other=0.0)
-        loaded = (rank < r)[:, None] & (feature < n)[None, :]
+        loaded = _both(rank < r, feature < n)
         a = tl.load(A + rows[:, None] + feature[None, :], mask=loaded, other=0.0)
         products += a.to(tl.float32) * x.to(tl.float32)[None, :]
     tl.store(inner + pair * r + rank, weight * tl.sum(products, 1), mask=rank < r)
@@ -194,7 +204,7 @@ def expand_token(
             for start in range(0, r, BLOCK_R):
                 rank = start + tl.arange(0, BLOCK_R)
                 h = tl.load(inner + pair * r + rank, mask=rank < r, other=0.0)
-                loaded = (rank < r)[:, None] & (feature < d)[None, :]
+                loaded = _both(rank < r, feature < d)
                 b_rows = B + (expert * r + rank)[:, None] * d
                 b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
                 total += tl.sum(h[:, None] * b.to(tl.float32), 0)
@@ -276,16 +286,13 @@ def shrink_block(
     products = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
-        inside = (pair >= 0)[:, None] & (feature < n)[None, :]
+        inside = _both(pair >= 0, feature < n)
         x = tl.load(x_rows + feature[None, :], mask=inside, other=0.0)
-        loaded = (feature < n)[:, None] & (rank < r)[None, :]
+        loaded = _both(feature < n, rank < r)
         a = tl.load(a_rows + feature[:, None], mask=loaded, other=0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            a = a.to(tl.float32)
-        products = tl.dot(x, a, products, input_precision="tf32x3")
+        products = _multiplied(x, a, products, WIDE)
     weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
-    written = (pair >= 0)[:, None] & (rank < r)[None, :]
+    written = _both(pair >= 0, rank < r)
     places = inner + pair[:, None] * r + rank[None, :]
     tl.store(places, products * weight[:, None], mask=written)
 
@@ -314,18 +321,15 @@ def expand_block(
     products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, r, BLOCK_R):
         rank = start + tl.arange(0, BLOCK_R)
-        inside = (pair >= 0)[:, None] & (rank < r)[None, :]
+        inside = _both(pair >= 0, rank < r)
         h = tl.load(inner + pair[:, None] * r + rank[None, :], mask=inside, other=0.0)
-        loaded = (rank < r)[:, None] & (feature < d)[None, :]
+        loaded = _both(rank < r, feature < d)
         b_rows = B + (expert * r + rank)[:, None] * d
         b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
         # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
-        if WIDE:
-            h = h.to(tl.float32)
-            b = b.to(tl.float32)
-        products = tl.dot(h, b, products, input_precision="tf32x3")
-    written = (pair >= 0)[:, None] & (feature < d)[None, :]
+        products = _multiplied(h, b, products, WIDE)
+    written = _both(pair >= 0, feature < d)
     places = parts + pair[:, None] * d + feature[None, :]
     tl.store(places, products.to(parts.dtype.element_ty), mask=written)
 

@@ -124,7 +124,6 @@ def _tokens_at_once(tokens: int) -> int:
 def _scoring(u: Tensor, eps: float | None) -> dict[str, int]:
     return {
         "STANDARDISED": eps is not None,
-        "WIDE": _is_interpreted(),
         "BLOCK_T": _tokens_at_once(len(u)),
         "BLOCK_N": loaded_features(u.itemsize, u.shape[1]),
     }
@@ -240,7 +239,6 @@ def in_blocks(
             k,
             r,
             n,
-            WIDE=_is_interpreted(),
             BLOCK_T=size,
             BLOCK_R=ranks,
             BLOCK_N=loaded_features(u.itemsize, n),
@@ -253,7 +251,6 @@ def in_blocks(
             parts,
             r,
             d,
-            WIDE=_is_interpreted(),
             BLOCK_T=size,
             BLOCK_R=16,
             BLOCK_D=features,
@@ -338,11 +335,10 @@ def _serves(device: torch.device) -> bool:
     if device.type == "cuda":
         is_supported = torch.cuda.get_device_capability(device) >= OLDEST
     else:
-        is_supported = device.type == "cpu" and _is_interpreted()
-    return is_supported and _programs() is not None and _runs(device)
-
-
-def _runs(device: torch.device) -> bool:
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        is_supported = device.type == "cpu" and is_interpreted
+    if not is_supported or _programs() is None:
+        return False
     counts = torch.ones(1, dtype=torch.int32, device=device)
     try:
         with _programs_for(counts) as programs:
@@ -352,11 +348,6 @@ def _runs(device: torch.device) -> bool:
         logger.info("Triton can't be used on %s, other kernels serve: %s", device, error)
         return False
     return True
-
-
-@cache
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager

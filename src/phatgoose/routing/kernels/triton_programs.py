@@ -4,12 +4,16 @@ Glossary of `kernels`. A *pair* is a token and one of its k experts, numbered t 
 *block* is some of one expert's pairs, multiplied together. Pointers are named after what they point
 at; all tensors are contiguous. Sums are float32, and so is `inner` [T k, r], which holds w A u.
 Offsets that grow with tokens or experts are 64-bit. Tensor cores multiply float32 as three products
-of tf32, which loses no more than float32's own sums. WIDE has products taken in float32, which
-changes no result: Triton's interpreter can't multiply bfloat16.
+of tf32, which loses no more than float32's own sums.
 """
+
+import os
 
 import triton
 import triton.language as tl
+
+# Triton's interpreter can't multiply bfloat16: there products are of float32, with equal results.
+WIDE = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -18,7 +22,7 @@ def _both(rows, columns):
 
 
 @triton.jit
-def _multiplied(left, right, products, WIDE: tl.constexpr):
+def _multiplied(left, right, products):
     if WIDE:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -27,7 +31,7 @@ def _multiplied(left, right, products, WIDE: tl.constexpr):
 
 @triton.jit
 def _affinities(
-    u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -44,7 +48,7 @@ def _affinities(
         x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
         loaded = _both(feature < n, expert < E)
         v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=loaded, other=0.0)
-        products = _multiplied(x, v, products, WIDE)
+        products = _multiplied(x, v, products)
         if STANDARDISED:
             shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
             sums += tl.sum(shifted, 1)
@@ -94,14 +98,14 @@ def _choose(
 
 @triton.jit(do_not_specialize=["tokens"])
 def score_experts(
-    u, vectors, scores, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    u, vectors, scores, tokens, n, E, eps, STANDARDISED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Affinities [T, E] of some tokens to some experts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     products = _affinities(
-        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, BLOCK_T, BLOCK_E, BLOCK_N
     )
     written = _both(token < tokens, expert < E)
     tl.store(scores + token[:, None] * E + expert[None, :], products, mask=written)
@@ -110,14 +114,14 @@ def score_experts(
 @triton.jit(do_not_specialize=["tokens"])
 def score_and_choose(
     u, vectors, experts, weights, tokens, n, E, k, eps, STANDARDISED: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The k experts of the highest affinity of some tokens, and their softmax: E fits a block."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     products = _affinities(
-        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, BLOCK_T, BLOCK_E, BLOCK_N
     )
     _choose(products, experts, weights, token, tokens, E, k, BLOCK_T, BLOCK_E, BLOCK_K)
 
@@ -268,7 +272,6 @@ def shrink_block(
     k,
     r,
     n,
-    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -290,7 +293,7 @@ def shrink_block(
         x = tl.load(x_rows + feature[None, :], mask=inside, other=0.0)
         loaded = _both(feature < n, rank < r)
         a = tl.load(a_rows + feature[:, None], mask=loaded, other=0.0)
-        products = _multiplied(x, a, products, WIDE)
+        products = _multiplied(x, a, products)
     weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
     written = _both(pair >= 0, rank < r)
     places = inner + pair[:, None] * r + rank[None, :]
@@ -306,7 +309,6 @@ def expand_block(
     parts,
     r,
     d,
-    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -328,7 +330,7 @@ def expand_block(
         b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
         # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
-        products = _multiplied(h, b, products, WIDE)
+        products = _multiplied(h, b, products)
     written = _both(pair >= 0, feature < d)
     places = parts + pair[:, None] * d + feature[None, :]
     tl.store(places, products.to(parts.dtype.element_ty), mask=written)

@@ -495,8 +495,7 @@ def load(
     model = loaded.model
     sites = find_sites(model)
     router = router_of(replace(saved.router.routing, embedder=embedder, reader=reader))
-    tables = saved.tables if isinstance(router, ByPrompt) else None
-    parts = Composition(loaded, router, saved.names, saved.records, tables)
+    parts = Composition(loaded, router, saved.names, saved.records, saved.tables)
     for name, sizes in saved.sizes.items():
         site = sites.get(name)
         if site is None or not _has_sizes(site, sizes):

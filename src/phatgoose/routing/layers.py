@@ -163,27 +163,26 @@ class RoutedLinear(RoutedLayer):
         return self._product(tokens, decision.experts, decision.weights, self.A, self.B)
 
     def _all_parts(self, u: Tensor, decision: RoutingDecision) -> Tensor:
-        parts = self._parts()
-        chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in parts:
+        chosen = list[tuple[Part, Tensor, Tensor]]()
+        for name, part in self._parts().items():
             place = getattr(self, f"{name}_place")[decision.experts]
             # An expert of another part gets row 0 with weight 0: shapes stay static.
-            chosen[name] = place.clamp(min=0), decision.weights * (place >= 0)
+            chosen.append((part, place.clamp(min=0), decision.weights * (place >= 0)))
         scaled = u
-        for name, part in parts.items():
-            factor = part.input_factor(*chosen[name])
+        for part, experts, weights in chosen:
+            factor = part.input_factor(experts, weights)
             if factor is not None:
                 scaled = (scaled * factor.view(u.shape)).to(u.dtype)
         first: Tensor = self.base(scaled)
         y0 = first.reshape(-1, first.shape[-1])
         y = y0
-        for name, part in parts.items():
-            factor = part.output_factor(*chosen[name])
+        for part, experts, weights in chosen:
+            factor = part.output_factor(experts, weights)
             if factor is not None:
                 y = (y * factor).to(y0.dtype)
         tokens = u.reshape(-1, u.shape[-1])
-        for name, part in parts.items():
-            added = part.added(tokens, y0, *chosen[name], self._product)
+        for part, experts, weights in chosen:
+            added = part.added(tokens, y0, experts, weights, self._product)
             if added is not None:
                 y = y + added.to(y.dtype)
         return y.view(first.shape)

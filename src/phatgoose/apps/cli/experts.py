@@ -18,7 +18,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert, ExpertInfo
-    from ...tasks.suites.registry import TrainingTask
 
 
 def train(
@@ -57,7 +56,11 @@ def train(
     opened = open_tasks(tasks, sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(opened, out, resume=resume)
+    refuse_twice("tasks", (task.name for task in opened))
+    for task in opened:
+        check_name(task.name)
+        if not resume:
+            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     missing = [task for task in opened if not (out / task.name).exists()]
     name = base.base or SMOLLM2
     if not plan:
@@ -87,14 +90,6 @@ def train(
             line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {out / expert.name}"
             say(line, err=str(json) == "-")
     report(json, {"base": name, "experts": reported}, "report")
-
-
-def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    refuse_twice("tasks", (task.name for task in tasks))
-    for task in tasks:
-        check_name(task.name)
-        if not resume:
-            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
 
 
 def _summary(expert: ExpertInfo) -> str:

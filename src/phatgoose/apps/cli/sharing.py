@@ -17,7 +17,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...routing.export import Export
 
 
 BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
@@ -171,15 +170,11 @@ def export(
         written = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
         say(f"{len(written.experts)} experts of rank {written.rank} or less for {engine} -> {out}")
         return
+    from ...routing.export import EXPORT_INFO
     from ...routing.export import export as run
 
     opened = opening.open(model, keeps_factors=True).model
-    _say_exported(run(opened, out, merged=merged, rank=rank))
-
-
-def _say_exported(result: Export) -> None:
-    from ...routing.export import EXPORT_INFO
-
+    result = run(opened, out, merged=merged, rank=rank)
     shares = sorted(result.mixture.items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)
     form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"

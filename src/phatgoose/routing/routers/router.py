@@ -19,7 +19,7 @@ from ...files import add_entry_points, one_line, shortened
 from ..choice import NOBODY
 from ..context import RoutingContext
 from ..kernels import native, triton_gpu
-from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
+from .registry import AUTO, ENTRY_POINTS, OURS, Listed, read_pairs, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,16 +130,11 @@ class Router(Settings):
     @classmethod
     def read(cls, text: str) -> Self:
         """The router with the settings in "SETTING=VALUE,SETTING=VALUE". Raises ConfigError."""
-        values: dict[str, object] = {}
-        for part in text.split(",") if text else ():
-            key, sign, value = part.partition("=")
-            if not sign or key in values:
-                raise ConfigError(
-                    f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name "
-                    f"and settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
-                )
-            values[key] = value
-        return from_mapping(cls, values, f"router {cls.name}")
+        refusal = (
+            f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name and "
+            f"settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
+        )
+        return from_mapping(cls, read_pairs(text, refusal), f"router {cls.name}")
 
     @property
     def text(self) -> str:

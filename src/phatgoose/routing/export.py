@@ -187,7 +187,7 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
     if isinstance(layer, FoldedLinear):
         weights = torch.full((len(layer.experts),), layer.weight_of_each)
     elif isinstance(layer, RoutedLinear):
-        weights = layer.at_site.constant()
+        weights = layer.at_site.router.constant(layer.at_site)
     is_left_out = getattr(parts.router, "falls_back", False)  # where the base answers alone
     if weights is None and len(parts.experts) == 1 and not is_left_out:
         weights = torch.ones(1)

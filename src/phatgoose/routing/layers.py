@@ -128,12 +128,10 @@ class RoutedLinear(RoutedLayer):
         """
         tokens = u.reshape(-1, u.shape[-1])
         decision: RoutingDecision = self.at_site(tokens, active)
-        watches = watches_over(self, self.site)
-        if watches:
+        for watch in watches_over(self, self.site):
             experts = self.experts[decision.experts]
             distribution = partial(self.at_site.distribution, tokens)
-            for watch in watches:
-                watch.tell(self.site, u, experts, decision.weights, distribution)
+            watch.tell(self.site, u, experts, decision.weights, distribution)
         return decision
 
     def forward(self, u: Tensor) -> Tensor:
@@ -261,12 +259,10 @@ class FoldedLinear(RoutedLayer):
         self.register_buffer("folded", folded, persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        watches = watches_over(self, self.site)
-        if watches:
+        for watch in watches_over(self, self.site):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
-            for watch in watches:
-                watch.tell(self.site, u, experts, equal, lambda: equal)
+            watch.tell(self.site, u, experts, equal, equal.clone)
         return functional.linear(u, self.folded, self.base.bias)
 
 

@@ -82,10 +82,13 @@ def train(
     new = {task.name for task in missing}
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, dtype=base.dtype, engine=chosen):
-            record: dict[str, object] = {"name": expert.name, "folder": str(out / expert.name)}
-            record["base"] = expert.base.id
-            record["trained_now"] = expert.name in new
-            record["metrics"] = dict(expert.metrics)
+            record = {
+                "name": expert.name,
+                "folder": str(out / expert.name),
+                "base": expert.base.id,
+                "trained_now": expert.name in new,
+                "metrics": dict(expert.metrics),
+            }
             reported.append(record)
             line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {out / expert.name}"
             say(line, err=str(json) == "-")

@@ -185,8 +185,8 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
         check_report(arguments.get("json"))
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else {}
-        values = {name: recipe[name] for name in arguments if name in recipe}
-        values |= {name: value for name, value in arguments.items() if value not in (None, [])}
+        flags = {name: value for name, value in arguments.items() if value not in (None, [])}
+        values = recipe | flags
         filled = arguments | values
         for name, annotation in groups.items():
             filled[name] = _object_of(annotation, values, recipe)

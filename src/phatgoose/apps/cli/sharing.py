@@ -61,8 +61,7 @@ def import_(
     from ...experts.expert import FEW
 
     how: dict[str, Any] = {**vars(named), "allow_loss": allow_loss, "reader": reader}
-    if fingerprint:
-        how["fingerprint"] = True
+    how["fingerprint"] = fingerprint or None
     places = list[str]()
     for place in source:
         inside = importing.adapters_in(Path(place))

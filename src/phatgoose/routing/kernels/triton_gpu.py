@@ -312,10 +312,9 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _block(size: int, least: int = 1, most: int | None = None) -> int:
+def _block(size: int, least: int = 1, most: int = 1 << 30) -> int:
     power = 1 << max(size - 1, 0).bit_length()
-    block = max(power, least)
-    return block if most is None else min(block, most)
+    return min(max(power, least), most)
 
 
 def takes(*tensors: Tensor) -> bool:

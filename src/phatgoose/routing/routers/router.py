@@ -221,12 +221,13 @@ class Router(Settings):
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
             vectors = at_site.vectors
+            top_experts = None
             if native.runs_natively(u, vectors):
-                chosen = native.top_experts(u, vectors, at_site.k, at_site.eps)
-                return RoutingDecision(*chosen)
-            if triton_gpu.runs_on_triton(u, vectors):
-                chosen = triton_gpu.top_experts(u, vectors, at_site.k, at_site.eps)
-                return RoutingDecision(*chosen)
+                top_experts = native.top_experts
+            elif triton_gpu.runs_on_triton(u, vectors):
+                top_experts = triton_gpu.top_experts
+            if top_experts is not None:
+                return RoutingDecision(*top_experts(u, vectors, at_site.k, at_site.eps))
         scores = self.scores(u, at_site)
         if active is not None:
             scores = scores.masked_fill(~active, -torch.inf)
@@ -290,9 +291,6 @@ class RouterAtSite(nn.Module):
 
     def distribution(self, u: Tensor) -> Tensor:
         return self.router.distribution(u, self)
-
-    def constant(self) -> Tensor | None:
-        return self.router.constant(self)
 
     def restart(self) -> None:
         self.router.restart(self)

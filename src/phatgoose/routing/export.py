@@ -129,7 +129,15 @@ def export(
             base = Base(model, parts.tokenizer, **asdict(parts.base))
             LoraFactors.write(work, loras, PEFT_FILES.about(base, linear))
         result = Export(target, merged, parts.experts, shares, losses)
-        text = json.dumps(_record(result, parts), indent=2) + "\n"
+        record = {
+            "form": "merged model" if merged else "PEFT adapter",
+            "base": asdict(parts.base),
+            "router": parts.router.text,
+            "experts": result.mixture,
+            "lost": result.lost,
+            "sites": {site: asdict(loss) for site, loss in losses.items()},
+        }
+        text = json.dumps(record, indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
 
@@ -165,17 +173,6 @@ def _check_exportable(
                 f"The experts add a bias at {site}, and the base has none there that could hold "
                 f"it: export an adapter."
             )
-
-
-def _record(result: Export, parts: Composition) -> dict[str, object]:
-    return {
-        "form": "merged model" if result.merged else "PEFT adapter",
-        "base": asdict(parts.base),
-        "router": parts.router.text,
-        "experts": result.mixture,
-        "lost": result.lost,
-        "sites": {site: asdict(loss) for site, loss in result.losses.items()},
-    }
 
 
 def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:

@@ -266,12 +266,6 @@ class FoldedLinear(RoutedLayer):
         return functional.linear(u, self.folded, self.base.bias)
 
 
-def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
-    """True if the experts have more numbers than the weight that their mean can be added to."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return has_plain_weight(base) and stack.A.numel() + stack.B.numel() > weight.numel()
-
-
 def has_plain_weight(base: nn.Module) -> bool:
     """True for a layer that only multiplies by its weight, which is not packed or offloaded."""
     weight: Tensor = base.weight  # type: ignore[assignment]

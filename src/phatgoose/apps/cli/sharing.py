@@ -75,8 +75,7 @@ def import_(
         say(f"{_imported(expert)} -> {expert.directory}")
     for place, why in imports.refused.items():
         say(f"refused: {why}" if place in why else f"refused: {place}: {why}", err=True)
-    bases = [expert.info.base for expert in imports.experts]
-    unmarked = [base.id for base in bases if not base.fingerprint]
+    unmarked = [e.info.base.id for e in imports.experts if not e.info.base.fingerprint]
     if unmarked:
         say(f"no fingerprint: {unmarked[0]} is not here; --fingerprint fetches it")
     prompts = [max(e.info.prompts_read or 0, len(e.prompts)) for e in imports.experts]

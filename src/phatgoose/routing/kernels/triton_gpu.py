@@ -205,7 +205,6 @@ def _apart(
             r,
             d,
             ADDED=y is not None,
-            BLOCK_R=16,
             BLOCK_D=features,
         )
     return delta
@@ -252,7 +251,6 @@ def in_blocks(
             r,
             d,
             BLOCK_T=size,
-            BLOCK_R=16,
             BLOCK_D=features,
         )
         programs.add_choices[(tokens, -(-d // 1024))](

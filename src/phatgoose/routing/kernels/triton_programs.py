@@ -14,6 +14,7 @@ import triton.language as tl
 
 # Triton's interpreter can't multiply bfloat16: there products are of float32, with equal results.
 WIDE = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+RANKS = tl.constexpr(16)  # multiplied by B at once
 
 
 @triton.jit
@@ -194,7 +195,6 @@ def expand_token(
     r,
     d,
     ADDED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Some of the d numbers of one token's delta: B `inner` of its pairs; or ADDED to it."""
@@ -205,8 +205,8 @@ def expand_token(
         pair = token * k + j
         if tl.load(weights + pair) != 0.0:
             expert = tl.load(experts + pair)
-            for start in range(0, r, BLOCK_R):
-                rank = start + tl.arange(0, BLOCK_R)
+            for start in range(0, r, RANKS):
+                rank = start + tl.arange(0, RANKS)
                 h = tl.load(inner + pair * r + rank, mask=rank < r, other=0.0)
                 loaded = _both(rank < r, feature < d)
                 b_rows = B + (expert * r + rank)[:, None] * d
@@ -310,7 +310,6 @@ def expand_block(
     r,
     d,
     BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Some of the d numbers w B A u of each pair in one block: `parts` [T k, d]."""
@@ -321,8 +320,8 @@ def expand_block(
     pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for start in range(0, r, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
+    for start in range(0, r, RANKS):
+        rank = start + tl.arange(0, RANKS)
         inside = _both(pair >= 0, rank < r)
         h = tl.load(inner + pair[:, None] * r + rank[None, :], mask=inside, other=0.0)
         loaded = _both(rank < r, feature < d)

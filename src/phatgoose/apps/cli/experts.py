@@ -119,7 +119,7 @@ def gate(
             help="Folder of the adapter (LoRA, (IA)³, bottleneck), or an imported expert."
         ),
     ],
-    task: options.TaskOption,
+    task: Annotated[str, "The data it was trained on."],
     out: options.ExpertOut,
     base: options.BaseOptions,
     template: options.TemplateOptions,

@@ -248,7 +248,6 @@ ModelArgument = Annotated[
 ]
 Resume = Annotated[bool, "Continue unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
-TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 ReaderOption = Annotated[
     str | None, "Reader of the experts' prompts; default: the recorded, if it is a known one."

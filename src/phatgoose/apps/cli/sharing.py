@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from ...experts.expert import Expert
 
 
-BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
-
-
 @dataclass(frozen=True)
 class NamedBase(Settings):
     base: options.BaseOption = None
-    base_id: BaseId = None
+    base_id: Annotated[
+        str | None, "The base's Hub id, if its folder's path doesn't contain it."
+    ] = None
 
 
 def import_(

@@ -92,9 +92,12 @@ def compose(
     say(f"{line} -> {out}")
 
 
+NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]
+
+
 @dataclass(frozen=True)
 class AnswerOptions(options.ModelOptions):
-    max_new_tokens: Annotated[int, "Maximum new tokens.", AT_LEAST_1] = 64
+    max_new_tokens: NewTokens = 64
     formatting: PromptFormatting = field(default_factory=PromptFormatting)
 
 

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from ...experts.expert import Expert
 
 
+BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
+
+
 @dataclass(frozen=True)
 class NamedBase(Settings):
     base: options.BaseOption = None
-    base_id: Annotated[
-        str | None, "The base's Hub id, if its folder's path doesn't contain it."
-    ] = None
+    base_id: BaseId = None
 
 
 def import_(

@@ -97,7 +97,7 @@ PROMPT = (
 )
 
 
-def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = False) -> None:
+def run_demo(base_name: str, out: Path, *, all_methods: bool = False) -> None:
     """Train, compare and route; write experts, tables, report and routed model to `out`.
 
     What `out` already has is kept, so an interrupted demo continues where it stopped.
@@ -107,7 +107,7 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     show(_step("1. Base model", f" {base_name}"))
     base = load_base(base_name)
     show(_step(f"2. {len(SKILLS)} experts with gates", ", each trained on one task"))
-    pool = _train_pool(base, out / "experts", seed)
+    pool = _train_pool(base, out / "experts")
     routing = resolved(Routing(router=ROUTER), pool, base.tokenizer)
     unseen = unseen_tasks(EVALUATED)
     show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
@@ -160,8 +160,7 @@ def _step(title: str, rest: str = "") -> Text:
     return Text.assemble((title, "bold"), rest)
 
 
-def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
-    training = replace(TRAINING, seed=seed)
+def _train_pool(base: Base, folder: Path) -> Pool:
     gates = replace(GATES, embeddings=can_embed())
     for name, unseen in SKILLS.items():
         train_expert(
@@ -169,7 +168,7 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
             load_task(TASKS / f"{name}.csv"),
             out=folder / name,
             peft=LORA,
-            training=training,
+            training=TRAINING,
             gate_training=gates,
             resume=True,
         )

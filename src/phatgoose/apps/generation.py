@@ -119,13 +119,11 @@ def explain(
     formatting: Formatting | None = None,
 ) -> Explanation:
     """How the routed `model` serves `prompt` and `answer` (None: what it generates)."""
-    check_text(prompt)
     encoder = Encoder.for_model(model, tokenizer, formatting)
     if answer is None:
         text = generate(model, tokenizer, prompt, max_new_tokens, formatting)
         pair = encoder.pair(prompt, text)
     else:
-        check_text(answer, "The answer")
         text = answer
         pair = encoder.pair(prompt, answer)
         encoder.cuts([pair]).report("the prompt")  # as `generate` does

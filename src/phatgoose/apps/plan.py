@@ -31,7 +31,10 @@ SAMPLE = 200  # examples whose tokens are counted
 WIDE = 180  # columns where output goes to a file
 T5_XL = "google/t5-xl-lm-adapt"  # the paper's base, whose config plans don't have to find
 T5_XL_CONFIG = T5Config(
-    **{"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    d_model=2048,
+    d_ff=5120,
+    num_layers=24,
+    num_heads=32,
     feed_forward_proj="gated-gelu",
     tie_word_embeddings=False,
 )

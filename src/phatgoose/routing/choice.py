@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -117,14 +117,5 @@ class Chooser(Protocol):
     name: str
     unserved: str | None  # why a prompt alone isn't enough, as a sentence
 
-    @property
-    def experts(self) -> Sequence[str]:
-        """The names of the experts whose indices a choice has."""
-
-    def choose(
-        self,
-        prompts: Sequence[str | Sequence[int] | ChatTexts],
-        allowed: Collection[str] | None = None,
-        **known: Any,
-    ) -> Choice:
+    def choose(self, prompts: Sequence[str | Sequence[int] | ChatTexts], **known: Any) -> Choice:
         """The experts of each prompt and their weights."""

@@ -45,7 +45,8 @@ from .layers import (
     RoutedLinear,
     TailedLinear,
     folded_weight,
-    is_cheaper_folded,
+    has_plain_weight,
+    matrix_of,
 )
 from .routers.auto import resolved
 from .routers.fixed import read_scores
@@ -177,7 +178,9 @@ class Composition:
         plain = stack.plain_lora
         size = len(self.experts)
         may_fold = self.router.folds and self.router.kernel == ANY_KERNEL and not self.tailed
-        if not (plain and may_fold and is_cheaper_folded(original, plain)):
+        if not (plain and may_fold and has_plain_weight(original)):
+            return False
+        if plain.A.numel() + plain.B.numel() <= matrix_of(original).numel():
             return False
         check_numbers(stack, site.name, self.experts)
         folded = folded_weight(original, plain, size)
@@ -495,8 +498,7 @@ def load(
     model = loaded.model
     sites = find_sites(model)
     router = router_of(replace(saved.router.routing, embedder=embedder, reader=reader))
-    tables = saved.tables if isinstance(router, ByPrompt) else None
-    parts = Composition(loaded, router, saved.names, saved.records, tables)
+    parts = Composition(loaded, router, saved.names, saved.records, saved.tables)
     for name, sizes in saved.sizes.items():
         site = sites.get(name)
         if site is None or not _has_sizes(site, sizes):

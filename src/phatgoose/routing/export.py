@@ -129,7 +129,15 @@ def export(
             base = Base(model, parts.tokenizer, **asdict(parts.base))
             LoraFactors.write(work, loras, PEFT_FILES.about(base, linear))
         result = Export(target, merged, parts.experts, shares, losses)
-        text = json.dumps(_record(result, parts), indent=2) + "\n"
+        record = {
+            "form": "merged model" if merged else "PEFT adapter",
+            "base": asdict(parts.base),
+            "router": parts.router.text,
+            "experts": result.mixture,
+            "lost": result.lost,
+            "sites": {site: asdict(loss) for site, loss in losses.items()},
+        }
+        text = json.dumps(record, indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result
 
@@ -167,17 +175,6 @@ def _check_exportable(
             )
 
 
-def _record(result: Export, parts: Composition) -> dict[str, object]:
-    return {
-        "form": "merged model" if result.merged else "PEFT adapter",
-        "base": asdict(parts.base),
-        "router": parts.router.text,
-        "experts": result.mixture,
-        "lost": result.lost,
-        "sites": {site: asdict(loss) for site, loss in result.losses.items()},
-    }
-
-
 def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
     """How much each expert adds at the site of `layer`, float64 [E of the pool].
 
@@ -187,7 +184,7 @@ def constant_shares(layer: RoutedLayer, parts: Composition) -> Tensor | None:
     if isinstance(layer, FoldedLinear):
         weights = torch.full((len(layer.experts),), layer.weight_of_each)
     elif isinstance(layer, RoutedLinear):
-        weights = layer.at_site.constant()
+        weights = layer.at_site.router.constant(layer.at_site)
     is_left_out = getattr(parts.router, "falls_back", False)  # where the base answers alone
     if weights is None and len(parts.experts) == 1 and not is_left_out:
         weights = torch.ones(1)

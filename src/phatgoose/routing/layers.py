@@ -128,12 +128,10 @@ class RoutedLinear(RoutedLayer):
         """
         tokens = u.reshape(-1, u.shape[-1])
         decision: RoutingDecision = self.at_site(tokens, active)
-        watches = watches_over(self, self.site)
-        if watches:
+        for watch in watches_over(self, self.site):
             experts = self.experts[decision.experts]
             distribution = partial(self.at_site.distribution, tokens)
-            for watch in watches:
-                watch.tell(self.site, u, experts, decision.weights, distribution)
+            watch.tell(self.site, u, experts, decision.weights, distribution)
         return decision
 
     def forward(self, u: Tensor) -> Tensor:
@@ -163,27 +161,26 @@ class RoutedLinear(RoutedLayer):
         return self._product(tokens, decision.experts, decision.weights, self.A, self.B)
 
     def _all_parts(self, u: Tensor, decision: RoutingDecision) -> Tensor:
-        parts = self._parts()
-        chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in parts:
+        chosen = list[tuple[Part, Tensor, Tensor]]()
+        for name, part in self._parts().items():
             place = getattr(self, f"{name}_place")[decision.experts]
             # An expert of another part gets row 0 with weight 0: shapes stay static.
-            chosen[name] = place.clamp(min=0), decision.weights * (place >= 0)
+            chosen.append((part, place.clamp(min=0), decision.weights * (place >= 0)))
         scaled = u
-        for name, part in parts.items():
-            factor = part.input_factor(*chosen[name])
+        for part, experts, weights in chosen:
+            factor = part.input_factor(experts, weights)
             if factor is not None:
                 scaled = (scaled * factor.view(u.shape)).to(u.dtype)
         first: Tensor = self.base(scaled)
         y0 = first.reshape(-1, first.shape[-1])
         y = y0
-        for name, part in parts.items():
-            factor = part.output_factor(*chosen[name])
+        for part, experts, weights in chosen:
+            factor = part.output_factor(experts, weights)
             if factor is not None:
                 y = (y * factor).to(y0.dtype)
         tokens = u.reshape(-1, u.shape[-1])
-        for name, part in parts.items():
-            added = part.added(tokens, y0, *chosen[name], self._product)
+        for part, experts, weights in chosen:
+            added = part.added(tokens, y0, experts, weights, self._product)
             if added is not None:
                 y = y + added.to(y.dtype)
         return y.view(first.shape)
@@ -262,19 +259,11 @@ class FoldedLinear(RoutedLayer):
         self.register_buffer("folded", folded, persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        watches = watches_over(self, self.site)
-        if watches:
+        for watch in watches_over(self, self.site):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
-            for watch in watches:
-                watch.tell(self.site, u, experts, equal, lambda: equal)
+            watch.tell(self.site, u, experts, equal, equal.clone)
         return functional.linear(u, self.folded, self.base.bias)
-
-
-def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
-    """True if the experts have more numbers than the weight that their mean can be added to."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return has_plain_weight(base) and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
 def has_plain_weight(base: nn.Module) -> bool:

@@ -62,18 +62,17 @@ def open_model(
     embedder. Raises ConfigError when another place is given scores, and what loading or composing
     does.
     """
-    if not isinstance(place, Pool):
-        if scores:
-            require_pool(place)
-        if not (is_routed(place) or is_pool(place)):
-            return load_base(place, dtype=dtype)
-    if not isinstance(place, Pool) and is_routed(place):
-        settings = routing or Routing()
-        model = load(place, base, dtype=dtype, embedder=settings.embedder, reader=settings.reader)
-    else:
+    if isinstance(place, Pool) or is_pool(place):
         pool = Pool.open(place)
         loaded = resolve_base(base, pool.base, dtype)
         model = compose(pool, loaded, routing=routing, scores=scores)
+    else:
+        if scores:
+            require_pool(place)
+        if not is_routed(place):
+            return load_base(place, dtype=dtype)
+        settings = routing or Routing()
+        model = load(place, base, dtype=dtype, embedder=settings.embedder, reader=settings.reader)
     parts = composition_of(model)
     return Base(model, parts.tokenizer, **asdict(parts.base))
 

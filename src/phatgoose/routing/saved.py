@@ -205,23 +205,18 @@ def read_saved(directory: Path) -> SavedModel:
         tensors.check_finite()
     if hashing.result() != about.weights_sha256:
         raise RoutingError(f"{path}: it was changed after it was written.")
-    return SavedModel(info, about.base, tensors, router, _checked(tensors, info, router))
-
-
-def _checked(file: TensorFile, info: JsonObject, router: Router) -> dict[str, dict[str | int, int]]:
-    """The sizes of each site's tensors, by letter; ExpertError where tensors don't fit."""
-    count = len(info["experts"])
+    count = len(about.experts)
     by_site = defaultdict[str, dict[str, Tensor]](dict)
-    for key in file:
+    for key, tensor in tensors.items():
         name, _, site = key.partition(".")
         if name == "lookup":
             name, site = site, name
-        by_site[site][name] = file[key]
-    _check_tables(f"{file.path}, lookup", by_site.pop("lookup", {}), count, router)
+        by_site[site][name] = tensor
+    _check_tables(f"{path}, lookup", by_site.pop("lookup", {}), count, router)
     sizes = {}
-    for site, tensors in by_site.items():
-        sizes[site] = _check_site(f"{file.path}, {site}", tensors, count, router)
-    return sizes
+    for site, at_site in by_site.items():
+        sizes[site] = _check_site(f"{path}, {site}", at_site, count, router)
+    return SavedModel(info, about.base, tensors, router, sizes)
 
 
 def _check_tables(where: str, tables: Mapping[str, Tensor], pool_size: int, router: Router) -> None:

@@ -6,6 +6,7 @@ The position of each token tells, so padding, caches and drafts need no rules of
 from __future__ import annotations
 
 import sys
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -36,24 +37,20 @@ class PromptEnds:
         rows, columns = positions.shape
         if len(lengths) != positions.numel():  # beams repeat rows
             lengths = lengths.repeat_interleave(rows // len(lengths) * columns)
-        self._left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
-        self._active: dict[tuple[Tails, torch.device], Active] = {}
+        left = lengths.to(positions.device) - positions.flatten()  # of the prompt, [tokens]
+        # By tails and device: many sites of a pass ask for the same.
+        self.active = cache(partial(_active, left))
 
-    def active(self, tails: Tails, device: torch.device) -> Active:
-        """Where a site's experts are active, which have these tails; tensors on `device`."""
-        key = tails, device
-        if key not in self._active:  # many sites of a pass ask for the same
-            self._active[key] = self._at(*key)
-        return self._active[key]
 
-    def _at(self, tails: Tails, device: torch.device) -> Active:
-        reach = [tail or sys.maxsize for tail in tails]
-        mask = self._left.to(device)[:, None] <= torch.tensor(reach, device=device)
-        tokens = mask.any(dim=1).nonzero()[:, 0]
-        mask_there = mask[tokens]
-        all_there = bool(mask_there.all())
-        if all_there and len(tokens) == len(mask):
-            return Active()
-        if 2 * len(tokens) > len(mask):
-            return Active(mask)
-        return Active(mask, tokens, None if all_there else mask_there)
+def _active(left: Tensor, tails: Tails, device: torch.device) -> Active:
+    """Where a site's experts are active, which have these tails; tensors on `device`."""
+    reach = [tail or sys.maxsize for tail in tails]
+    mask = left.to(device)[:, None] <= torch.tensor(reach, device=device)
+    tokens = mask.any(dim=1).nonzero()[:, 0]
+    mask_there = mask[tokens]
+    all_there = bool(mask_there.all())
+    if all_there and len(tokens) == len(mask):
+        return Active()
+    if 2 * len(tokens) > len(mask):
+        return Active(mask)
+    return Active(mask, tokens, None if all_there else mask_there)

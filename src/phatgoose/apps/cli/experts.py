@@ -18,7 +18,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert, ExpertInfo
-    from ...tasks.suites.registry import TrainingTask
 
 
 def train(
@@ -57,7 +56,11 @@ def train(
     opened = open_tasks(tasks, sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(opened, out, resume=resume)
+    refuse_twice("tasks", (task.name for task in opened))
+    for task in opened:
+        check_name(task.name)
+        if not resume:
+            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     missing = [task for task in opened if not (out / task.name).exists()]
     name = base.base or SMOLLM2
     if not plan:
@@ -79,22 +82,17 @@ def train(
     new = {task.name for task in missing}
     with engine.open() as chosen:
         for expert in train_experts(name, jobs, out=out, dtype=base.dtype, engine=chosen):
-            record: dict[str, object] = {"name": expert.name, "folder": str(out / expert.name)}
-            record["base"] = expert.base.id
-            record["trained_now"] = expert.name in new
-            record["metrics"] = dict(expert.metrics)
+            record = {
+                "name": expert.name,
+                "folder": str(out / expert.name),
+                "base": expert.base.id,
+                "trained_now": expert.name in new,
+                "metrics": dict(expert.metrics),
+            }
             reported.append(record)
             line = f"[{len(reported)}/{len(jobs)}] {_summary(expert)} -> {out / expert.name}"
             say(line, err=str(json) == "-")
     report(json, {"base": name, "experts": reported}, "report")
-
-
-def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    refuse_twice("tasks", (task.name for task in tasks))
-    for task in tasks:
-        check_name(task.name)
-        if not resume:
-            require_free(out / task.name, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
 
 
 def _summary(expert: ExpertInfo) -> str:
@@ -121,7 +119,7 @@ def gate(
             help="Folder of the adapter (LoRA, (IA)³, bottleneck), or an imported expert."
         ),
     ],
-    task: options.TaskOption,
+    task: Annotated[str, "The data it was trained on."],
     out: options.ExpertOut,
     base: options.BaseOptions,
     template: options.TemplateOptions,

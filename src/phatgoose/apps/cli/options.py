@@ -114,16 +114,22 @@ def is_group(annotation: object) -> bool:
 
 def _groups_in(config: type[Settings]) -> dict[str, type[Settings]]:
     """The fields of `config` that another class of settings makes, whose flags are beside its."""
-    factories: dict[str, Any] = {item.name: item.default_factory for item in fields(config)}
-    return {name: factory for name, factory in factories.items() if is_group(factory)}
+    groups = {}
+    for item in fields(config):
+        factory: Any = item.default_factory
+        if is_group(factory):
+            groups[item.name] = factory
+    return groups
 
 
-def _settings_at(annotation: object) -> list[tuple[str, Setting]]:
+def _settings_at(annotation: object) -> Iterator[tuple[str, Setting]]:
     """The settings of a parameter itself, each with the table of recipes that has it."""
     config, *hidden = _parts(annotation)
     configs = SHAPES if config is Peft else {TABLE_OF.get(config, ""): config}
-    settings = [(table, setting) for table in configs for setting in settings_of(configs[table])]
-    return [(table, setting) for table, setting in settings if setting.name not in hidden]
+    for table, settings in configs.items():
+        for setting in settings_of(settings):
+            if setting.name not in hidden:
+                yield table, setting
 
 
 def _flags_of(annotation: object) -> Iterator[tuple[str, Setting]]:
@@ -185,8 +191,8 @@ def with_flags(command: Callable[..., int | None]) -> Callable[..., int | None]:
         check_report(arguments.get("json"))
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else {}
-        values = {name: recipe[name] for name in arguments if name in recipe}
-        values |= {name: value for name, value in arguments.items() if value not in (None, [])}
+        flags = {name: value for name, value in arguments.items() if value not in (None, [])}
+        values = recipe | flags
         filled = arguments | values
         for name, annotation in groups.items():
             filled[name] = _object_of(annotation, values, recipe)
@@ -242,7 +248,6 @@ ModelArgument = Annotated[
 ]
 Resume = Annotated[bool, "Continue unfinished work."]
 ExpertOut = Annotated[Path, "The expert directory to write."]
-TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (bundled)."]
 ReaderOption = Annotated[
     str | None, "Reader of the experts' prompts; default: the recorded, if it is a known one."

@@ -17,7 +17,6 @@ from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...routing.export import Export
 
 
 BaseId = Annotated[str | None, "The base's Hub id, if its folder's path doesn't contain it."]
@@ -62,8 +61,7 @@ def import_(
     from ...experts.expert import FEW
 
     how: dict[str, Any] = {**vars(named), "allow_loss": allow_loss, "reader": reader}
-    if fingerprint:
-        how["fingerprint"] = True
+    how["fingerprint"] = fingerprint or None
     places = list[str]()
     for place in source:
         inside = importing.adapters_in(Path(place))
@@ -77,8 +75,7 @@ def import_(
         say(f"{_imported(expert)} -> {expert.directory}")
     for place, why in imports.refused.items():
         say(f"refused: {why}" if place in why else f"refused: {place}: {why}", err=True)
-    bases = [expert.info.base for expert in imports.experts]
-    unmarked = [base.id for base in bases if not base.fingerprint]
+    unmarked = [e.info.base.id for e in imports.experts if not e.info.base.fingerprint]
     if unmarked:
         say(f"no fingerprint: {unmarked[0]} is not here; --fingerprint fetches it")
     prompts = [max(e.info.prompts_read or 0, len(e.prompts)) for e in imports.experts]
@@ -171,15 +168,11 @@ def export(
         written = deploy(opening.open_pool([Path(model)]), engine, out, opening.base)
         say(f"{len(written.experts)} experts of rank {written.rank} or less for {engine} -> {out}")
         return
+    from ...routing.export import EXPORT_INFO
     from ...routing.export import export as run
 
     opened = opening.open(model, keeps_factors=True).model
-    _say_exported(run(opened, out, merged=merged, rank=rank))
-
-
-def _say_exported(result: Export) -> None:
-    from ...routing.export import EXPORT_INFO
-
+    result = run(opened, out, merged=merged, rank=rank)
     shares = sorted(result.mixture.items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)
     form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"

@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -100,7 +99,11 @@ def _private_cache() -> Path | None:
 
 def runs_natively(*tensors: Tensor) -> bool:
     """True when the library is there and can take `tensors`: one type, CPU, no gradients."""
-    if not _are_of_one_type(tensors) or torch.compiler.is_compiling():
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype is not dtype or not tensor.is_cpu:
+            return False
+    if dtype not in TYPES or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
@@ -174,14 +177,6 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
         y.shape[-1],
         torch.get_num_threads(),
     )
-
-
-def _are_of_one_type(tensors: Sequence[Tensor]) -> bool:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype or not tensor.is_cpu:
-            return False
-    return dtype in TYPES
 
 
 @cache

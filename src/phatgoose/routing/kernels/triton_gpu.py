@@ -41,14 +41,17 @@ def runs_on_triton(*tensors: Tensor) -> bool:
     return tensors[0].is_cuda and not torch.compiler.is_compiling() and takes(*tensors)
 
 
-def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def triton_gpu(
+    u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None = None
+) -> Tensor:
     """The routed product of `kernels`, one by one or in blocks, [T, d]; where it `takes` u, A, B.
 
-    Indices are believed: looking at them would wait for the device.
+    It is added to y if given. Indices are believed: looking at them would wait for the device.
     """
     if u.numel() == 0 or experts.numel() == 0:
         return u.new_zeros(len(u), B.shape[2])
-    return _product(u, experts, weights, A, B, None)
+    body = in_blocks if experts.numel() > _most_apart(len(A)) else one_by_one
+    return body(u, experts, weights, A, B, y)
 
 
 def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,6 @@ def _tokens_at_once(tokens: int) -> int:
 def _scoring(u: Tensor, eps: float | None) -> dict[str, int]:
     return {
         "STANDARDISED": eps is not None,
-        "WIDE": _is_interpreted(),
         "BLOCK_T": _tokens_at_once(len(u)),
         "BLOCK_N": loaded_features(u.itemsize, u.shape[1]),
     }
@@ -140,19 +142,12 @@ def add_routed(y: Tensor, u: Tensor, stacked: Stacked, k: int, eps: float | None
         return
     # With few pairs every program searches its token's scores itself, which saves a launch.
     if len(tokens) * k > _most_apart(E) or k * E > MOST_SEARCHED:
-        _product(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
+        triton_gpu(tokens, *top_experts(tokens, vectors, k, eps), A, B, sums)
         return
     tokens, vectors, A, B = _contiguous(tokens, vectors, A, B)
     experts = u.new_empty(len(tokens), k, dtype=torch.int64)
     weights = u.new_empty(len(tokens), k, dtype=torch.float32)
     _apart(tokens, _scores(tokens, vectors, eps), (experts, weights), A, B, sums)
-
-
-def _product(
-    u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor, y: Tensor | None
-) -> Tensor:
-    body = in_blocks if experts.numel() > _most_apart(len(A)) else one_by_one
-    return body(u, experts, weights, A, B, y)
 
 
 def _most_apart(E: int) -> int:
@@ -210,7 +205,6 @@ def _apart(
             r,
             d,
             ADDED=y is not None,
-            BLOCK_R=16,
             BLOCK_D=features,
         )
     return delta
@@ -244,7 +238,6 @@ def in_blocks(
             k,
             r,
             n,
-            WIDE=_is_interpreted(),
             BLOCK_T=size,
             BLOCK_R=ranks,
             BLOCK_N=loaded_features(u.itemsize, n),
@@ -257,9 +250,7 @@ def in_blocks(
             parts,
             r,
             d,
-            WIDE=_is_interpreted(),
             BLOCK_T=size,
-            BLOCK_R=16,
             BLOCK_D=features,
         )
         programs.add_choices[(tokens, -(-d // 1024))](
@@ -319,10 +310,9 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _block(size: int, least: int = 1, most: int | None = None) -> int:
+def _block(size: int, least: int = 1, most: int = 1 << 30) -> int:
     power = 1 << max(size - 1, 0).bit_length()
-    block = max(power, least)
-    return block if most is None else min(block, most)
+    return min(max(power, least), most)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -342,11 +332,10 @@ def _serves(device: torch.device) -> bool:
     if device.type == "cuda":
         is_supported = torch.cuda.get_device_capability(device) >= OLDEST
     else:
-        is_supported = device.type == "cpu" and _is_interpreted()
-    return is_supported and _programs() is not None and _runs(device)
-
-
-def _runs(device: torch.device) -> bool:
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        is_supported = device.type == "cpu" and is_interpreted
+    if not is_supported or _programs() is None:
+        return False
     counts = torch.ones(1, dtype=torch.int32, device=device)
     try:
         with _programs_for(counts) as programs:
@@ -356,11 +345,6 @@ def _runs(device: torch.device) -> bool:
         logger.info("Triton can't be used on %s, other kernels serve: %s", device, error)
         return False
     return True
-
-
-@cache
-def _is_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager

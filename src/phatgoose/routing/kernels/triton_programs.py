@@ -4,17 +4,35 @@ Glossary of `kernels`. A *pair* is a token and one of its k experts, numbered t 
 *block* is some of one expert's pairs, multiplied together. Pointers are named after what they point
 at; all tensors are contiguous. Sums are float32, and so is `inner` [T k, r], which holds w A u.
 Offsets that grow with tokens or experts are 64-bit. Tensor cores multiply float32 as three products
-of tf32, which loses no more than float32's own sums. WIDE has products taken in float32, which
-changes no result: Triton's interpreter can't multiply bfloat16.
+of tf32, which loses no more than float32's own sums.
 """
+
+import os
 
 import triton
 import triton.language as tl
 
+# Triton's interpreter can't multiply bfloat16: there products are of float32, with equal results.
+WIDE = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+RANKS = tl.constexpr(16)  # multiplied by B at once
+
+
+@triton.jit
+def _both(rows, columns):
+    return rows[:, None] & columns[None, :]
+
+
+@triton.jit
+def _multiplied(left, right, products):
+    if WIDE:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, products, input_precision="tf32x3")
+
 
 @triton.jit
 def _affinities(
-    u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
@@ -27,14 +45,11 @@ def _affinities(
         vector_sums = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
-        inside = (token < tokens)[:, None] & (feature < n)[None, :]
+        inside = _both(token < tokens, feature < n)
         x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
-        loaded = (feature < n)[:, None] & (expert < E)[None, :]
+        loaded = _both(feature < n, expert < E)
         v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=loaded, other=0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            v = v.to(tl.float32)
-        products = tl.dot(x, v, products, input_precision="tf32x3")
+        products = _multiplied(x, v, products)
         if STANDARDISED:
             shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
             sums += tl.sum(shifted, 1)
@@ -78,36 +93,36 @@ def _choose(
         left = tl.where(expert[None, :] == best[:, None], float("-inf"), left)
     powers = tl.exp(chosen - tl.max(chosen, 1)[:, None])
     shares = powers / tl.sum(powers, 1)[:, None]
-    written = (token < tokens)[:, None] & (choice < k)[None, :]
+    written = _both(token < tokens, choice < k)
     tl.store(weights + token[:, None] * k + choice[None, :], shares, mask=written)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def score_experts(
-    u, vectors, scores, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    u, vectors, scores, tokens, n, E, eps, STANDARDISED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Affinities [T, E] of some tokens to some experts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     products = _affinities(
-        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, BLOCK_T, BLOCK_E, BLOCK_N
     )
-    written = (token < tokens)[:, None] & (expert < E)[None, :]
+    written = _both(token < tokens, expert < E)
     tl.store(scores + token[:, None] * E + expert[None, :], products, mask=written)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def score_and_choose(
     u, vectors, experts, weights, tokens, n, E, k, eps, STANDARDISED: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The k experts of the highest affinity of some tokens, and their softmax: E fits a block."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     products = _affinities(
-        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, BLOCK_T, BLOCK_E, BLOCK_N
     )
     _choose(products, experts, weights, token, tokens, E, k, BLOCK_T, BLOCK_E, BLOCK_K)
 
@@ -163,7 +178,7 @@ def shrink_pair(
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
         x = tl.load(u + pair // k * n + feature, mask=feature < n, other=0.0)
-        loaded = (rank < r)[:, None] & (feature < n)[None, :]
+        loaded = _both(rank < r, feature < n)
         a = tl.load(A + rows[:, None] + feature[None, :], mask=loaded, other=0.0)
         products += a.to(tl.float32) * x.to(tl.float32)[None, :]
     tl.store(inner + pair * r + rank, weight * tl.sum(products, 1), mask=rank < r)
@@ -180,7 +195,6 @@ def expand_token(
     r,
     d,
     ADDED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Some of the d numbers of one token's delta: B `inner` of its pairs; or ADDED to it."""
@@ -191,10 +205,10 @@ def expand_token(
         pair = token * k + j
         if tl.load(weights + pair) != 0.0:
             expert = tl.load(experts + pair)
-            for start in range(0, r, BLOCK_R):
-                rank = start + tl.arange(0, BLOCK_R)
+            for start in range(0, r, RANKS):
+                rank = start + tl.arange(0, RANKS)
                 h = tl.load(inner + pair * r + rank, mask=rank < r, other=0.0)
-                loaded = (rank < r)[:, None] & (feature < d)[None, :]
+                loaded = _both(rank < r, feature < d)
                 b_rows = B + (expert * r + rank)[:, None] * d
                 b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
                 total += tl.sum(h[:, None] * b.to(tl.float32), 0)
@@ -258,7 +272,6 @@ def shrink_block(
     k,
     r,
     n,
-    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -276,16 +289,13 @@ def shrink_block(
     products = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
-        inside = (pair >= 0)[:, None] & (feature < n)[None, :]
+        inside = _both(pair >= 0, feature < n)
         x = tl.load(x_rows + feature[None, :], mask=inside, other=0.0)
-        loaded = (feature < n)[:, None] & (rank < r)[None, :]
+        loaded = _both(feature < n, rank < r)
         a = tl.load(a_rows + feature[:, None], mask=loaded, other=0.0)
-        if WIDE:
-            x = x.to(tl.float32)
-            a = a.to(tl.float32)
-        products = tl.dot(x, a, products, input_precision="tf32x3")
+        products = _multiplied(x, a, products)
     weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
-    written = (pair >= 0)[:, None] & (rank < r)[None, :]
+    written = _both(pair >= 0, rank < r)
     places = inner + pair[:, None] * r + rank[None, :]
     tl.store(places, products * weight[:, None], mask=written)
 
@@ -299,9 +309,7 @@ def expand_block(
     parts,
     r,
     d,
-    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Some of the d numbers w B A u of each pair in one block: `parts` [T k, d]."""
@@ -312,20 +320,17 @@ def expand_block(
     pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for start in range(0, r, BLOCK_R):
-        rank = start + tl.arange(0, BLOCK_R)
-        inside = (pair >= 0)[:, None] & (rank < r)[None, :]
+    for start in range(0, r, RANKS):
+        rank = start + tl.arange(0, RANKS)
+        inside = _both(pair >= 0, rank < r)
         h = tl.load(inner + pair[:, None] * r + rank[None, :], mask=inside, other=0.0)
-        loaded = (rank < r)[:, None] & (feature < d)[None, :]
+        loaded = _both(rank < r, feature < d)
         b_rows = B + (expert * r + rank)[:, None] * d
         b = tl.load(b_rows + feature[None, :], mask=loaded, other=0.0)
         # Tensor cores want both sides of one type.
         h = h.to(b.dtype)
-        if WIDE:
-            h = h.to(tl.float32)
-            b = b.to(tl.float32)
-        products = tl.dot(h, b, products, input_precision="tf32x3")
-    written = (pair >= 0)[:, None] & (feature < d)[None, :]
+        products = _multiplied(h, b, products)
+    written = _both(pair >= 0, feature < d)
     places = parts + pair[:, None] * d + feature[None, :]
     tl.store(places, products.to(parts.dtype.element_ty), mask=written)
 

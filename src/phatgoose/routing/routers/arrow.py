@@ -53,12 +53,12 @@ class Arrow(Router):
         return products(u, at_site.vectors).abs()
 
 
-def arrow_vector(lora: Factors, form: str = "svd", seed: int = 0) -> Tensor:
+def arrow_vector(lora: Factors, form: str = "svd") -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero."""
     A = lora.A.float()
     B = lora.B.float()
     if form == "peft":
-        return _power_iteration(A, B, seed)
+        return _power_iteration(A, B)
     small = small_svd(A, B)
     direction = small.V[0] if small.values[0] > 0 else torch.zeros_like(small.V[0])
     return torch.mv(small.Q, direction).float()
@@ -83,8 +83,8 @@ def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
     return SmallSVD(values, V, Q)
 
 
-def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _power_iteration(A: Tensor, B: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
     vector: Tensor = torch.randn(A.shape[1], generator=generator)
     vector = vector / (vector.norm() + SMALLEST)
     inner = B.T @ B

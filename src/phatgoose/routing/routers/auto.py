@@ -66,7 +66,8 @@ def first_allowed(routing: Routing, pool: Pool, order: Iterable[str]) -> Routing
 
 def allows_choice_by_prompt(pool: Pool) -> bool:
     """Whether experts and machine allow a router that looks at the prompt alone."""
-    has_prompts = all(each.has("prompt_statistics") or each.prompts for each in pool.experts)
+    experts = pool.experts
+    has_prompts = all(expert.has("prompt_statistics") or expert.prompts for expert in experts)
     return has_prompts or any(not _unmet(pool, name) for name in BY_PROMPT)
 
 

@@ -78,21 +78,31 @@ def unknown(router: str, known: Sequence[str]) -> ConfigError:
 MOST_WEIGHT = 100.0  # of one expert in a mixture, either way
 
 
-def read_mixture(text: str) -> dict[str, float]:
-    """The experts and weights of "NAME=WEIGHT,NAME=WEIGHT". Raises ConfigError."""
-    weights: dict[str, float] = {}
+def read_pairs(text: str, refusal: str) -> dict[str, str]:
+    """The pairs of "NAME=VALUE,NAME=VALUE". Raises ConfigError, the `refusal`."""
+    pairs: dict[str, str] = {}
     for part in text.split(",") if text else ():
         name, sign, value = part.partition("=")
+        if not sign or name in pairs:
+            raise ConfigError(refusal)
+        pairs[name] = value
+    return pairs
+
+
+def read_mixture(text: str) -> dict[str, float]:
+    """The experts and weights of "NAME=WEIGHT,NAME=WEIGHT". Raises ConfigError."""
+    refusal = (
+        f"weights are {shortened(text)}, but must be experts, each once, with numbers from "
+        f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}: weights:NAME=WEIGHT,NAME=WEIGHT."
+    )
+    weights: dict[str, float] = {}
+    for name, value in read_pairs(text, refusal).items():
         try:
-            weight = float(value)
+            weights[name] = float(value)
         except ValueError:
-            weight = math.nan
-        if not sign or name in weights or not abs(weight) <= MOST_WEIGHT:
-            raise ConfigError(
-                f"weights are {shortened(text)}, but must be experts, each once, with numbers from "
-                f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}: weights:NAME=WEIGHT,NAME=WEIGHT."
-            )
-        weights[name] = weight
+            weights[name] = math.nan
+        if not abs(weights[name]) <= MOST_WEIGHT:
+            raise ConfigError(refusal)
     return weights
 
 

@@ -19,7 +19,7 @@ from ...files import add_entry_points, one_line, shortened
 from ..choice import NOBODY
 from ..context import RoutingContext
 from ..kernels import native, triton_gpu
-from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
+from .registry import AUTO, ENTRY_POINTS, OURS, Listed, read_pairs, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,16 +130,11 @@ class Router(Settings):
     @classmethod
     def read(cls, text: str) -> Self:
         """The router with the settings in "SETTING=VALUE,SETTING=VALUE". Raises ConfigError."""
-        values: dict[str, object] = {}
-        for part in text.split(",") if text else ():
-            key, sign, value = part.partition("=")
-            if not sign or key in values:
-                raise ConfigError(
-                    f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name "
-                    f"and settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
-                )
-            values[key] = value
-        return from_mapping(cls, values, f"router {cls.name}")
+        refusal = (
+            f"router is {shortened(f'{cls.name}:{text}')}, but must be a name, or a name and "
+            f"settings, each once: {cls.name}:SETTING=VALUE,SETTING=VALUE."
+        )
+        return from_mapping(cls, read_pairs(text, refusal), f"router {cls.name}")
 
     @property
     def text(self) -> str:
@@ -226,12 +221,13 @@ class Router(Settings):
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
             vectors = at_site.vectors
+            top_experts = None
             if native.runs_natively(u, vectors):
-                chosen = native.top_experts(u, vectors, at_site.k, at_site.eps)
-                return RoutingDecision(*chosen)
-            if triton_gpu.runs_on_triton(u, vectors):
-                chosen = triton_gpu.top_experts(u, vectors, at_site.k, at_site.eps)
-                return RoutingDecision(*chosen)
+                top_experts = native.top_experts
+            elif triton_gpu.runs_on_triton(u, vectors):
+                top_experts = triton_gpu.top_experts
+            if top_experts is not None:
+                return RoutingDecision(*top_experts(u, vectors, at_site.k, at_site.eps))
         scores = self.scores(u, at_site)
         if active is not None:
             scores = scores.masked_fill(~active, -torch.inf)
@@ -295,9 +291,6 @@ class RouterAtSite(nn.Module):
 
     def distribution(self, u: Tensor) -> Tensor:
         return self.router.distribution(u, self)
-
-    def constant(self) -> Tensor | None:
-        return self.router.constant(self)
 
     def restart(self) -> None:
         self.router.restart(self)

@@ -217,7 +217,7 @@ def read_table(path: Path, what: str, error: type[PhatgooseError]) -> JsonObject
 
 def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
-    content: dict[str, object] = {}
+    content = {}
     for key, value in pairs:
         if key in content:
             raise ValueError(f"the key {shortened(key)} appears twice in one object")

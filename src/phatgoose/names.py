@@ -30,7 +30,7 @@ def is_hub_id(name: str) -> bool:
 def closest_beside(place: str | Path, *others: str) -> str:
     """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
     path = Path(place)
-    beside: list[str] = []
+    beside = []
     with suppress(OSError):  # it is a hint only
         beside = os.listdir(path.parent)
     return closest(path.name, [*others, *beside])

@@ -272,7 +272,7 @@ def cached_tokens(call: Arguments) -> int | None:
 
 
 def _streams(names: Mapping[Stream, _Names], call: Arguments) -> Mapping[Stream, _Tokens]:
-    streams: dict[Stream, _Tokens] = {}
+    streams = {}
     for stream, (mask_name, token_names) in names.items():
         form = _first(call, token_names)
         shape = None if form is None else tuple(form.shape[:2])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, create_model
@@ -20,7 +20,7 @@ from ..errors import ExpertError
 from ..files import TensorFile, one_line, read_json
 from ..sites import FLOATS
 
-Config: TypeAlias = dict[str, Any]  # the object of a JSON file
+Config = dict[str, Any]  # the object of a JSON file
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ FILES = OwnFiles(
 class BottleneckLayers(SiteModule):
     """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
 
-    kind: ClassVar[str] = "bottleneck"
-    files: ClassVar[OwnFiles] = FILES
+    kind = "bottleneck"
+    files = FILES
     parts: ClassVar[Mapping[str, str]] = {
         "down": "md",
         "down_bias": "m",
@@ -101,9 +101,9 @@ class BottleneckLayers(SiteModule):
 class BottleneckStack(Part):
     """Bottleneck adapters. Sizes that differ are filled up with zeros, which changes no number."""
 
-    name: ClassVar[str] = "bottleneck"
-    prefix: ClassVar[str | None] = ""
-    compared: ClassVar[tuple[str, ...]] = ("down", "up")
+    name = "bottleneck"
+    prefix = ""
+    compared = ("down", "up")
 
     down: Tensor = stacked("md")
     down_bias: Tensor = stacked("m")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval, MinLen
@@ -46,7 +46,7 @@ from .module import SiteModule
 from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
 
-Record: TypeAlias = Mapping[str, Any]  # as JSON has it
+Record = Mapping[str, Any]  # as JSON has it
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -412,7 +412,7 @@ class Expert:
         directory = Path(directory)
         info = read_info(directory / LAYOUT.info)
         adapter = adapter_files(directory)
-        files: dict[str, TensorFile] = {}
+        files = {}
         for file, sha256 in (
             (adapter.weights, info.adapter_sha256),
             (LAYOUT.vectors, info.vectors_sha256),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .alone import new_gate, strength_at
 from .module import SiteModule
 
 Settings = TypeVar("Settings", bound=Peft)
-Parameters: TypeAlias = Mapping[str, Tensor]  # of one module, by name
+Parameters = Mapping[str, Tensor]  # of one module, by name
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ..config import IA3
 from ..errors import ExpertError
 from ..sites import Site
-from .adapter_files import AdapterFiles, Config
+from .adapter_files import Config
 from .fresh import NewModules, Parameters
 from .module import SiteModule
 from .peft_files import PEFT_FILES
@@ -43,10 +43,10 @@ ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 
-    kind: ClassVar[str] = "ia3"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
+    kind = "ia3"
+    files = PEFT_FILES
     parts: ClassVar[Mapping[str, str]] = {"vector": "dn"}  # as PEFT has it
-    endings: ClassVar[Mapping[str, str]] = ENDINGS
+    endings = ENDINGS
 
     vector: Tensor  # [n] or [d]
     on_input: bool
@@ -106,9 +106,9 @@ class ScalingVector(SiteModule):
 class ScalingStack(Part):
     """(IA)³ vectors of outputs as what they differ from 1 by, l - 1, in float32."""
 
-    name: ClassVar[str] = "output"
+    name = "output"
     on_input: ClassVar[bool] = False
-    compared: ClassVar[tuple[str, ...]] = ("deltas",)
+    compared = ("deltas",)
 
     deltas: Tensor = stacked("d", "float32")
 
@@ -139,8 +139,8 @@ class ScalingStack(Part):
 class InputScalingStack(ScalingStack):
     """Those of inputs."""
 
-    name: ClassVar[str] = "input"
-    on_input: ClassVar[bool] = True
+    name = "input"
+    on_input = True
 
     deltas: Tensor = stacked("n", "float32")
 

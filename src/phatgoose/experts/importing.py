@@ -216,8 +216,8 @@ def _last_name(source: str | Path) -> str:
 
 
 def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:
-    experts: list[Expert] = []
-    refused: dict[str, str] = {}
+    experts = []
+    refused = {}
     for source in sources:
         try:
             experts.append(make(source))

@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import INIT_STD, Lora
 from ..files import value_at
 from ..sites import Site
-from .adapter_files import AdapterFiles, Config, OwnFiles
+from .adapter_files import Config, OwnFiles
 from .fresh import NewModules, Parameters
 from .module import SiteModule
 from .peft_files import PEFT_FILES
@@ -77,9 +77,9 @@ class Factors(SiteModule):
 class LoraFactors(Factors):
     """One site's LoRA."""
 
-    kind: ClassVar[str] = "lora"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
-    endings: ClassVar[Mapping[str, str]] = ENDINGS
+    kind = "lora"
+    files = PEFT_FILES
+    endings = ENDINGS
 
     @classmethod
     def read(
@@ -105,9 +105,9 @@ class LoraFactors(Factors):
     @classmethod
     def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
         has_biases = any(lora.bias is not None for lora in modules.values())
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        tensors: dict[str, Tensor] = {}
+        ranks = {}
+        alphas = {}
+        tensors = {}
         for site, lora in modules.items():
             rank = len(lora.A)
             ranks[site] = rank
@@ -143,7 +143,7 @@ def _but(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
 class LoraStack(Part):
     """LoRAs. Ranks that differ are filled up with zeros, which changes no number."""
 
-    name: ClassVar[str] = "lora"
+    name = "lora"
     prefix: ClassVar[str | None] = ""
     compared: ClassVar[tuple[str, ...]] = ("A", "B")
 
@@ -212,10 +212,8 @@ class NewLoras(NewModules[Lora]):
 class DoraFactors(Factors):
     """One site's DoRA: outputs ⊙ `output_scale`, plus the factors, whose `scale` is 1."""
 
-    kind: ClassVar[str] = "dora"
-    files: ClassVar[AdapterFiles] = OwnFiles(
-        "dora_config.json", "dora.safetensors", version_key="dora_version"
-    )
+    kind = "dora"
+    files = OwnFiles("dora_config.json", "dora.safetensors", version_key="dora_version")
     parts: ClassVar[Mapping[str, str]] = {**Factors.parts, "output_scale": "d"}
     endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
 
@@ -255,9 +253,9 @@ def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
 class DoraStack(LoraStack):
     """DoRAs. They aren't compared: without the base, an update's size can't be told."""
 
-    name: ClassVar[str] = "dora"
-    prefix: ClassVar[str | None] = None
-    compared: ClassVar[tuple[str, ...]] = ()
+    name = "dora"
+    prefix = None
+    compared = ()
 
     deltas: Tensor = stacked("d", "float32")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge, Le
 from peft import IA3Config, LoraConfig, PeftConfig
@@ -90,8 +90,8 @@ class AdapterConfig(BaseModel, extra="allow"):
 class PeftFiles(AdapterFiles):
     """PEFT's files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
 
-    prefix: ClassVar[str] = PEFT_PREFIX
-    hint: ClassVar[str] = (
+    prefix = PEFT_PREFIX
+    hint = (
         f" Pickled weights ({PICKLED_WEIGHTS}) are never read, since they could run code: save the "
         f"adapter again as safetensors."
     )

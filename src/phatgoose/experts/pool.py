@@ -225,8 +225,8 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
         folder = fetch(HubReference.parse(str(place)))
     root = folder.resolve()
     experts: list[Expert | Path] = []
-    adapters: list[Path] = []
-    linked: list[Path] = []
+    adapters = []
+    linked = []
     has_experts = False
     for path in adapters_in(folder):
         is_expert = (path / LAYOUT.info).is_file()

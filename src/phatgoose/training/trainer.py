@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,7 +45,7 @@ GATE_CHECKPOINT_EVERY = 25
 WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
 logger = logging.getLogger(__name__)
 
-Record: TypeAlias = dict[str, object]  # as JSON has it
+Record = dict[str, object]  # as JSON has it
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def visited(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> li
     shuffled: list[int] = []
     while len(shuffled) < batch * steps:
         shuffled += torch.randperm(len(pairs), generator=generator).tolist()
-    order: list[TokenPair] = []
+    order = []
     for start in range(0, batch * steps, batch):
         chunk = [pairs[index] for index in shuffled[start : start + batch]]
         # Within an optimiser batch the order changes no gradient, and like lengths need less

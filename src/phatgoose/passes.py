@@ -31,14 +31,15 @@ class _Names(NamedTuple):
     tokens: tuple[str, ...]
 
 
+_Streams = Mapping[Stream, _Names]
 _OWN = _Names("attention_mask", ("input_ids", "inputs_embeds"))
-_STACK: Mapping[Stream, _Names] = {"decoder": _OWN}  # a causal model and its parts
-_ENCODER: Mapping[Stream, _Names] = {"encoder": _OWN}
-_DECODER: Mapping[Stream, _Names] = {
+_STACK: _Streams = {"decoder": _OWN}  # a causal model and its parts
+_ENCODER: _Streams = {"encoder": _OWN}
+_DECODER: _Streams = {
     "encoder": _Names("encoder_attention_mask", ("encoder_hidden_states",)),
     "decoder": _OWN,
 }
-_WHOLE: Mapping[Stream, _Names] = {
+_WHOLE: _Streams = {
     "encoder": _OWN,
     "decoder": _Names(
         "decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -93,7 +94,7 @@ class TokenMasks:
 
     @property
     def are_ours(self) -> bool:
-        return any(masks is self for masks in _OPEN.get())
+        return self in _OPEN.get()
 
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
         """The shape of the tokens of u [.., n], mostly (rows, columns), also of flattened ones.
@@ -124,7 +125,7 @@ class TokenMasks:
         # The outermost call has the caller's own mask; those inside it may get one made of it.
         return self._calls[0].get(stream) if self._calls else None
 
-    def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
+    def _begin(self, names: _Streams) -> Callable[..., None]:
         def begin(
             module: nn.Module, args: tuple[object, ...], kwargs: Arguments | None = None
         ) -> None:
@@ -236,7 +237,7 @@ def _first(call: Arguments, names: Iterable[str]) -> Any:
     return next((call[name] for name in names if call.get(name) is not None), None)
 
 
-def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
+def callable_parts(model: PreTrainedModel) -> dict[nn.Module, _Streams]:
     """The modules that a caller may call for a pass, with the argument names of their streams."""
     if not model.config.is_encoder_decoder:
         # OPT's whole model, for one, calls its decoder past its base model: the outermost that is
@@ -271,7 +272,7 @@ def cached_tokens(call: Arguments) -> int | None:
         return None
 
 
-def _streams(names: Mapping[Stream, _Names], call: Arguments) -> Mapping[Stream, _Tokens]:
+def _streams(names: _Streams, call: Arguments) -> Mapping[Stream, _Tokens]:
     streams = {}
     for stream, (mask_name, token_names) in names.items():
         form = _first(call, token_names)

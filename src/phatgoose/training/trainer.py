@@ -109,6 +109,7 @@ def work_of(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
+@dataclass
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """A bar on a terminal, else log lines; a line for each validation.
 
@@ -116,13 +117,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     step is a candidate even if it isn't a multiple of the validation interval.
     """
 
-    def __init__(self, label: str, lengths: list[int], batch: int, *, validates: bool) -> None:
-        self.label = label
-        self.tokens = 0
-        self.seconds = 0.0
-        self._lengths = lengths
-        self._batch = batch
-        self._validates = validates
+    label: str
+    lengths: Sequence[int]
+    batch: int
+    validates: bool
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -151,13 +151,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     ) -> None:
         now = time.perf_counter()
         self.seconds += now - self._begun
-        start = (state.global_step - 1) * self._batch
-        self.tokens += sum(self._lengths[start : start + self._batch])
+        start = (state.global_step - 1) * self.batch
+        self.tokens += sum(self.lengths[start : start + self.batch])
         self._bar.update(1)
         # Logged losses are means since the last log, of which a run that resumes knows nothing.
         control.should_log |= control.should_save
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if self._validates and is_last:
+        if self.validates and is_last:
             control.should_evaluate = control.should_save = True
 
     def on_log(
@@ -218,11 +218,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], *, num_items_in_batch: Tensor | int
     ) -> Tensor:
         """The summed loss over the number of target tokens of the optimiser batch."""
         logits = target_logits(model, inputs)
@@ -230,25 +226,18 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        if num_items_in_batch is None:
-            num_items_in_batch = labels.ne(IGNORED).sum()
         return total / num_items_in_batch
 
-    def evaluate(
-        self,
-        eval_dataset: Sequence[TokenPair] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, **_: object) -> dict[str, float]:
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
                 total += float(self.compute_loss(self.model, inputs, num_items_in_batch=1))
                 tokens += float(inputs["labels"].ne(IGNORED).sum())
         self._check_finite("validation loss", total / tokens, self.state.global_step)
-        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        metrics = {"eval_loss": total / tokens}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -261,8 +250,8 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"{Path(self.args.output_dir).parent}."
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+    def _save(self, output_dir: str, **_: object) -> None:
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self._trained()}
         save_file(trained, folder / TRAINABLE)

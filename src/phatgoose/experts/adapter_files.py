@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import TensorFile, one_line, read_json
-from ..sites import FLOATS
+from ..sites import FLOATS, Tensors
 
 Config = dict[str, Any]  # the object of a JSON file
 
@@ -49,9 +49,7 @@ class AdapterFiles(ABC):
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights, self.hint)
 
-    def write(
-        self, folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
-    ) -> Path:
+    def write(self, folder: Path, config: Mapping[str, object], tensors: Tensors) -> Path:
         """`folder`, with both in it; `tensors` are by site and ending."""
         prefixed = {}
         for name, tensor in tensors.items():
@@ -63,7 +61,7 @@ class AdapterFiles(ABC):
     def by_site(
         self,
         directory: Path,
-        tensors: Mapping[str, Tensor],
+        tensors: Tensors,
         forms: Mapping[str, str],
         endings: Mapping[str, str],
     ) -> dict[str, dict[str, Tensor]]:
@@ -111,7 +109,7 @@ def read_tensors(path: Path, hint: str = "") -> TensorFile:
 def check_parts(
     where: str,
     forms: Mapping[str, Sequence[str | int]],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     types: tuple[torch.dtype, ...] = FLOATS,
     others: Mapping[str, tuple[torch.dtype, ...]] | None = None,
 ) -> dict[str | int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..sites import WrappedLinear, dtype_at, find_sites, replaced
 from ..tasks.batching import where_active
-from .module import SiteModule, check_fit
+from .module import Modules, SiteModule, check_fit
 
 
 def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
@@ -52,7 +52,7 @@ class ModifiedLinear(WrappedLinear):
 
 @contextmanager
 def applied(
-    model: PreTrainedModel, modules: Mapping[str, SiteModule], *, gated: bool = False
+    model: PreTrainedModel, modules: Modules, *, gated: bool = False
 ) -> Iterator[dict[str, ModifiedLinear]]:
     """`model` with an expert's modules by site, `gated` or not; ExpertError if one doesn't fit."""
     check_fit("adapter", modules, find_sites(model))

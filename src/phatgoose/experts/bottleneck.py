@@ -31,9 +31,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
-from ..sites import Site
+from ..sites import Sites, Tensors
 from .adapter_files import OwnFiles
-from .fresh import NewModules, Parameters
+from .fresh import NewModules
 from .module import SiteModule
 from .stack import Part, Product, scaled, stacked
 from .sums import dense_weights, expert_products, weighted_rows
@@ -181,8 +181,8 @@ class NewBottlenecks(NewModules[Bottleneck]):
         return OUTPUTS[settings.placement]
 
     def initial(
-        self, model: PreTrainedModel, settings: Bottleneck, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+        self, model: PreTrainedModel, settings: Bottleneck, sites: Sites
+    ) -> Mapping[str, Tensors]:
         m = settings.size
         return {
             name: {
@@ -195,6 +195,6 @@ class NewBottlenecks(NewModules[Bottleneck]):
         }
 
     def module(
-        self, settings: Bottleneck, parameters: Parameters, layer: nn.Module
+        self, settings: Bottleneck, parameters: Tensors, layer: nn.Module
     ) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)

@@ -38,11 +38,12 @@ from ..files import (
 )
 from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
 from ..reader import Reader, ReaderReference
+from ..sites import Tensors
 from ..tasks.loading import prompts_beside
 from . import kinds
 from .adapter_files import AdapterFiles, check_parts, read_tensors
 from .lora import Factors
-from .module import SiteModule
+from .module import Modules
 from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
 
@@ -68,9 +69,7 @@ def adapter_files(directory: Path) -> AdapterFiles:
     return PEFT_FILES
 
 
-def read_modules(
-    directory: Path, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, SiteModule]:
+def read_modules(directory: Path, tensors: Tensors | None = None) -> Modules:
     """What the adapter in `directory` does, by site.
 
     `tensors` are those of its file where that has been read already. Raises ExpertError when its
@@ -282,11 +281,11 @@ class Expert:
 
     info: ExpertInfo
     directory: Path
-    modules: Mapping[str, SiteModule]
-    gates: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
+    modules: Modules
+    gates: Tensors
+    means: Tensors
     embeddings: Tensor | None = None
-    prompt_statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    prompt_statistics: Tensors = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
     source: Path | None = None
 
@@ -364,7 +363,7 @@ class Expert:
     def from_peft(
         cls,
         adapter_dir: str | Path,
-        gates: Mapping[str, Tensor],
+        gates: Tensors,
         *,
         base: Base | BaseReference | None = None,
         name: str | None = None,
@@ -480,7 +479,7 @@ class Expert:
             (work / file).write_text(text, encoding="utf-8", errors="replace")
 
 
-def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(vectors: Tensors) -> Tensors:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 

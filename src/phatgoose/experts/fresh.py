@@ -20,12 +20,11 @@ from transformers import PreTrainedModel
 
 from ..base.identity import Base
 from ..config import Peft
-from ..sites import Site, WrappedLinear, dtype_at, replaced
+from ..sites import Sites, Tensors, WrappedLinear, dtype_at, replaced
 from .alone import new_gate, strength_at
 from .module import SiteModule
 
 Settings = TypeVar("Settings", bound=Peft)
-Parameters = Mapping[str, Tensor]  # of one module, by name
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Trained(nn.ParameterDict):
 
     gate: nn.Parameter
 
-    def __init__(self, parameters: Parameters, gate: nn.Parameter | None) -> None:
+    def __init__(self, parameters: Tensors, gate: nn.Parameter | None) -> None:
         super().__init__()
         for name, tensor in parameters.items():  # by item: it would sort a dictionary
             self[name] = nn.Parameter(tensor)
@@ -76,15 +75,15 @@ class NewModules(ABC, Generic[Settings]):
 
     @abstractmethod
     def initial(
-        self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]
-    ) -> Mapping[str, Parameters]:
+        self, model: PreTrainedModel, settings: Settings, sites: Sites
+    ) -> Mapping[str, Tensors]:
         """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
 
     @abstractmethod
-    def module(self, settings: Settings, parameters: Parameters, layer: nn.Module) -> SiteModule:
+    def module(self, settings: Settings, parameters: Tensors, layer: nn.Module) -> SiteModule:
         """The module that these parameters make on the base's linear `layer`."""
 
-    def count(self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]) -> int:
+    def count(self, model: PreTrainedModel, settings: Settings, sites: Sites) -> int:
         """The number of trained parameters at `sites`, without gates."""
         with torch.device("meta"):
             initial = self.initial(model, settings, sites)
@@ -95,7 +94,7 @@ class NewModules(ABC, Generic[Settings]):
 
     @contextmanager
     def create(
-        self, base: Base, settings: Settings, sites: Mapping[str, Site], *, joint: bool
+        self, base: Base, settings: Settings, sites: Sites, *, joint: bool
     ) -> Iterator[FreshExpert]:
         """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
         model = base.model.requires_grad_(False)
@@ -125,7 +124,7 @@ class _NewLayer(WrappedLinear):
         base: nn.Module,
         new: NewModules[Any],
         settings: Peft,
-        parameters: Parameters,
+        parameters: Tensors,
         *,
         joint: bool,
     ) -> None:

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from ..config import IA3
 from ..errors import ExpertError
-from ..sites import Site
+from ..sites import Sites, Tensors
 from .adapter_files import Config
-from .fresh import NewModules, Parameters
+from .fresh import NewModules
 from .module import SiteModule
 from .peft_files import PEFT_FILES
 from .stack import Constant, Part, factor_of, stacked
@@ -68,9 +68,7 @@ class ScalingVector(SiteModule):
         return (y * factor).to(y.dtype)
 
     @classmethod
-    def read(
-        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
-    ) -> dict[str, ScalingVector]:
+    def read(cls, directory: Path, config: Config, tensors: Tensors) -> dict[str, ScalingVector]:
         vectors = {}
         by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
         for site, parts in by_site.items():
@@ -153,9 +151,7 @@ class NewScalings(NewModules[IA3]):
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
         return _endings(IA3_MODULES.get(model.config.model_type, []))
 
-    def initial(
-        self, model: PreTrainedModel, settings: IA3, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+    def initial(self, model: PreTrainedModel, settings: IA3, sites: Sites) -> Mapping[str, Tensors]:
         inputs = scales_input(model, sites)
         vectors = {}
         for name, site in sites.items():
@@ -165,7 +161,7 @@ class NewScalings(NewModules[IA3]):
                 vectors[name] = {"output": torch.ones(site.out_features)}
         return vectors
 
-    def module(self, settings: IA3, parameters: Parameters, layer: nn.Module) -> ScalingVector:
+    def module(self, settings: IA3, parameters: Tensors, layer: nn.Module) -> ScalingVector:
         ((scales, vector),) = parameters.items()
         return ScalingVector(vector, on_input=scales == "input")
 

@@ -57,14 +57,14 @@ from ..files import (
 )
 from ..names import check_name
 from ..reader import open_reader
-from ..sites import find_sites
+from ..sites import Tensors, find_sites
 from .adapter_files import check_parts
 from .expert import LAYOUT, Expert, Record, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
 from .lora import DoraFactors, LoraFactors
-from .module import SiteModule, check_fit
+from .module import Modules, SiteModule, check_fit
 from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
 Source = TypeVar("Source", bound="str | Path")
@@ -143,7 +143,7 @@ def read_adapter(
             f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
             f"the base with --base."
         )
-    modules: Mapping[str, SiteModule]
+    modules: Modules
     record: dict[str, object] = {"imported_from": str(reference or folder.resolve().name)}
     with warnings.catch_warnings(), reported(f"{reference or folder} can't be imported"):
         # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are compared.
@@ -240,7 +240,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 # model is built on torch's meta device, once per distinct config.
 
 
-def _resolved(folder: Path, config: Record, base: BaseReference) -> Mapping[str, SiteModule]:
+def _resolved(folder: Path, config: Record, base: BaseReference) -> Modules:
     """The modules by site of the adapter in `folder` on this base.
 
     The base's weights are read only for a DoRA. Raises ExpertError when a tensor is missing, left
@@ -250,7 +250,7 @@ def _resolved(folder: Path, config: Record, base: BaseReference) -> Mapping[str,
     tensors = PEFT_FILES.read_weights(folder)
     options = _kept(config, ACTING)
     model, layers = _resolve(base, config["peft_type"], json.dumps(options))
-    renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
+    renamed: Tensors = convert_peft_adapter_state_dict_for_transformers(
         model=model,
         peft_config=model.peft_config[ADAPTER],
         adapter_state_dict=dict(tensors),
@@ -276,7 +276,7 @@ def _kept(config: Record, keys: Iterable[str]) -> dict[str, object]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _module(site: str, layer: Any, tensors: Tensors) -> Any:
     place = f"{PEFT_PREFIX}{site}"
     if isinstance(layer, IA3Layer):
         return ScalingVector(tensors[f"{place}.ia3_l"].flatten(), on_input=layer.is_feedforward)
@@ -287,11 +287,11 @@ def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _shapes(adapted: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors, by their names in its file."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state: Tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _is_read_as(modules: Mapping[str, SiteModule], folder: Path) -> bool:
+def _is_read_as(modules: Modules, folder: Path) -> bool:
     """Whether the files in `folder` can stay: `read_modules` reads these without the base."""
     try:
         read = read_modules(folder)
@@ -360,7 +360,7 @@ def _spelled_out(options: Record, model: nn.Module) -> dict[str, Any]:
 
 def _converted(
     folder: Path, config: Record, base: BaseReference, allow_loss: float
-) -> tuple[dict[str, SiteModule], dict[str, float]]:
+) -> tuple[Modules, dict[str, float]]:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
     With it what is recorded: the share that is kept of all updates together, and at the worst site.
@@ -403,7 +403,7 @@ def _converted(
     return factors, {"kept_of_update": round(share, 6), "kept_at_worst_site": round(min(shares), 6)}
 
 
-def _refuse_sizes(config: Record, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_sizes(config: Record, tensors: Tensors) -> None:
     # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
     # means a whole matrix.
     if config["peft_type"] == "LOKR":

@@ -34,10 +34,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import INIT_STD, Lora
 from ..files import value_at
-from ..sites import Site
+from ..sites import Sites, Tensors
 from .adapter_files import Config, OwnFiles
-from .fresh import NewModules, Parameters
-from .module import SiteModule
+from .fresh import NewModules
+from .module import Modules, SiteModule
 from .peft_files import PEFT_FILES
 from .stack import Constant, Part, Product, factor_of, scaled, stacked
 from .sums import weighted_rows
@@ -82,9 +82,7 @@ class LoraFactors(Factors):
     endings = ENDINGS
 
     @classmethod
-    def read(
-        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
-    ) -> Mapping[str, SiteModule]:
+    def read(cls, directory: Path, config: Config, tensors: Tensors) -> Modules:
         forms = {"A": "rn", "B": "dr"}
         if config.get("lora_bias"):
             forms["bias"] = "d"
@@ -186,8 +184,8 @@ class LoraStack(Part):
 
 class NewLoras(NewModules[Lora]):
     def initial(
-        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+        self, model: PreTrainedModel, settings: Lora, sites: Sites
+    ) -> Mapping[str, Tensors]:
         r = settings.rank
         for site in sites.values():
             # Experts were once begun by PEFT, which draws this first: seeds give the same ones.
@@ -200,7 +198,7 @@ class NewLoras(NewModules[Lora]):
             factors[name] = {"A": A, "B": torch.zeros(site.out_features, r)}
         return factors
 
-    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> Factors:
+    def module(self, settings: Lora, parameters: Tensors, layer: nn.Module) -> Factors:
         alpha = settings.alpha or 2.0 * settings.rank
         return LoraFactors(**parameters, scale=alpha / settings.rank)
 
@@ -281,15 +279,15 @@ class NewDoras(NewLoras):
     on_packed = False  # what we store of W's norms would be those of other weights
 
     def initial(
-        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
-        initial = super().initial(model, settings, sites)
-        for site, parameters in initial.items():
+        self, model: PreTrainedModel, settings: Lora, sites: Sites
+    ) -> Mapping[str, Tensors]:
+        initial = {}
+        for site, parameters in super().initial(model, settings, sites).items():
             norms = row_norms(model.get_submodule(site), **parameters)
-            parameters["m"] = torch.where(norms.isinf(), 0, norms)
+            initial[site] = {**parameters, "m": torch.where(norms.isinf(), 0, norms)}
         return initial
 
-    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> DoraFactors:
+    def module(self, settings: Lora, parameters: Tensors, layer: nn.Module) -> DoraFactors:
         factors = dict(parameters)
         m = factors.pop("m")
         return DoraFactors.of(super().module(settings, factors, layer), m, layer)

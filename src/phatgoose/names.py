@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .config import closest
-from .errors import BaseModelError, ExpertError, PhatgooseError, PoolError
+from .errors import BaseModelError, ErrorKind, ExpertError, PoolError
 from .files import one_line, shortened
 
 SMOLLM2 = "smollm2"  # the bundled base, which is no folder
@@ -45,7 +45,7 @@ def check_name(name: str) -> None:
         )
 
 
-def require_folder(place: Path, error: type[PhatgooseError], holds: str = "") -> None:
+def require_folder(place: Path, error: ErrorKind, holds: str = "") -> None:
     """Raise `error` where no `place` is; the message is about the file that it `holds`."""
     if not place.exists():
         raise error(f"{place / holds} does not exist.{closest_beside(place)}")

@@ -125,15 +125,16 @@ class TokenMasks:
         # The outermost call has the caller's own mask; those inside it may get one made of it.
         return self._calls[0].get(stream) if self._calls else None
 
-    def _begin(self, names: _Streams) -> Callable[..., None]:
-        def begin(
-            module: nn.Module, args: tuple[object, ...], kwargs: Arguments | None = None
-        ) -> None:
-            # Another thread's pass may run the hook before torch registers that it takes kwargs.
-            if self.are_ours:
-                self._calls.append(_streams(names, arguments_of(module, args, kwargs or {})))
-
-        return begin
+    def _begin(
+        self,
+        names: _Streams,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: Arguments | None = None,
+    ) -> None:
+        # Another thread's pass may run the hook before torch registers that it takes kwargs.
+        if self.are_ours:
+            self._calls.append(_streams(names, arguments_of(module, args, kwargs or {})))
 
     def _end(self, *_: object) -> None:
         if self.are_ours and self._calls:
@@ -159,11 +160,10 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     masks = TokenMasks(type(model).__name__)
     with ExitStack() as hooks:
         for part, names in callable_parts(model).items():
-            begin = part.register_forward_pre_hook(masks._begin(names), with_kwargs=True)
-            hooks.callback(begin.remove)
+            watch = partial(masks._begin, names)
+            hooks.callback(part.register_forward_pre_hook(watch, with_kwargs=True).remove)
             # always_call: a pass that raises must not leave its masks on top.
-            end = part.register_forward_hook(masks._end, always_call=True)
-            hooks.callback(end.remove)
+            hooks.callback(part.register_forward_hook(masks._end, always_call=True).remove)
         hooks.enter_context(in_context(_OPEN, (*_OPEN.get(), masks)))
         yield masks
 

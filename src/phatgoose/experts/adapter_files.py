@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..base.identity import Base
 from ..errors import ExpertError
-from ..files import TensorFile, one_line, read_json
+from ..files import JsonObject, TensorFile, one_line, read_json
 from ..sites import FLOATS, Tensors
 
-Config = dict[str, Any]  # the object of a JSON file
+ByField = Mapping[str, str]  # letters for a tensor's sizes, or how its name ends
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdapterFiles(ABC):
     hint: ClassVar[str] = ""  # if there are no weights
 
     @abstractmethod
-    def read_config(self, directory: Path) -> Config:
+    def read_config(self, directory: Path) -> JsonObject:
         """What the configuration says, checked; ExpertError for what it can't say."""
 
     def about(self, base: Base, layer: nn.Module) -> dict[str, object]:
@@ -62,8 +62,8 @@ class AdapterFiles(ABC):
         self,
         directory: Path,
         tensors: Tensors,
-        forms: Mapping[str, str],
-        endings: Mapping[str, str],
+        forms: ByField,
+        endings: ByField,
     ) -> dict[str, dict[str, Tensor]]:
         """The weights by site and field, told by their names' endings, of these `forms`."""
         by_site: dict[str, dict[str, Tensor]] = {}
@@ -86,7 +86,7 @@ class OwnFiles(AdapterFiles):
     pydantic reads them; all modules of an expert share them.
     """
 
-    def read_config(self, directory: Path) -> Config:
+    def read_config(self, directory: Path) -> JsonObject:
         return dict(read_json(directory / self.config, self.content))
 
     @cached_property
@@ -123,20 +123,19 @@ def check_parts(
         form = forms.get(name, ())
         allowed = (others or {}).get(name, types)
         got = "missing"
-        fits = False
+        shape = dtype = None
         if tensor is not None:
             shape = tuple(tensor.shape)
-            got = f"{shape} {tensor.dtype}"
+            dtype = tensor.dtype
+            got = f"{shape} {dtype}"
             for letter, size in zip(form, shape, strict=False):
                 if not isinstance(letter, int):
                     sizes.setdefault(letter, size)
-            expected = tuple(sizes.get(letter, letter) for letter in form)
-            is_allowed = name in forms and tensor.dtype in allowed
-            fits = is_allowed and shape == expected and 0 not in shape
-        if not fits:
+        expected = tuple(sizes.get(letter, letter) for letter in form)
+        is_allowed = name in forms and dtype in allowed
+        if not is_allowed or shape != expected or 0 in expected:
             want = "no such tensor"
             if form:
-                numbers = ", ".join(str(sizes.get(letter, letter)) for letter in form)
-                want = f"({numbers}) {' or '.join(map(str, allowed))}"
+                want = f"({', '.join(map(str, expected))}) {' or '.join(map(str, allowed))}"
             raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {want}.")
     return sizes

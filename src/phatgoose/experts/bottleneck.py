@@ -20,7 +20,7 @@ dtype: exactly the numbers that were validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -32,17 +32,13 @@ from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Sites, Tensors
-from .adapter_files import OwnFiles
+from .adapter_files import ByField, OwnFiles
 from .fresh import NewModules
 from .module import SiteModule
 from .stack import Part, Product, scaled, stacked
 from .sums import dense_weights, expert_products, weighted_rows
 
-ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-}
+ACTIVATION = {name: getattr(functional, name) for name in ACTIVATIONS}
 LARGEST_SCALE = 1e9
 FILES = OwnFiles(
     "bottleneck_config.json",
@@ -61,13 +57,13 @@ class BottleneckLayers(SiteModule):
 
     kind = "bottleneck"
     files = FILES
-    parts: ClassVar[Mapping[str, str]] = {
+    parts: ClassVar[ByField] = {
         "down": "md",
         "down_bias": "m",
         "up": "dm",
         "up_bias": "d",
     }
-    endings: ClassVar[Mapping[str, str]] = {
+    endings: ClassVar[ByField] = {
         "down": ".down.weight",
         "down_bias": ".down.bias",
         "up": ".up.weight",
@@ -94,7 +90,7 @@ class BottleneckLayers(SiteModule):
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         y: Tensor = base(u)
         inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
-        return y + (strength * self.scale) * functional.linear(inner, self.up, self.up_bias)
+        return y + strength * functional.linear(inner, self.up, self.up_bias)
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ class BottleneckStack(Part):
     activations: Tensor = stacked("", "index")  # indices into ACTIVATIONS
 
     @classmethod
-    def row(cls, module: BottleneckLayers) -> dict[str, Tensor | None]:
+    def row(cls, module: BottleneckLayers) -> Tensors:
         return {
             "down": module.down,
             "down_bias": module.down_bias,

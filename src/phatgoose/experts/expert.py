@@ -102,12 +102,10 @@ def base_named_in(directory: Path) -> BaseReference | None:
 FORM = ("chat", "max_input_tokens", "truncation")
 
 
-def recorded_formatting(hyperparameters: Record, where: str) -> Formatting | None:
-    """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
+def recorded_formatting(hyperparameters: Record, where: str) -> Formatting:
+    """The formatting recorded in hyperparameters, or the usual; `where` is for ConfigErrors."""
     names = vars(Formatting())
     recorded = {name: value for name, value in hyperparameters.items() if name in names}
-    if not recorded:
-        return None
     return from_mapping(Formatting, recorded, where)
 
 
@@ -131,16 +129,16 @@ def warn_of_other_formatting(records: Iterable[Record], formatting: Formatting) 
         names = FORM[:1] if form.get("inputs_cut") == 0 else FORM
         differ = [n for n in names if n in form and form[n] != getattr(formatting, n)]
         if differ:
-            trained = [f"{name} {one_line(form[name], 40)}" for name in differ]
-            differing.append((one_line(record.get("name"), 80), differ, ", ".join(trained)))
+            differing.append((one_line(record.get("name"), 80), form, differ))
     if differing:
-        expert, differ, trained_with = differing[0]
+        expert, form, differ = differing[0]
+        trained = ", ".join(f"{name} {one_line(form[name], 40)}" for name in differ)
         here = ", ".join(f"{name} {getattr(formatting, name)}" for name in differ)
         more = ""
         if len(differing) > 1:
             more = f" ({len(differing)} of the experts differ)"
         warnings.warn(
-            f"Inputs are read with {here}, but {expert} was trained with {trained_with}{more}.",
+            f"Inputs are read with {here}, but {expert} was trained with {trained}{more}.",
             stacklevel=3,
         )
 

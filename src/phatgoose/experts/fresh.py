@@ -31,30 +31,13 @@ Settings = TypeVar("Settings", bound=Peft)
 class FreshExpert:
     """An expert in training: `model` is trained, then `save` writes its files to a folder.
 
-    `parts` are what is trained, by site, with the joint gates.
+    `parts` are what is trained, by site: a module's parameters by name, float32, and as attribute
+    `gate` its joint gate or None.
     """
 
     model: nn.Module
-    parts: Mapping[str, Trained]
+    parts: Mapping[str, nn.ParameterDict]
     save: Callable[[Path], None]
-
-
-class Trained(nn.ParameterDict):
-    """A module's parameters by name, float32; `gate` is its joint gate, if it has one."""
-
-    gate: nn.Parameter
-
-    def __init__(self, parameters: Tensors, gate: nn.Parameter | None) -> None:
-        super().__init__()
-        for name, tensor in parameters.items():  # by item: it would sort a dictionary
-            self[name] = nn.Parameter(tensor)
-        self.register_parameter("gate", gate)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The first of them."""
-        first: nn.Parameter = next(iter(self.values()))
-        return first
 
 
 class NewModules(ABC, Generic[Settings]):
@@ -131,9 +114,10 @@ class _NewLayer(WrappedLinear):
         super().__init__(base)
         self.new = new
         self.settings = settings
-        device = self.weight.device
-        moved = {name: tensor.to(device) for name, tensor in parameters.items()}
-        self.trained = Trained(moved, new_gate(self.in_features, device) if joint else None)
+        self.trained = nn.ParameterDict()
+        for name, tensor in parameters.items():  # by item: it would sort a dictionary
+            self.trained[name] = nn.Parameter(tensor.to(self.weight.device))
+        self.trained.register_parameter("gate", new_gate(self) if joint else None)
 
     def module(self, dtype: torch.dtype) -> SiteModule:
         parameters = {}
@@ -143,4 +127,4 @@ class _NewLayer(WrappedLinear):
 
     def forward(self, u: Tensor) -> Tensor:
         module = self.module(u.dtype).at(u)
-        return module.apply(self.base, u, strength_at(u, self.trained.gate))
+        return module.apply(self.base, u, strength_at(u, self.trained.gate))  # type: ignore[arg-type]

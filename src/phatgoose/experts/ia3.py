@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from ..config import IA3
 from ..errors import ExpertError
+from ..files import JsonObject
 from ..sites import Sites, Tensors
-from .adapter_files import Config
+from .adapter_files import ByField
 from .fresh import NewModules
 from .module import SiteModule
 from .peft_files import PEFT_FILES
@@ -45,7 +46,7 @@ class ScalingVector(SiteModule):
 
     kind = "ia3"
     files = PEFT_FILES
-    parts: ClassVar[Mapping[str, str]] = {"vector": "dn"}  # as PEFT has it
+    parts: ClassVar[ByField] = {"vector": "dn"}  # as PEFT has it
     endings = ENDINGS
 
     vector: Tensor  # [n] or [d]
@@ -68,7 +69,9 @@ class ScalingVector(SiteModule):
         return (y * factor).to(y.dtype)
 
     @classmethod
-    def read(cls, directory: Path, config: Config, tensors: Tensors) -> dict[str, ScalingVector]:
+    def read(
+        cls, directory: Path, config: JsonObject, tensors: Tensors
+    ) -> dict[str, ScalingVector]:
         vectors = {}
         by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
         for site, parts in by_site.items():
@@ -115,7 +118,7 @@ class ScalingStack(Part):
         return module.on_input == cls.on_input
 
     @classmethod
-    def row(cls, module: ScalingVector) -> dict[str, Tensor | None]:
+    def row(cls, module: ScalingVector) -> Tensors:
         return {"deltas": module.vector.float() - 1}
 
     def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import (
@@ -67,7 +67,6 @@ from .lora import DoraFactors, LoraFactors
 from .module import Modules, SiteModule, check_fit
 from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
-Source = TypeVar("Source", bound="str | Path")
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
@@ -168,8 +167,7 @@ def read_adapter(
         mark = fingerprint_here(place, revision=revision)
     if fingerprint and mark is None:
         mark = load_base(place, revision=revision).fingerprint
-    recorded = recorded or BaseReference(recorded_id(place), revision)
-    recorded = replace(recorded, fingerprint=mark)
+    recorded = replace(recorded or BaseReference(recorded_id(place), revision), fingerprint=mark)
     expert = Expert.from_peft(files, {}, base=recorded, name=name, hyperparameters=record)
     return replace(expert, source=folder)
 
@@ -197,14 +195,13 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     back.
     """
     return _all_of(
-        sources, lambda source: import_adapter(source, Path(out) / _last_name(source), **options)
+        sources, lambda source, name: import_adapter(source, Path(out) / name, **options)
     )
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-    places = map(Path.resolve, folders)
-    return _all_of(places, lambda place: read_adapter(place, _last_name(place)))
+    return _all_of(map(Path.resolve, folders), read_adapter)
 
 
 def _last_name(source: str | Path) -> str:
@@ -215,12 +212,12 @@ def _last_name(source: str | Path) -> str:
     return Path(reference.folder or reference.repo).name
 
 
-def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:
+def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
     experts = []
     refused = {}
     for source in sources:
         try:
-            experts.append(make(source))
+            experts.append(make(source, _last_name(source)))
         except PhatgooseError as error:
             refused[str(source)] = one_line(error)
     return Imports(tuple(experts), refused)
@@ -375,10 +372,9 @@ def _converted(
     _refuse_sizes(config, tensors)
     model = load_base(base.id, dtype="float32", revision=base.revision).model
     of_kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
-    names = [option.name for option in dataclasses.fields(of_kind) if option.init]
-    options = {name: config[name] for name in names if name in config}
-    for name in ("peft_type", "auto_mapping"):
-        options.pop(name, None)
+    names = {option.name for option in dataclasses.fields(of_kind) if option.init}
+    names -= {"peft_type", "auto_mapping"}
+    options = {name: config[name] for name in config if name in names}
     adapted = get_peft_model(model, of_kind(**_spelled_out(options, model)))
     check_parts(str(folder), _shapes(adapted), tensors)
     set_peft_model_state_dict(adapted, dict(tensors))
@@ -390,7 +386,7 @@ def _converted(
     for site, energy in updates.items():
         A = converted[f"{PEFT_PREFIX}{site}.lora_A.weight"]
         B = converted[f"{PEFT_PREFIX}{site}.lora_B.weight"]
-        factors[site] = LoraFactors(A, B, 1.0)
+        factors[site] = LoraFactors(A, B)
         kept = float((B.double() @ A.double()).square().sum())
         kept_energy += kept
         if energy > 0:

@@ -33,9 +33,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import INIT_STD, Lora
-from ..files import value_at
+from ..files import JsonObject, value_at
 from ..sites import Sites, Tensors
-from .adapter_files import Config, OwnFiles
+from .adapter_files import ByField, OwnFiles
 from .fresh import NewModules
 from .module import Modules, SiteModule
 from .peft_files import PEFT_FILES
@@ -49,7 +49,7 @@ ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}
 class Factors(SiteModule):
     """What LoRAs and DoRAs add at one site: `scale * (B @ A @ u + bias)`."""
 
-    parts: ClassVar[Mapping[str, str]] = {"A": "rn", "B": "dr", "bias": "d"}
+    parts: ClassVar[ByField] = {"A": "rn", "B": "dr", "bias": "d"}
 
     A: Tensor  # [r, n]
     B: Tensor  # [d, r]
@@ -82,7 +82,7 @@ class LoraFactors(Factors):
     endings = ENDINGS
 
     @classmethod
-    def read(cls, directory: Path, config: Config, tensors: Tensors) -> Modules:
+    def read(cls, directory: Path, config: JsonObject, tensors: Tensors) -> Modules:
         forms = {"A": "rn", "B": "dr"}
         if config.get("lora_bias"):
             forms["bias"] = "d"
@@ -212,8 +212,8 @@ class DoraFactors(Factors):
 
     kind = "dora"
     files = OwnFiles("dora_config.json", "dora.safetensors", version_key="dora_version")
-    parts: ClassVar[Mapping[str, str]] = {**Factors.parts, "output_scale": "d"}
-    endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
+    parts: ClassVar[ByField] = {**Factors.parts, "output_scale": "d"}
+    endings: ClassVar[ByField] = {"A": ".lora_A", "B": ".lora_B"}
 
     output_scale: Tensor  # [d]
 

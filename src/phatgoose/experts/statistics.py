@@ -19,7 +19,7 @@ RANK = 16  # r of the covariance that is shared
 
 def prompt_statistics_of(states: Tensor, rank: int = RANK) -> Tensors:
     """What is shared of the `states` [prompts, blocks, d] of prompts, float32 by name."""
-    return {f"{WHOLE}.{part}": each for part, each in moments_of(states, rank).items()}
+    return {f"{WHOLE}.{part}": tensor for part, tensor in moments_of(states, rank).items()}
 
 
 def moments_of(values: Tensor, rank: int = RANK) -> Tensors:

@@ -266,7 +266,7 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
         metrics = fit(run, fresh.model, "expert", pairs, run.encoder.pairs(validation))
-        gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}
+        gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}  # type: ignore[operator]
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         fresh.save(unfinished)

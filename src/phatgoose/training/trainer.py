@@ -267,16 +267,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        self._restore(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._restore(Path(self.state.best_model_checkpoint))
-
-    def _restore(self, folder: Path) -> None:
-        kept = load_file(folder / TRAINABLE)
+        kept = load_file(Path(resume_from_checkpoint) / TRAINABLE)
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(kept[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (pair for pair in self.model.named_parameters() if pair[1].requires_grad)
@@ -327,7 +324,9 @@ def fit(
     progress = Progress(label, lengths, training.batch_size, validates=validates)
     callbacks: list[TrainerCallback] = [*run.callbacks, progress]
     if not validates:  # transformers' own refuse to train without one
-        callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
+        callbacks = [
+            callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)
+        ]
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     padding = run.base.tokenizer.pad_token_id
@@ -385,7 +384,6 @@ def _arguments(
         save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=validates,
-        metric_for_best_model="loss" if validates else None,
         logging_steps=max(1, min(10, steps // 10)),
         seed=training.seed,
         train_sampling_strategy="sequential",

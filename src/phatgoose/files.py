@@ -433,7 +433,7 @@ def is_finite(tensor: Tensor) -> bool:
     """True if no number of `tensor` is infinite or NaN."""
     return all(
         # A finite sum, which is far cheaper, already shows it; a sum may also overflow.
-        math.isfinite(part.sum()) or bool(part.isfinite().all())
+        math.isfinite(part.sum()) or part.isfinite().all()
         for part in tensor.flatten().split(FEW)  # type: ignore[no-untyped-call]
     )
 

@@ -102,7 +102,7 @@ class TokenMasks:
         Raises RoutingError where a model pads or transposes its tokens inside.
         """
         tokens = self._of(stream)
-        grid = tuple(u.shape[:-1])
+        grid = u.shape[:-1]
         if tokens is None or tokens.shape is None or grid == tokens.shape:
             return grid
         rows, columns = tokens.shape
@@ -276,7 +276,7 @@ def _streams(names: _Streams, call: Arguments) -> Mapping[Stream, _Tokens]:
     streams = {}
     for stream, (mask_name, token_names) in names.items():
         form = _first(call, token_names)
-        shape = None if form is None else tuple(form.shape[:2])
+        shape = None if form is None else form.shape[:2]
         mask = call.get(mask_name)
         if isinstance(mask, Mapping):  # one mask for each kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))

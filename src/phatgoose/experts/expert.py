@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Interval, MinLen
@@ -81,7 +81,7 @@ def read_modules(directory: Path, tensors: Tensors | None = None) -> Modules:
         tensors = files.read_weights(directory)
     by_form = {(kind.site_module.files, kind.peft_type): kind for kind in kinds().values()}
     kind = by_form[files, config.get("peft_type")]  # a format of our own has no such key
-    return dict(kind.site_module.read(directory, config, tensors))
+    return kind.site_module.read(directory, config, tensors)
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
@@ -215,8 +215,7 @@ def info_json(info: ExpertInfo) -> str:
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """File names inside an expert directory, beside those of its adapter."""
 
     vectors: str = "phatgoose.safetensors"
@@ -238,7 +237,7 @@ VECTORS = {"gate": "gates", "mean": "means", "reading": "prompt_statistics"}  # 
 def expert_files() -> tuple[str, ...]:
     """Every name that a file of an expert may have."""
     adapters = [name for files in formats() for name in (files.config, files.weights)]
-    return (*adapters, *asdict(LAYOUT).values())
+    return (*adapters, *LAYOUT)
 
 
 def adapters_in(place: Path) -> list[Path]:
@@ -284,7 +283,7 @@ class Expert:
     means: Tensors
     embeddings: Tensor | None = None
     prompt_statistics: Tensors = field(default_factory=dict)
-    files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+    files: Mapping[str, TensorFile] = field(default_factory=dict)
     source: Path | None = None
 
     def __repr__(self) -> str:
@@ -495,7 +494,7 @@ def _check_vectors(expert: Expert) -> None:
         if tensors:
             check_parts(f"{who}, {part}", form, tensors, (torch.float32,))
     rest = expert.prompt_statistics.get(f"{WHOLE}.rest")
-    if rest is not None and bool((rest < 0).any()):
+    if rest is not None and (rest < 0).any():
         raise ExpertError(f"{who} has prompt_statistics of variances below 0.")
     rows = expert.embeddings
     if rows is None:
@@ -503,7 +502,7 @@ def _check_vectors(expert: Expert) -> None:
     check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, (torch.float32,))
     if len(rows) > MOST_EMBEDDINGS:
         raise ExpertError(f"{who} has more than {MOST_EMBEDDINGS} embeddings.")
-    if bool(((rows.norm(dim=-1) - 1).abs() >= 1e-3).any()):
+    if ((rows.norm(dim=-1) - 1).abs() >= 1e-3).any():
         raise ExpertError(f"{who} has embeddings of another length than 1.")
 
 

@@ -121,19 +121,11 @@ class ScalingStack(Part):
     def row(cls, module: ScalingVector) -> Tensors:
         return {"deltas": module.vector.float() - 1}
 
-    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        if not self.on_input:
-            return None
-        return 1 + weighted_rows(experts, weights, self.deltas)
-
     def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        if self.on_input:
-            return None
         return 1 + weighted_rows(experts, weights, self.deltas)
 
     def constant(self, weights: Tensor) -> Constant:
-        factor = factor_of(weights, self.deltas)
-        return Constant(input_factor=factor) if self.on_input else Constant(output_factor=factor)
+        return Constant(output_factor=factor_of(weights, self.deltas))
 
 
 @dataclass(frozen=True)
@@ -144,6 +136,12 @@ class InputScalingStack(ScalingStack):
     on_input = True
 
     deltas: Tensor = stacked("n", "float32")
+
+    input_factor = ScalingStack.output_factor
+    output_factor = Part.output_factor
+
+    def constant(self, weights: Tensor) -> Constant:
+        return Constant(input_factor=factor_of(weights, self.deltas))
 
 
 class NewScalings(NewModules[IA3]):

@@ -149,8 +149,8 @@ def read_adapter(
         warnings.simplefilter("ignore")
         local = BaseReference(place, revision)  # which refuses what is no revision
         if is_lossy:
-            modules, kept = _converted(folder, config, local, float(allow_loss or 0))
-            record |= {"converted_from": str(config["peft_type"]), **kept}
+            modules, kept = _converted(folder, config, local, allow_loss or 0)
+            record |= {"converted_from": config["peft_type"], **kept}
         else:
             modules = _resolved(folder, config, local)
         recorded = BaseReference(base_id) if base_id else published(place, revision)
@@ -285,7 +285,7 @@ def _module(site: str, layer: Any, tensors: Tensors) -> Any:
 def _shapes(adapted: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors, by their names in its file."""
     state: Tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _is_read_as(modules: Modules, folder: Path) -> bool:

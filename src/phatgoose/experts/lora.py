@@ -97,7 +97,7 @@ class LoraFactors(Factors):
             divisor: float = len(parts["A"])
             if config.get("use_rslora"):
                 divisor = math.sqrt(divisor)
-            modules[site] = LoraFactors(**parts, scale=float(alpha) / divisor)
+            modules[site] = LoraFactors(**parts, scale=alpha / divisor)
         return modules
 
     @classmethod
@@ -169,7 +169,7 @@ class LoraStack(Part):
         B = self.B[used]
         w = weights[used].float()
         # Factors of weight 1 keep their type, and so their very numbers.
-        if bool((w != 1).any()):
+        if (w != 1).any():
             A = A.float()
             B = B.float() * w[:, None, None]
         bias = None
@@ -199,8 +199,8 @@ class NewLoras(NewModules[Lora]):
         return factors
 
     def module(self, settings: Lora, parameters: Tensors, layer: nn.Module) -> Factors:
-        alpha = settings.alpha or 2.0 * settings.rank
-        return LoraFactors(**parameters, scale=alpha / settings.rank)
+        scale = settings.alpha / settings.rank  # type: ignore[operator]  # None isn't left there
+        return LoraFactors(**parameters, scale=scale)
 
 
 # DoRA.

@@ -181,6 +181,6 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 def factor_of(weights: Tensor, deltas: Tensor) -> Tensor | None:
     """1 + Σ w_z deltas_z at constant weights [E]; None where that is 1."""
     change = (weights.float()[:, None] * deltas).sum(dim=0)
-    if not bool(change.any()):
+    if not change.any():
         return None
     return 1 + change

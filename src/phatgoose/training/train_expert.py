@@ -334,10 +334,7 @@ def _trained_gates(run: Run, modules: Modules) -> tuple[Tensors, Record]:
 
 
 def measure(
-    expert: Expert | str | Path,
-    base: Base | str | Path | None,
-    task: Task,
-    settings: GateTraining,
+    expert: Expert | str | Path, base: Base | None, task: Task, settings: GateTraining
 ) -> Expert:
     """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
 
@@ -358,7 +355,6 @@ def measure(
             f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
             f"expert would lose; move that away first."
         )
-    base = load_base(base) if isinstance(base, str | Path) else base
     seed = _recorded_seed(expert)
     place = expert.directory.resolve()
     has_targets = any(example.target for example in task.train)

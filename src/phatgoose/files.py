@@ -231,7 +231,8 @@ def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
 MOST_CHARACTERS = 2000  # of one pattern
-MOST_NAMES, MOST_EXPRESSIONS = 20_000, 1_000  # in a list or an object; each is tried at each layer
+MOST_NAMES = 20_000  # in a list or an object; each is tried at each layer
+MOST_EXPRESSIONS = 1_000  # among them
 PLAIN = re.compile(r"[\w.-]*")  # a name
 # What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
 READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")

@@ -19,7 +19,8 @@ LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are
 CONFIG = "config.json"  # of every base
 ROUTED_INFO = "routed.json"  # of every routed model
 HUB_SECONDS = 3
-TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
+TOO_MANY_REQUESTS = 429
+SERVER_ERROR = 500
 
 
 def is_hub_id(name: str) -> bool:

@@ -236,8 +236,10 @@ VECTORS = {"gate": "gates", "mean": "means", "reading": "prompt_statistics"}  # 
 
 def expert_files() -> tuple[str, ...]:
     """Every name that a file of an expert may have."""
-    adapters = [name for files in formats() for name in (files.config, files.weights)]
-    return (*adapters, *LAYOUT)
+    names = [*LAYOUT]
+    for files in formats():
+        names += (files.config, files.weights)
+    return tuple(names)
 
 
 def adapters_in(place: Path) -> list[Path]:

@@ -8,6 +8,9 @@ class PhatgooseError(Exception):
     """The root of every error that phatgoose raises on purpose."""
 
 
+ErrorKind = type[PhatgooseError]
+
+
 class ConfigError(PhatgooseError):
     """A setting, recipe key or command-line value that can't be used."""
 

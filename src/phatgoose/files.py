@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import re2
 from safetensors import SafetensorError, safe_open
 
-from .errors import ExpertError, PhatgooseError
+from .errors import ErrorKind, ExpertError, PhatgooseError
 
 if TYPE_CHECKING:  # torch is imported by what needs it: the command line reads recipes without it
     import torch
@@ -86,7 +86,7 @@ def regular(path: Path) -> Path:
 
 def regular_file(
     path: Path,
-    error: type[PhatgooseError] = ExpertError,
+    error: ErrorKind = ExpertError,
     hint: str = "",
     owner: Path | None = None,
 ) -> Path:
@@ -123,9 +123,7 @@ UNSHOWN = ("missing", "value_error", "too_short", "too_long")
 
 
 @contextmanager
-def reading(
-    what: object, error: type[PhatgooseError] = ExpertError, hint: str = ""
-) -> Iterator[None]:
+def reading(what: object, error: ErrorKind = ExpertError, hint: str = "") -> Iterator[None]:
     """What goes wrong while `what` is read becomes an `error` of one line that begins with it.
 
     Whoever made a file may make the system and any library raise anything. `hint` is added if there
@@ -168,7 +166,7 @@ def _what_is_wrong(problem: Exception, hint: str) -> str:
 def read_json(
     path: Path,
     kind: type[Kind] = dict,  # type: ignore[assignment]  # python/mypy#3737
-    error: type[PhatgooseError] = ExpertError,
+    error: ErrorKind = ExpertError,
     hint: str = "",
 ) -> Kind:
     """The content of a JSON file as a `kind`, whose declaration is all that checks it.
@@ -206,7 +204,7 @@ def _adapter(kind: Any) -> TypeAdapter[object]:
     return TypeAdapter(kind)
 
 
-def read_table(path: Path, what: str, error: type[PhatgooseError]) -> JsonObject:
+def read_table(path: Path, what: str, error: ErrorKind) -> JsonObject:
     """The table in a TOML file of the user's, which messages call a `what`, such as "Recipe".
 
     Raises only `error`.
@@ -217,7 +215,7 @@ def read_table(path: Path, what: str, error: type[PhatgooseError]) -> JsonObject
 
 def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
-    content: dict[str, object] = {}
+    content = {}
     for key, value in pairs:
         if key in content:
             raise ValueError(f"the key {shortened(key)} appears twice in one object")
@@ -233,7 +231,8 @@ def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
 MOST_CHARACTERS = 2000  # of one pattern
-MOST_NAMES, MOST_EXPRESSIONS = 20_000, 1_000  # in a list or an object; each is tried at each layer
+MOST_NAMES = 20_000  # in a list or an object; each is tried at each layer
+MOST_EXPRESSIONS = 1_000  # among them
 PLAIN = re.compile(r"[\w.-]*")  # a name
 # What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
 READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
@@ -421,11 +420,9 @@ class TensorFile(Mapping[str, "Tensor"]):
             for begin in range(adjacent[0].begin, end, AT_ONCE):
                 part = self._part(begin, min(begin + AT_ONCE, end), dtype)
                 if dtype.is_floating_point and not is_finite(part):
-                    raise ExpertError(f"{self.path}: tensor {self._not_finite()} is not finite.")
+                    name = next(name for name, tensor in self.items() if not is_finite(tensor))
+                    raise ExpertError(f"{self.path}: tensor {name} is not finite.")
                 self.release()
-
-    def _not_finite(self) -> str:
-        return next(name for name, tensor in self.items() if not is_finite(tensor))
 
     def release(self) -> None:
         """Give the memory of its bytes back; they are read from the file again when needed."""
@@ -437,7 +434,7 @@ def is_finite(tensor: Tensor) -> bool:
     """True if no number of `tensor` is infinite or NaN."""
     return all(
         # A finite sum, which is far cheaper, already shows it; a sum may also overflow.
-        math.isfinite(part.sum()) or bool(part.isfinite().all())
+        math.isfinite(part.sum()) or part.isfinite().all()
         for part in tensor.flatten().split(FEW)  # type: ignore[no-untyped-call]
     )
 
@@ -486,9 +483,7 @@ WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its o
 
 
 @contextmanager
-def new_directory(
-    target: Path, error: type[PhatgooseError], *, overwrite: bool = False
-) -> Iterator[Path]:
+def new_directory(target: Path, error: ErrorKind, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
     With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` if
@@ -555,7 +550,7 @@ def _give_default_mode(path: Path) -> None:
 
 
 @contextmanager
-def writing(what: object, error: type[PhatgooseError]) -> Iterator[None]:
+def writing(what: object, error: ErrorKind) -> Iterator[None]:
     """The system's errors while `what` is written become an `error` of one line."""
     try:
         yield
@@ -563,7 +558,7 @@ def writing(what: object, error: type[PhatgooseError]) -> Iterator[None]:
         raise error(f"{what} can't be written: {reason(problem)}.") from problem
 
 
-def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
+def write_text(path: Path, content: str, error: ErrorKind) -> None:
     """Write `content` to `path`: all of it or nothing. Raises `error`."""
     with writing(path, error), new_file(path) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
@@ -575,15 +570,13 @@ def _is_stream(target: Path) -> bool:
     return is_open or (target.exists() and not target.is_file())
 
 
-def require_free(
-    target: Path, error: type[PhatgooseError], instead: str = "choose another place"
-) -> None:
+def require_free(target: Path, error: ErrorKind, instead: str = "choose another place") -> None:
     """Raise `error` if something is at `target`; `instead` says what to do."""
     if target.exists():
         raise error(f"{target} exists already; {instead}.")
 
 
-def require_writable(target: Path, error: type[PhatgooseError]) -> None:
+def require_writable(target: Path, error: ErrorKind) -> None:
     """Raise `error` unless a file can be written at `target`; nothing is made there."""
     # The nearest folder that exists; those between are made later.
     folder = next(filter(Path.exists, target.absolute().parents))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .config import closest
-from .errors import BaseModelError, ExpertError, PhatgooseError, PoolError
+from .errors import BaseModelError, ErrorKind, ExpertError, PoolError
 from .files import one_line, shortened
 
 SMOLLM2 = "smollm2"  # the bundled base, which is no folder
@@ -19,7 +19,8 @@ LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are
 CONFIG = "config.json"  # of every base
 ROUTED_INFO = "routed.json"  # of every routed model
 HUB_SECONDS = 3
-TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
+TOO_MANY_REQUESTS = 429
+SERVER_ERROR = 500
 
 
 def is_hub_id(name: str) -> bool:
@@ -30,7 +31,7 @@ def is_hub_id(name: str) -> bool:
 def closest_beside(place: str | Path, *others: str) -> str:
     """`config.closest` to the name of `place`, which isn't there, in its folder and in `others`."""
     path = Path(place)
-    beside: list[str] = []
+    beside = []
     with suppress(OSError):  # it is a hint only
         beside = os.listdir(path.parent)
     return closest(path.name, [*others, *beside])
@@ -45,7 +46,7 @@ def check_name(name: str) -> None:
         )
 
 
-def require_folder(place: Path, error: type[PhatgooseError], holds: str = "") -> None:
+def require_folder(place: Path, error: ErrorKind, holds: str = "") -> None:
     """Raise `error` where no `place` is; the message is about the file that it `holds`."""
     if not place.exists():
         raise error(f"{place / holds} does not exist.{closest_beside(place)}")

@@ -31,14 +31,15 @@ class _Names(NamedTuple):
     tokens: tuple[str, ...]
 
 
+_Streams = Mapping[Stream, _Names]
 _OWN = _Names("attention_mask", ("input_ids", "inputs_embeds"))
-_STACK: Mapping[Stream, _Names] = {"decoder": _OWN}  # a causal model and its parts
-_ENCODER: Mapping[Stream, _Names] = {"encoder": _OWN}
-_DECODER: Mapping[Stream, _Names] = {
+_STACK: _Streams = {"decoder": _OWN}  # a causal model and its parts
+_ENCODER: _Streams = {"encoder": _OWN}
+_DECODER: _Streams = {
     "encoder": _Names("encoder_attention_mask", ("encoder_hidden_states",)),
     "decoder": _OWN,
 }
-_WHOLE: Mapping[Stream, _Names] = {
+_WHOLE: _Streams = {
     "encoder": _OWN,
     "decoder": _Names(
         "decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -93,7 +94,7 @@ class TokenMasks:
 
     @property
     def are_ours(self) -> bool:
-        return any(masks is self for masks in _OPEN.get())
+        return self in _OPEN.get()
 
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
         """The shape of the tokens of u [.., n], mostly (rows, columns), also of flattened ones.
@@ -101,7 +102,7 @@ class TokenMasks:
         Raises RoutingError where a model pads or transposes its tokens inside.
         """
         tokens = self._of(stream)
-        grid = tuple(u.shape[:-1])
+        grid = u.shape[:-1]
         if tokens is None or tokens.shape is None or grid == tokens.shape:
             return grid
         rows, columns = tokens.shape
@@ -124,15 +125,16 @@ class TokenMasks:
         # The outermost call has the caller's own mask; those inside it may get one made of it.
         return self._calls[0].get(stream) if self._calls else None
 
-    def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
-        def begin(
-            module: nn.Module, args: tuple[object, ...], kwargs: Arguments | None = None
-        ) -> None:
-            # Another thread's pass may run the hook before torch registers that it takes kwargs.
-            if self.are_ours:
-                self._calls.append(_streams(names, arguments_of(module, args, kwargs or {})))
-
-        return begin
+    def _begin(
+        self,
+        names: _Streams,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: Arguments | None = None,
+    ) -> None:
+        # Another thread's pass may run the hook before torch registers that it takes kwargs.
+        if self.are_ours:
+            self._calls.append(_streams(names, arguments_of(module, args, kwargs or {})))
 
     def _end(self, *_: object) -> None:
         if self.are_ours and self._calls:
@@ -158,11 +160,10 @@ def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     masks = TokenMasks(type(model).__name__)
     with ExitStack() as hooks:
         for part, names in callable_parts(model).items():
-            begin = part.register_forward_pre_hook(masks._begin(names), with_kwargs=True)
-            hooks.callback(begin.remove)
+            watch = partial(masks._begin, names)
+            hooks.callback(part.register_forward_pre_hook(watch, with_kwargs=True).remove)
             # always_call: a pass that raises must not leave its masks on top.
-            end = part.register_forward_hook(masks._end, always_call=True)
-            hooks.callback(end.remove)
+            hooks.callback(part.register_forward_hook(masks._end, always_call=True).remove)
         hooks.enter_context(in_context(_OPEN, (*_OPEN.get(), masks)))
         yield masks
 
@@ -236,7 +237,7 @@ def _first(call: Arguments, names: Iterable[str]) -> Any:
     return next((call[name] for name in names if call.get(name) is not None), None)
 
 
-def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
+def callable_parts(model: PreTrainedModel) -> dict[nn.Module, _Streams]:
     """The modules that a caller may call for a pass, with the argument names of their streams."""
     if not model.config.is_encoder_decoder:
         # OPT's whole model, for one, calls its decoder past its base model: the outermost that is
@@ -271,11 +272,11 @@ def cached_tokens(call: Arguments) -> int | None:
         return None
 
 
-def _streams(names: Mapping[Stream, _Names], call: Arguments) -> Mapping[Stream, _Tokens]:
-    streams: dict[Stream, _Tokens] = {}
+def _streams(names: _Streams, call: Arguments) -> Mapping[Stream, _Tokens]:
+    streams = {}
     for stream, (mask_name, token_names) in names.items():
         form = _first(call, token_names)
-        shape = None if form is None else tuple(form.shape[:2])
+        shape = None if form is None else form.shape[:2]
         mask = call.get(mask_name)
         if isinstance(mask, Mapping):  # one mask for each kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))

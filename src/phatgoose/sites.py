@@ -24,6 +24,7 @@ from .files import reading
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as experts may be stored
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.compose`
 Stream = Literal["encoder", "decoder"]
+Tensors = Mapping[str, Tensor]  # by name, or by site
 
 CROSS_ATTENTION = re.compile(  # its keys and values; GPT-2's are one layer
     r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(self\.)?"
@@ -45,7 +46,10 @@ class Site:
     stream: Stream
 
 
-def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, Site]:
+Sites = Mapping[str, Site]  # by name
+
+
+def find_sites(model: PreTrainedModel, pattern: str | None = None) -> Sites:
     """All sites of `model` by name, in the model's order.
 
     `pattern` keeps only the sites whose name it matches (regular expression, `re.search`); None

@@ -41,12 +41,12 @@ class Detokeniser:
 
     def add(self, token: int) -> str:
         self._tokens.append(token)
-        text = self._text(len(self._tokens))
+        text = self._text()
         may_wait = len(self._tokens) - self._done < LONGEST_CHARACTER
         return "" if may_wait and text.endswith(UNFINISHED) else self._new(text)
 
     def rest(self) -> str:
-        return self._new(self._text(len(self._tokens)))
+        return self._new(self._text())
 
     def _new(self, text: str) -> str:
         new = text[len(self._text(self._done)) :]
@@ -55,7 +55,7 @@ class Detokeniser:
             self._done = len(self._tokens)
         return new
 
-    def _text(self, end: int) -> str:
+    def _text(self, end: int | None = None) -> str:
         return str(
             self._tokenizer.decode(
                 self._tokens[self._begin : end],

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import WrongBaseError
 from ..files import shortened
 from ..names import SMOLLM2, is_hub_id
-from ..sites import FLOATS
+from ..sites import FLOATS, Tensors
 
 STEP = r"\w[\w+-]*(\.[\w+-]+)*"
 # A branch, tag or commit. huggingface_hub makes a path of it, so none may lead anywhere else.
@@ -143,16 +143,21 @@ CONFIG_FIELDS = (
 )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, parameters: Iterable[Tensor] | None = None) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
-    The same for every name, parameter naming (transformers changes it) and loading in float32 or
-    bfloat16; quantised models have others.
+    `parameters` are read in place of its own. The same for every name, parameter naming
+    (transformers changes it) and loading in float32 or bfloat16; quantised models have others.
     """
-    return _fingerprint(model, model.parameters())
+    fields = {key: getattr(model.config, key, None) for key in CONFIG_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    # Sorted: names and order of parameters change between transformers' releases.
+    for sample in sorted(map(_sample, parameters or model.parameters())):
+        digest.update(sample)
+    return f"sha256:{digest.hexdigest()}"
 
 
-def fingerprint_of_files(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> str | None:
+def fingerprint_of_files(skeleton: PreTrainedModel, weights: Tensors) -> str | None:
     """The fingerprint of the model that transformers would load of `weights`, none of it loaded.
 
     `skeleton` is the model without numbers (`load_skeleton`), `weights` the tensors of its
@@ -166,26 +171,15 @@ def fingerprint_of_files(skeleton: PreTrainedModel, weights: Mapping[str, Tensor
             parameters.append(nn.Parameter(tensor, requires_grad=False))
         elif name not in skeleton.all_tied_weights_keys:  # a tied one comes under its other name
             return None
-    return _fingerprint(skeleton, parameters)
+    return fingerprint(skeleton, parameters)
 
 
-def tensor_named(
-    skeleton: PreTrainedModel, name: str, weights: Mapping[str, Tensor]
-) -> Tensor | None:
+def tensor_named(skeleton: PreTrainedModel, name: str, weights: Tensors) -> Tensor | None:
     """The tensor of a parameter in a model's files, which may leave out the outermost module."""
     if name in skeleton.all_tied_weights_keys:
         return None
     inner = name.removeprefix(f"{skeleton.base_model_prefix}.")
     return weights.get(name, weights.get(inner))
-
-
-def _fingerprint(model: PreTrainedModel, parameters: Iterable[Tensor]) -> str:
-    fields = {key: getattr(model.config, key, None) for key in CONFIG_FIELDS}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    # Sorted: names and order of parameters change between transformers' releases.
-    for sample in sorted(map(_sample, parameters)):
-        digest.update(sample)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _sample(parameter: Tensor) -> bytes:

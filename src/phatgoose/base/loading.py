@@ -105,7 +105,7 @@ def load_base(
             if hasattr(module, PACKS_AGAIN):  # on some CPUs, and then no gradient passes
                 setattr(module, PACKS_AGAIN, False)
     else:
-        model.to(torch.device(place))
+        model.to(place)
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, recorded_id(name), revision, identity)
 

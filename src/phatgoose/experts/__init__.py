@@ -110,7 +110,7 @@ _OURS = (
         parts=("phatgoose.experts.lora:DoraStack",),
     ),
 )
-KINDS: dict[str, Kind] = {kind.name: kind for kind in _OURS}
+KINDS = {kind.name: kind for kind in _OURS}
 
 
 @cache

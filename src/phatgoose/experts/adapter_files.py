@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, create_model
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..base.identity import Base
 from ..errors import ExpertError
-from ..files import TensorFile, one_line, read_json
-from ..sites import FLOATS
+from ..files import JsonObject, TensorFile, one_line, read_json
+from ..sites import FLOATS, Tensors
 
-Config: TypeAlias = dict[str, Any]  # the object of a JSON file
+ByField = Mapping[str, str]  # letters for a tensor's sizes, or how its name ends
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdapterFiles(ABC):
     hint: ClassVar[str] = ""  # if there are no weights
 
     @abstractmethod
-    def read_config(self, directory: Path) -> Config:
+    def read_config(self, directory: Path) -> JsonObject:
         """What the configuration says, checked; ExpertError for what it can't say."""
 
     def about(self, base: Base, layer: nn.Module) -> dict[str, object]:
@@ -49,9 +49,7 @@ class AdapterFiles(ABC):
     def read_weights(self, directory: Path) -> TensorFile:
         return read_tensors(directory / self.weights, self.hint)
 
-    def write(
-        self, folder: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
-    ) -> Path:
+    def write(self, folder: Path, config: Mapping[str, object], tensors: Tensors) -> Path:
         """`folder`, with both in it; `tensors` are by site and ending."""
         prefixed = {}
         for name, tensor in tensors.items():
@@ -63,9 +61,9 @@ class AdapterFiles(ABC):
     def by_site(
         self,
         directory: Path,
-        tensors: Mapping[str, Tensor],
-        forms: Mapping[str, str],
-        endings: Mapping[str, str],
+        tensors: Tensors,
+        forms: ByField,
+        endings: ByField,
     ) -> dict[str, dict[str, Tensor]]:
         """The weights by site and field, told by their names' endings, of these `forms`."""
         by_site: dict[str, dict[str, Tensor]] = {}
@@ -88,7 +86,7 @@ class OwnFiles(AdapterFiles):
     pydantic reads them; all modules of an expert share them.
     """
 
-    def read_config(self, directory: Path) -> Config:
+    def read_config(self, directory: Path) -> JsonObject:
         return dict(read_json(directory / self.config, self.content))
 
     @cached_property
@@ -111,7 +109,7 @@ def read_tensors(path: Path, hint: str = "") -> TensorFile:
 def check_parts(
     where: str,
     forms: Mapping[str, Sequence[str | int]],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     types: tuple[torch.dtype, ...] = FLOATS,
     others: Mapping[str, tuple[torch.dtype, ...]] | None = None,
 ) -> dict[str | int, int]:
@@ -125,20 +123,19 @@ def check_parts(
         form = forms.get(name, ())
         allowed = (others or {}).get(name, types)
         got = "missing"
-        fits = False
+        shape = dtype = None
         if tensor is not None:
             shape = tuple(tensor.shape)
-            got = f"{shape} {tensor.dtype}"
+            dtype = tensor.dtype
+            got = f"{shape} {dtype}"
             for letter, size in zip(form, shape, strict=False):
                 if not isinstance(letter, int):
                     sizes.setdefault(letter, size)
-            expected = tuple(sizes.get(letter, letter) for letter in form)
-            is_allowed = name in forms and tensor.dtype in allowed
-            fits = is_allowed and shape == expected and 0 not in shape
-        if not fits:
+        expected = tuple(sizes.get(letter, letter) for letter in form)
+        is_allowed = name in forms and dtype in allowed
+        if not is_allowed or shape != expected or 0 in expected:
             want = "no such tensor"
             if form:
-                numbers = ", ".join(str(sizes.get(letter, letter)) for letter in form)
-                want = f"({numbers}) {' or '.join(map(str, allowed))}"
+                want = f"({', '.join(map(str, expected))}) {' or '.join(map(str, allowed))}"
             raise ExpertError(f"{where}: {one_line(name, 200)} is {got}; wanted {want}.")
     return sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from ..sites import WrappedLinear, dtype_at, find_sites, replaced
 from ..tasks.batching import where_active
-from .module import SiteModule, check_fit
+from .module import Modules, SiteModule, check_fit
 
 
-def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(in_features, device=device))
+def new_gate(layer: WrappedLinear) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(layer.in_features, device=layer.weight.device))
 
 
 def strength_at(u: Tensor, v: Tensor | None) -> Tensor | float:
@@ -42,9 +42,8 @@ class ModifiedLinear(WrappedLinear):
         self, base: nn.Module, module: SiteModule, dtype: torch.dtype, *, gated: bool
     ) -> None:
         super().__init__(base)
-        device = self.weight.device
-        self.module = module.at(torch.empty(0, dtype=dtype, device=device))
-        self.register_parameter("gate", new_gate(self.in_features, device) if gated else None)
+        self.module = module.at(torch.empty(0, dtype=dtype, device=self.weight.device))
+        self.register_parameter("gate", new_gate(self) if gated else None)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.module.apply(self.base, u, strength_at(u, self.gate))
@@ -52,7 +51,7 @@ class ModifiedLinear(WrappedLinear):
 
 @contextmanager
 def applied(
-    model: PreTrainedModel, modules: Mapping[str, SiteModule], *, gated: bool = False
+    model: PreTrainedModel, modules: Modules, *, gated: bool = False
 ) -> Iterator[dict[str, ModifiedLinear]]:
     """`model` with an expert's modules by site, `gated` or not; ExpertError if one doesn't fit."""
     check_fit("adapter", modules, find_sites(model))

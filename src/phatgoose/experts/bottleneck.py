@@ -20,7 +20,7 @@ dtype: exactly the numbers that were validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -31,18 +31,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
-from ..sites import Site
-from .adapter_files import OwnFiles
-from .fresh import NewModules, Parameters
+from ..sites import Sites, Tensors
+from .adapter_files import ByField, OwnFiles
+from .fresh import NewModules
 from .module import SiteModule
 from .stack import Part, Product, scaled, stacked
 from .sums import dense_weights, expert_products, weighted_rows
 
-ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-}
+ACTIVATION = {name: getattr(functional, name) for name in ACTIVATIONS}
 LARGEST_SCALE = 1e9
 FILES = OwnFiles(
     "bottleneck_config.json",
@@ -59,15 +55,15 @@ FILES = OwnFiles(
 class BottleneckLayers(SiteModule):
     """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
 
-    kind: ClassVar[str] = "bottleneck"
-    files: ClassVar[OwnFiles] = FILES
-    parts: ClassVar[Mapping[str, str]] = {
+    kind = "bottleneck"
+    files = FILES
+    parts: ClassVar[ByField] = {
         "down": "md",
         "down_bias": "m",
         "up": "dm",
         "up_bias": "d",
     }
-    endings: ClassVar[Mapping[str, str]] = {
+    endings: ClassVar[ByField] = {
         "down": ".down.weight",
         "down_bias": ".down.bias",
         "up": ".up.weight",
@@ -94,16 +90,16 @@ class BottleneckLayers(SiteModule):
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         y: Tensor = base(u)
         inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
-        return y + (strength * self.scale) * functional.linear(inner, self.up, self.up_bias)
+        return y + strength * functional.linear(inner, self.up, self.up_bias)
 
 
 @dataclass(frozen=True)
 class BottleneckStack(Part):
     """Bottleneck adapters. Sizes that differ are filled up with zeros, which changes no number."""
 
-    name: ClassVar[str] = "bottleneck"
-    prefix: ClassVar[str | None] = ""
-    compared: ClassVar[tuple[str, ...]] = ("down", "up")
+    name = "bottleneck"
+    prefix = ""
+    compared = ("down", "up")
 
     down: Tensor = stacked("md")
     down_bias: Tensor = stacked("m")
@@ -112,7 +108,7 @@ class BottleneckStack(Part):
     activations: Tensor = stacked("", "index")  # indices into ACTIVATIONS
 
     @classmethod
-    def row(cls, module: BottleneckLayers) -> dict[str, Tensor | None]:
+    def row(cls, module: BottleneckLayers) -> Tensors:
         return {
             "down": module.down,
             "down_bias": module.down_bias,
@@ -181,8 +177,8 @@ class NewBottlenecks(NewModules[Bottleneck]):
         return OUTPUTS[settings.placement]
 
     def initial(
-        self, model: PreTrainedModel, settings: Bottleneck, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+        self, model: PreTrainedModel, settings: Bottleneck, sites: Sites
+    ) -> Mapping[str, Tensors]:
         m = settings.size
         return {
             name: {
@@ -195,6 +191,6 @@ class NewBottlenecks(NewModules[Bottleneck]):
         }
 
     def module(
-        self, settings: Bottleneck, parameters: Parameters, layer: nn.Module
+        self, settings: Bottleneck, parameters: Tensors, layer: nn.Module
     ) -> BottleneckLayers:
         return BottleneckLayers(**parameters, activation=settings.activation, scale=settings.scale)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Interval, MinLen
@@ -38,15 +38,16 @@ from ..files import (
 )
 from ..names import NAME, SMOLLM2, check_name, closest_beside, is_hub_id
 from ..reader import Reader, ReaderReference
+from ..sites import Tensors
 from ..tasks.loading import prompts_beside
 from . import kinds
 from .adapter_files import AdapterFiles, check_parts, read_tensors
 from .lora import Factors
-from .module import SiteModule
+from .module import Modules
 from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
 
-Record: TypeAlias = Mapping[str, Any]  # as JSON has it
+Record = Mapping[str, Any]  # as JSON has it
 
 # The adapter in a directory: of which kind it is, and what it does.
 
@@ -68,9 +69,7 @@ def adapter_files(directory: Path) -> AdapterFiles:
     return PEFT_FILES
 
 
-def read_modules(
-    directory: Path, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, SiteModule]:
+def read_modules(directory: Path, tensors: Tensors | None = None) -> Modules:
     """What the adapter in `directory` does, by site.
 
     `tensors` are those of its file where that has been read already. Raises ExpertError when its
@@ -82,7 +81,7 @@ def read_modules(
         tensors = files.read_weights(directory)
     by_form = {(kind.site_module.files, kind.peft_type): kind for kind in kinds().values()}
     kind = by_form[files, config.get("peft_type")]  # a format of our own has no such key
-    return dict(kind.site_module.read(directory, config, tensors))
+    return kind.site_module.read(directory, config, tensors)
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
@@ -103,12 +102,10 @@ def base_named_in(directory: Path) -> BaseReference | None:
 FORM = ("chat", "max_input_tokens", "truncation")
 
 
-def recorded_formatting(hyperparameters: Record, where: str) -> Formatting | None:
-    """The formatting recorded in hyperparameters, None without; `where` is for ConfigErrors."""
+def recorded_formatting(hyperparameters: Record, where: str) -> Formatting:
+    """The formatting recorded in hyperparameters, or the usual; `where` is for ConfigErrors."""
     names = vars(Formatting())
     recorded = {name: value for name, value in hyperparameters.items() if name in names}
-    if not recorded:
-        return None
     return from_mapping(Formatting, recorded, where)
 
 
@@ -132,16 +129,16 @@ def warn_of_other_formatting(records: Iterable[Record], formatting: Formatting) 
         names = FORM[:1] if form.get("inputs_cut") == 0 else FORM
         differ = [n for n in names if n in form and form[n] != getattr(formatting, n)]
         if differ:
-            trained = [f"{name} {one_line(form[name], 40)}" for name in differ]
-            differing.append((one_line(record.get("name"), 80), differ, ", ".join(trained)))
+            differing.append((one_line(record.get("name"), 80), form, differ))
     if differing:
-        expert, differ, trained_with = differing[0]
+        expert, form, differ = differing[0]
+        trained = ", ".join(f"{name} {one_line(form[name], 40)}" for name in differ)
         here = ", ".join(f"{name} {getattr(formatting, name)}" for name in differ)
         more = ""
         if len(differing) > 1:
             more = f" ({len(differing)} of the experts differ)"
         warnings.warn(
-            f"Inputs are read with {here}, but {expert} was trained with {trained_with}{more}.",
+            f"Inputs are read with {here}, but {expert} was trained with {trained}{more}.",
             stacklevel=3,
         )
 
@@ -218,8 +215,7 @@ def info_json(info: ExpertInfo) -> str:
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """File names inside an expert directory, beside those of its adapter."""
 
     vectors: str = "phatgoose.safetensors"
@@ -240,8 +236,10 @@ VECTORS = {"gate": "gates", "mean": "means", "reading": "prompt_statistics"}  # 
 
 def expert_files() -> tuple[str, ...]:
     """Every name that a file of an expert may have."""
-    adapters = [name for files in formats() for name in (files.config, files.weights)]
-    return (*adapters, *asdict(LAYOUT).values())
+    names = [*LAYOUT]
+    for files in formats():
+        names += (files.config, files.weights)
+    return tuple(names)
 
 
 def adapters_in(place: Path) -> list[Path]:
@@ -282,12 +280,12 @@ class Expert:
 
     info: ExpertInfo
     directory: Path
-    modules: Mapping[str, SiteModule]
-    gates: Mapping[str, Tensor]
-    means: Mapping[str, Tensor]
+    modules: Modules
+    gates: Tensors
+    means: Tensors
     embeddings: Tensor | None = None
-    prompt_statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+    prompt_statistics: Tensors = field(default_factory=dict)
+    files: Mapping[str, TensorFile] = field(default_factory=dict)
     source: Path | None = None
 
     def __repr__(self) -> str:
@@ -364,7 +362,7 @@ class Expert:
     def from_peft(
         cls,
         adapter_dir: str | Path,
-        gates: Mapping[str, Tensor],
+        gates: Tensors,
         *,
         base: Base | BaseReference | None = None,
         name: str | None = None,
@@ -412,7 +410,7 @@ class Expert:
         directory = Path(directory)
         info = read_info(directory / LAYOUT.info)
         adapter = adapter_files(directory)
-        files: dict[str, TensorFile] = {}
+        files = {}
         for file, sha256 in (
             (adapter.weights, info.adapter_sha256),
             (LAYOUT.vectors, info.vectors_sha256),
@@ -480,7 +478,7 @@ class Expert:
             (work / file).write_text(text, encoding="utf-8", errors="replace")
 
 
-def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(vectors: Tensors) -> Tensors:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
@@ -498,7 +496,7 @@ def _check_vectors(expert: Expert) -> None:
         if tensors:
             check_parts(f"{who}, {part}", form, tensors, (torch.float32,))
     rest = expert.prompt_statistics.get(f"{WHOLE}.rest")
-    if rest is not None and bool((rest < 0).any()):
+    if rest is not None and (rest < 0).any():
         raise ExpertError(f"{who} has prompt_statistics of variances below 0.")
     rows = expert.embeddings
     if rows is None:
@@ -506,7 +504,7 @@ def _check_vectors(expert: Expert) -> None:
     check_parts(who, {"embeddings": "ed"}, {"embeddings": rows}, (torch.float32,))
     if len(rows) > MOST_EMBEDDINGS:
         raise ExpertError(f"{who} has more than {MOST_EMBEDDINGS} embeddings.")
-    if bool(((rows.norm(dim=-1) - 1).abs() >= 1e-3).any()):
+    if ((rows.norm(dim=-1) - 1).abs() >= 1e-3).any():
         raise ExpertError(f"{who} has embeddings of another length than 1.")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +20,24 @@ from transformers import PreTrainedModel
 
 from ..base.identity import Base
 from ..config import Peft
-from ..sites import Site, WrappedLinear, dtype_at, replaced
+from ..sites import Sites, Tensors, WrappedLinear, dtype_at, replaced
 from .alone import new_gate, strength_at
 from .module import SiteModule
 
 Settings = TypeVar("Settings", bound=Peft)
-Parameters: TypeAlias = Mapping[str, Tensor]  # of one module, by name
 
 
 @dataclass(frozen=True)
 class FreshExpert:
     """An expert in training: `model` is trained, then `save` writes its files to a folder.
 
-    `parts` are what is trained, by site, with the joint gates.
+    `parts` are what is trained, by site: a module's parameters by name, float32, and as attribute
+    `gate` its joint gate or None.
     """
 
     model: nn.Module
-    parts: Mapping[str, Trained]
+    parts: Mapping[str, nn.ParameterDict]
     save: Callable[[Path], None]
-
-
-class Trained(nn.ParameterDict):
-    """A module's parameters by name, float32; `gate` is its joint gate, if it has one."""
-
-    gate: nn.Parameter
-
-    def __init__(self, parameters: Parameters, gate: nn.Parameter | None) -> None:
-        super().__init__()
-        for name, tensor in parameters.items():  # by item: it would sort a dictionary
-            self[name] = nn.Parameter(tensor)
-        self.register_parameter("gate", gate)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The first of them."""
-        first: nn.Parameter = next(iter(self.values()))
-        return first
 
 
 class NewModules(ABC, Generic[Settings]):
@@ -76,15 +58,15 @@ class NewModules(ABC, Generic[Settings]):
 
     @abstractmethod
     def initial(
-        self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]
-    ) -> Mapping[str, Parameters]:
+        self, model: PreTrainedModel, settings: Settings, sites: Sites
+    ) -> Mapping[str, Tensors]:
         """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
 
     @abstractmethod
-    def module(self, settings: Settings, parameters: Parameters, layer: nn.Module) -> SiteModule:
+    def module(self, settings: Settings, parameters: Tensors, layer: nn.Module) -> SiteModule:
         """The module that these parameters make on the base's linear `layer`."""
 
-    def count(self, model: PreTrainedModel, settings: Settings, sites: Mapping[str, Site]) -> int:
+    def count(self, model: PreTrainedModel, settings: Settings, sites: Sites) -> int:
         """The number of trained parameters at `sites`, without gates."""
         with torch.device("meta"):
             initial = self.initial(model, settings, sites)
@@ -95,7 +77,7 @@ class NewModules(ABC, Generic[Settings]):
 
     @contextmanager
     def create(
-        self, base: Base, settings: Settings, sites: Mapping[str, Site], *, joint: bool
+        self, base: Base, settings: Settings, sites: Sites, *, joint: bool
     ) -> Iterator[FreshExpert]:
         """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
         model = base.model.requires_grad_(False)
@@ -125,16 +107,17 @@ class _NewLayer(WrappedLinear):
         base: nn.Module,
         new: NewModules[Any],
         settings: Peft,
-        parameters: Parameters,
+        parameters: Tensors,
         *,
         joint: bool,
     ) -> None:
         super().__init__(base)
         self.new = new
         self.settings = settings
-        device = self.weight.device
-        moved = {name: tensor.to(device) for name, tensor in parameters.items()}
-        self.trained = Trained(moved, new_gate(self.in_features, device) if joint else None)
+        self.trained = nn.ParameterDict()
+        for name, tensor in parameters.items():  # by item: it would sort a dictionary
+            self.trained[name] = nn.Parameter(tensor.to(self.weight.device))
+        self.trained.register_parameter("gate", new_gate(self) if joint else None)
 
     def module(self, dtype: torch.dtype) -> SiteModule:
         parameters = {}
@@ -144,4 +127,4 @@ class _NewLayer(WrappedLinear):
 
     def forward(self, u: Tensor) -> Tensor:
         module = self.module(u.dtype).at(u)
-        return module.apply(self.base, u, strength_at(u, self.trained.gate))
+        return module.apply(self.base, u, strength_at(u, self.trained.gate))  # type: ignore[arg-type]

@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 
 from ..config import IA3
 from ..errors import ExpertError
-from ..sites import Site
-from .adapter_files import AdapterFiles, Config
-from .fresh import NewModules, Parameters
+from ..files import JsonObject
+from ..sites import Sites, Tensors
+from .adapter_files import ByField
+from .fresh import NewModules
 from .module import SiteModule
 from .peft_files import PEFT_FILES
 from .stack import Constant, Part, factor_of, stacked
@@ -43,10 +44,10 @@ ENDINGS = {"vector": ".ia3_l"}  # in PEFT's files
 class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 
-    kind: ClassVar[str] = "ia3"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
-    parts: ClassVar[Mapping[str, str]] = {"vector": "dn"}  # as PEFT has it
-    endings: ClassVar[Mapping[str, str]] = ENDINGS
+    kind = "ia3"
+    files = PEFT_FILES
+    parts: ClassVar[ByField] = {"vector": "dn"}  # as PEFT has it
+    endings = ENDINGS
 
     vector: Tensor  # [n] or [d]
     on_input: bool
@@ -69,7 +70,7 @@ class ScalingVector(SiteModule):
 
     @classmethod
     def read(
-        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
+        cls, directory: Path, config: JsonObject, tensors: Tensors
     ) -> dict[str, ScalingVector]:
         vectors = {}
         by_site = PEFT_FILES.by_site(directory, tensors, cls.parts, ENDINGS)
@@ -106,9 +107,9 @@ class ScalingVector(SiteModule):
 class ScalingStack(Part):
     """(IA)³ vectors of outputs as what they differ from 1 by, l - 1, in float32."""
 
-    name: ClassVar[str] = "output"
+    name = "output"
     on_input: ClassVar[bool] = False
-    compared: ClassVar[tuple[str, ...]] = ("deltas",)
+    compared = ("deltas",)
 
     deltas: Tensor = stacked("d", "float32")
 
@@ -117,32 +118,30 @@ class ScalingStack(Part):
         return module.on_input == cls.on_input
 
     @classmethod
-    def row(cls, module: ScalingVector) -> dict[str, Tensor | None]:
+    def row(cls, module: ScalingVector) -> Tensors:
         return {"deltas": module.vector.float() - 1}
 
-    def input_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        if not self.on_input:
-            return None
-        return 1 + weighted_rows(experts, weights, self.deltas)
-
     def output_factor(self, experts: Tensor, weights: Tensor) -> Tensor | None:
-        if self.on_input:
-            return None
         return 1 + weighted_rows(experts, weights, self.deltas)
 
     def constant(self, weights: Tensor) -> Constant:
-        factor = factor_of(weights, self.deltas)
-        return Constant(input_factor=factor) if self.on_input else Constant(output_factor=factor)
+        return Constant(output_factor=factor_of(weights, self.deltas))
 
 
 @dataclass(frozen=True)
 class InputScalingStack(ScalingStack):
     """Those of inputs."""
 
-    name: ClassVar[str] = "input"
-    on_input: ClassVar[bool] = True
+    name = "input"
+    on_input = True
 
     deltas: Tensor = stacked("n", "float32")
+
+    input_factor = ScalingStack.output_factor
+    output_factor = Part.output_factor
+
+    def constant(self, weights: Tensor) -> Constant:
+        return Constant(input_factor=factor_of(weights, self.deltas))
 
 
 class NewScalings(NewModules[IA3]):
@@ -153,9 +152,7 @@ class NewScalings(NewModules[IA3]):
     def default_sites(self, model: PreTrainedModel, settings: IA3) -> str:
         return _endings(IA3_MODULES.get(model.config.model_type, []))
 
-    def initial(
-        self, model: PreTrainedModel, settings: IA3, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+    def initial(self, model: PreTrainedModel, settings: IA3, sites: Sites) -> Mapping[str, Tensors]:
         inputs = scales_input(model, sites)
         vectors = {}
         for name, site in sites.items():
@@ -165,7 +162,7 @@ class NewScalings(NewModules[IA3]):
                 vectors[name] = {"output": torch.ones(site.out_features)}
         return vectors
 
-    def module(self, settings: IA3, parameters: Parameters, layer: nn.Module) -> ScalingVector:
+    def module(self, settings: IA3, parameters: Tensors, layer: nn.Module) -> ScalingVector:
         ((scales, vector),) = parameters.items()
         return ScalingVector(vector, on_input=scales == "input")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import (
@@ -57,17 +57,16 @@ from ..files import (
 )
 from ..names import check_name
 from ..reader import open_reader
-from ..sites import find_sites
+from ..sites import Tensors, find_sites
 from .adapter_files import check_parts
 from .expert import LAYOUT, Expert, Record, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
 from .lora import DoraFactors, LoraFactors
-from .module import SiteModule, check_fit
+from .module import Modules, SiteModule, check_fit
 from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
-Source = TypeVar("Source", bound="str | Path")
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 ADAPTER = "default"  # PEFT's name for the one adapter of a model
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA
@@ -143,15 +142,15 @@ def read_adapter(
             f"The adapter names its base by {place or 'nothing'}, which nobody else can load; name "
             f"the base with --base."
         )
-    modules: Mapping[str, SiteModule]
+    modules: Modules
     record: dict[str, object] = {"imported_from": str(reference or folder.resolve().name)}
     with warnings.catch_warnings(), reported(f"{reference or folder} can't be imported"):
         # What PEFT warns of (fan_in_fan_out, tied layers) shows in the tensors, which are compared.
         warnings.simplefilter("ignore")
         local = BaseReference(place, revision)  # which refuses what is no revision
         if is_lossy:
-            modules, kept = _converted(folder, config, local, float(allow_loss or 0))
-            record |= {"converted_from": str(config["peft_type"]), **kept}
+            modules, kept = _converted(folder, config, local, allow_loss or 0)
+            record |= {"converted_from": config["peft_type"], **kept}
         else:
             modules = _resolved(folder, config, local)
         recorded = BaseReference(base_id) if base_id else published(place, revision)
@@ -168,8 +167,7 @@ def read_adapter(
         mark = fingerprint_here(place, revision=revision)
     if fingerprint and mark is None:
         mark = load_base(place, revision=revision).fingerprint
-    recorded = recorded or BaseReference(recorded_id(place), revision)
-    recorded = replace(recorded, fingerprint=mark)
+    recorded = replace(recorded or BaseReference(recorded_id(place), revision), fingerprint=mark)
     expert = Expert.from_peft(files, {}, base=recorded, name=name, hyperparameters=record)
     return replace(expert, source=folder)
 
@@ -197,14 +195,13 @@ def import_adapters(sources: Iterable[str | Path], out: str | Path, **options: A
     back.
     """
     return _all_of(
-        sources, lambda source: import_adapter(source, Path(out) / _last_name(source), **options)
+        sources, lambda source, name: import_adapter(source, Path(out) / name, **options)
     )
 
 
 def read_adapters(folders: Iterable[Path]) -> Imports:
     """The adapters in `folders` as experts in memory, of which nothing is written beside them."""
-    places = map(Path.resolve, folders)
-    return _all_of(places, lambda place: read_adapter(place, _last_name(place)))
+    return _all_of(map(Path.resolve, folders), read_adapter)
 
 
 def _last_name(source: str | Path) -> str:
@@ -215,12 +212,12 @@ def _last_name(source: str | Path) -> str:
     return Path(reference.folder or reference.repo).name
 
 
-def _all_of(sources: Iterable[Source], make: Callable[[Source], Expert]) -> Imports:
-    experts: list[Expert] = []
-    refused: dict[str, str] = {}
+def _all_of(sources: Iterable[str | Path], make: Callable[[str | Path, str], Expert]) -> Imports:
+    experts = []
+    refused = {}
     for source in sources:
         try:
-            experts.append(make(source))
+            experts.append(make(source, _last_name(source)))
         except PhatgooseError as error:
             refused[str(source)] = one_line(error)
     return Imports(tuple(experts), refused)
@@ -240,7 +237,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 # model is built on torch's meta device, once per distinct config.
 
 
-def _resolved(folder: Path, config: Record, base: BaseReference) -> Mapping[str, SiteModule]:
+def _resolved(folder: Path, config: Record, base: BaseReference) -> Modules:
     """The modules by site of the adapter in `folder` on this base.
 
     The base's weights are read only for a DoRA. Raises ExpertError when a tensor is missing, left
@@ -250,7 +247,7 @@ def _resolved(folder: Path, config: Record, base: BaseReference) -> Mapping[str,
     tensors = PEFT_FILES.read_weights(folder)
     options = _kept(config, ACTING)
     model, layers = _resolve(base, config["peft_type"], json.dumps(options))
-    renamed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(
+    renamed: Tensors = convert_peft_adapter_state_dict_for_transformers(
         model=model,
         peft_config=model.peft_config[ADAPTER],
         adapter_state_dict=dict(tensors),
@@ -276,7 +273,7 @@ def _kept(config: Record, keys: Iterable[str]) -> dict[str, object]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _module(site: str, layer: Any, tensors: Tensors) -> Any:
     place = f"{PEFT_PREFIX}{site}"
     if isinstance(layer, IA3Layer):
         return ScalingVector(tensors[f"{place}.ia3_l"].flatten(), on_input=layer.is_feedforward)
@@ -287,11 +284,11 @@ def _module(site: str, layer: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _shapes(adapted: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors, by their names in its file."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    state: Tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
-def _is_read_as(modules: Mapping[str, SiteModule], folder: Path) -> bool:
+def _is_read_as(modules: Modules, folder: Path) -> bool:
     """Whether the files in `folder` can stay: `read_modules` reads these without the base."""
     try:
         read = read_modules(folder)
@@ -360,7 +357,7 @@ def _spelled_out(options: Record, model: nn.Module) -> dict[str, Any]:
 
 def _converted(
     folder: Path, config: Record, base: BaseReference, allow_loss: float
-) -> tuple[dict[str, SiteModule], dict[str, float]]:
+) -> tuple[Modules, dict[str, float]]:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
     With it what is recorded: the share that is kept of all updates together, and at the worst site.
@@ -375,10 +372,9 @@ def _converted(
     _refuse_sizes(config, tensors)
     model = load_base(base.id, dtype="float32", revision=base.revision).model
     of_kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
-    names = [option.name for option in dataclasses.fields(of_kind) if option.init]
-    options = {name: config[name] for name in names if name in config}
-    for name in ("peft_type", "auto_mapping"):
-        options.pop(name, None)
+    names = {option.name for option in dataclasses.fields(of_kind) if option.init}
+    names -= {"peft_type", "auto_mapping"}
+    options = {name: config[name] for name in config if name in names}
     adapted = get_peft_model(model, of_kind(**_spelled_out(options, model)))
     check_parts(str(folder), _shapes(adapted), tensors)
     set_peft_model_state_dict(adapted, dict(tensors))
@@ -390,7 +386,7 @@ def _converted(
     for site, energy in updates.items():
         A = converted[f"{PEFT_PREFIX}{site}.lora_A.weight"]
         B = converted[f"{PEFT_PREFIX}{site}.lora_B.weight"]
-        factors[site] = LoraFactors(A, B, 1.0)
+        factors[site] = LoraFactors(A, B)
         kept = float((B.double() @ A.double()).square().sum())
         kept_energy += kept
         if energy > 0:
@@ -403,7 +399,7 @@ def _converted(
     return factors, {"kept_of_update": round(share, 6), "kept_at_worst_site": round(min(shares), 6)}
 
 
-def _refuse_sizes(config: Record, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_sizes(config: Record, tensors: Tensors) -> None:
     # PEFT allocates what the config names before it looks at tensors. Of a LoKr a greater rank
     # means a whole matrix.
     if config["peft_type"] == "LOKR":

@@ -33,11 +33,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import INIT_STD, Lora
-from ..files import value_at
-from ..sites import Site
-from .adapter_files import AdapterFiles, Config, OwnFiles
-from .fresh import NewModules, Parameters
-from .module import SiteModule
+from ..files import JsonObject, value_at
+from ..sites import Sites, Tensors
+from .adapter_files import ByField, OwnFiles
+from .fresh import NewModules
+from .module import Modules, SiteModule
 from .peft_files import PEFT_FILES
 from .stack import Constant, Part, Product, factor_of, scaled, stacked
 from .sums import weighted_rows
@@ -49,7 +49,7 @@ ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}
 class Factors(SiteModule):
     """What LoRAs and DoRAs add at one site: `scale * (B @ A @ u + bias)`."""
 
-    parts: ClassVar[Mapping[str, str]] = {"A": "rn", "B": "dr", "bias": "d"}
+    parts: ClassVar[ByField] = {"A": "rn", "B": "dr", "bias": "d"}
 
     A: Tensor  # [r, n]
     B: Tensor  # [d, r]
@@ -77,14 +77,12 @@ class Factors(SiteModule):
 class LoraFactors(Factors):
     """One site's LoRA."""
 
-    kind: ClassVar[str] = "lora"
-    files: ClassVar[AdapterFiles] = PEFT_FILES
-    endings: ClassVar[Mapping[str, str]] = ENDINGS
+    kind = "lora"
+    files = PEFT_FILES
+    endings = ENDINGS
 
     @classmethod
-    def read(
-        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
-    ) -> Mapping[str, SiteModule]:
+    def read(cls, directory: Path, config: JsonObject, tensors: Tensors) -> Modules:
         forms = {"A": "rn", "B": "dr"}
         if config.get("lora_bias"):
             forms["bias"] = "d"
@@ -99,15 +97,15 @@ class LoraFactors(Factors):
             divisor: float = len(parts["A"])
             if config.get("use_rslora"):
                 divisor = math.sqrt(divisor)
-            modules[site] = LoraFactors(**parts, scale=float(alpha) / divisor)
+            modules[site] = LoraFactors(**parts, scale=alpha / divisor)
         return modules
 
     @classmethod
     def write(cls, folder: Path, modules: Mapping[str, Self], about: Mapping[str, object]) -> Path:
         has_biases = any(lora.bias is not None for lora in modules.values())
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        tensors: dict[str, Tensor] = {}
+        ranks = {}
+        alphas = {}
+        tensors = {}
         for site, lora in modules.items():
             rank = len(lora.A)
             ranks[site] = rank
@@ -143,7 +141,7 @@ def _but(usual: float, numbers: Mapping[str, float]) -> dict[str, float]:
 class LoraStack(Part):
     """LoRAs. Ranks that differ are filled up with zeros, which changes no number."""
 
-    name: ClassVar[str] = "lora"
+    name = "lora"
     prefix: ClassVar[str | None] = ""
     compared: ClassVar[tuple[str, ...]] = ("A", "B")
 
@@ -171,7 +169,7 @@ class LoraStack(Part):
         B = self.B[used]
         w = weights[used].float()
         # Factors of weight 1 keep their type, and so their very numbers.
-        if bool((w != 1).any()):
+        if (w != 1).any():
             A = A.float()
             B = B.float() * w[:, None, None]
         bias = None
@@ -186,8 +184,8 @@ class LoraStack(Part):
 
 class NewLoras(NewModules[Lora]):
     def initial(
-        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
+        self, model: PreTrainedModel, settings: Lora, sites: Sites
+    ) -> Mapping[str, Tensors]:
         r = settings.rank
         for site in sites.values():
             # Experts were once begun by PEFT, which draws this first: seeds give the same ones.
@@ -200,9 +198,9 @@ class NewLoras(NewModules[Lora]):
             factors[name] = {"A": A, "B": torch.zeros(site.out_features, r)}
         return factors
 
-    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> Factors:
-        alpha = settings.alpha or 2.0 * settings.rank
-        return LoraFactors(**parameters, scale=alpha / settings.rank)
+    def module(self, settings: Lora, parameters: Tensors, layer: nn.Module) -> Factors:
+        scale = settings.alpha / settings.rank  # type: ignore[operator]  # None isn't left there
+        return LoraFactors(**parameters, scale=scale)
 
 
 # DoRA.
@@ -212,12 +210,10 @@ class NewLoras(NewModules[Lora]):
 class DoraFactors(Factors):
     """One site's DoRA: outputs ⊙ `output_scale`, plus the factors, whose `scale` is 1."""
 
-    kind: ClassVar[str] = "dora"
-    files: ClassVar[AdapterFiles] = OwnFiles(
-        "dora_config.json", "dora.safetensors", version_key="dora_version"
-    )
-    parts: ClassVar[Mapping[str, str]] = {**Factors.parts, "output_scale": "d"}
-    endings: ClassVar[Mapping[str, str]] = {"A": ".lora_A", "B": ".lora_B"}
+    kind = "dora"
+    files = OwnFiles("dora_config.json", "dora.safetensors", version_key="dora_version")
+    parts: ClassVar[ByField] = {**Factors.parts, "output_scale": "d"}
+    endings: ClassVar[ByField] = {"A": ".lora_A", "B": ".lora_B"}
 
     output_scale: Tensor  # [d]
 
@@ -255,9 +251,9 @@ def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
 class DoraStack(LoraStack):
     """DoRAs. They aren't compared: without the base, an update's size can't be told."""
 
-    name: ClassVar[str] = "dora"
-    prefix: ClassVar[str | None] = None
-    compared: ClassVar[tuple[str, ...]] = ()
+    name = "dora"
+    prefix = None
+    compared = ()
 
     deltas: Tensor = stacked("d", "float32")
 
@@ -283,15 +279,15 @@ class NewDoras(NewLoras):
     on_packed = False  # what we store of W's norms would be those of other weights
 
     def initial(
-        self, model: PreTrainedModel, settings: Lora, sites: Mapping[str, Site]
-    ) -> dict[str, dict[str, Tensor]]:
-        initial = super().initial(model, settings, sites)
-        for site, parameters in initial.items():
+        self, model: PreTrainedModel, settings: Lora, sites: Sites
+    ) -> Mapping[str, Tensors]:
+        initial = {}
+        for site, parameters in super().initial(model, settings, sites).items():
             norms = row_norms(model.get_submodule(site), **parameters)
-            parameters["m"] = torch.where(norms.isinf(), 0, norms)
+            initial[site] = {**parameters, "m": torch.where(norms.isinf(), 0, norms)}
         return initial
 
-    def module(self, settings: Lora, parameters: Parameters, layer: nn.Module) -> DoraFactors:
+    def module(self, settings: Lora, parameters: Tensors, layer: nn.Module) -> DoraFactors:
         factors = dict(parameters)
         m = factors.pop("m")
         return DoraFactors.of(super().module(settings, factors, layer), m, layer)

@@ -15,8 +15,9 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from ..errors import ExpertError
-from ..sites import Site
-from .adapter_files import AdapterFiles, Config
+from ..files import JsonObject
+from ..sites import Sites, Tensors
+from .adapter_files import AdapterFiles, ByField
 
 VERSION = 1  # of the formats of one's own
 
@@ -32,8 +33,8 @@ class SiteModule(ABC):
 
     kind: ClassVar[str]
     files: ClassVar[AdapterFiles]
-    parts: ClassVar[Mapping[str, str]]
-    endings: ClassVar[Mapping[str, str]] = {}
+    parts: ClassVar[ByField]
+    endings: ClassVar[ByField] = {}
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -64,9 +65,7 @@ class SiteModule(ABC):
         """The output [.., d] of the layer `base` for u under this module, which came from `at`."""
 
     @classmethod
-    def read(
-        cls, directory: Path, config: Config, tensors: Mapping[str, Tensor]
-    ) -> Mapping[str, SiteModule]:
+    def read(cls, directory: Path, config: JsonObject, tensors: Tensors) -> Modules:
         """The modules by site of an adapter whose `files` were read; `directory` is for messages.
 
         Raises ExpertError when a tensor is missing or left over, or shapes don't fit each other.
@@ -91,11 +90,14 @@ class SiteModule(ABC):
         return cls.files.write(folder, config, tensors)
 
 
+Modules = Mapping[str, SiteModule]  # by site
+
+
 def check_fit(
     name: str,
-    modules: Mapping[str, SiteModule],
-    sites: Mapping[str, Site],
-    *vectors: Mapping[str, Tensor],
+    modules: Modules,
+    sites: Sites,
+    *vectors: Tensors,
 ) -> None:
     """Raise ExpertError unless expert `name` fits a base with these `sites`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge, Le
 from peft import IA3Config, LoraConfig, PeftConfig
@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.identity import Base
 from ..errors import ExpertError
-from ..files import check_config, read_json, shortened
-from .adapter_files import AdapterFiles, Config
+from ..files import JsonObject, check_config, read_json, shortened
+from .adapter_files import AdapterFiles
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -90,16 +90,16 @@ class AdapterConfig(BaseModel, extra="allow"):
 class PeftFiles(AdapterFiles):
     """PEFT's files of a plain LoRA or (IA)³. Others, and pickled ones, are refused."""
 
-    prefix: ClassVar[str] = PEFT_PREFIX
-    hint: ClassVar[str] = (
+    prefix = PEFT_PREFIX
+    hint = (
         f" Pickled weights ({PICKLED_WEIGHTS}) are never read, since they could run code: save the "
         f"adapter again as safetensors."
     )
 
-    def read_config(self, directory: Path) -> Config:
+    def read_config(self, directory: Path) -> JsonObject:
         return self.checked(self.read_any_config(directory), directory)
 
-    def read_any_config(self, directory: Path) -> Config:
+    def read_any_config(self, directory: Path) -> JsonObject:
         """The config of an adapter of any of PEFT's types, unchecked."""
         hint = f" Wanted a PEFT adapter, a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         config = read_json(directory / ADAPTER_CONFIG, AdapterConfig, hint=hint)
@@ -113,7 +113,7 @@ class PeftFiles(AdapterFiles):
             "fan_in_fan_out": isinstance(layer, Conv1D),
         }
 
-    def checked(self, config: Config, directory: Path) -> Config:
+    def checked(self, config: JsonObject, directory: Path) -> JsonObject:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         kind = config.get("peft_type")
         if kind not in CONFIGS:

@@ -61,7 +61,6 @@ class Pool(Mapping[str, Expert]):
         if not experts:
             raise PoolError("The list of experts is empty; name a folder of experts.")
         pool = cls(tuple(prefetch(_loaded, experts)))
-        first = pool._anchor
         by_name: dict[str, Expert] = {}
         for expert in pool.experts:
             other = by_name.get(expert.name)
@@ -73,8 +72,8 @@ class Pool(Mapping[str, Expert]):
             if not same_base(expert.info.base, pool.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
-                    f"{first.name!r} on {pool.base.id!r}; a pool has one base. If both are one, "
-                    f"import both adapters again with --fingerprint."
+                    f"{pool._anchor.name!r} on {pool.base.id!r}; a pool has one base. If both are "
+                    f"one, import both adapters again with --fingerprint."
                 )
             by_name[expert.name] = expert
         return pool
@@ -225,27 +224,28 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
         folder = fetch(HubReference.parse(str(place)))
     root = folder.resolve()
     experts: list[Expert | Path] = []
-    adapters: list[Path] = []
-    linked: list[Path] = []
+    adapters = []
+    refused: dict[str, str] = {}
+    linked: dict[str, str] = {}
     has_experts = False
     for path in adapters_in(folder):
         is_expert = (path / LAYOUT.info).is_file()
         has_experts |= is_expert
         if not path.resolve().is_relative_to(root):
-            linked.append(path)
+            linked[str(path)] = (
+                f"it is a symbolic link that leads out of {folder}; name what it leads to"
+            )
         elif is_expert:
             experts.append(path)
         else:
             adapters.append(path)
-    refused: dict[str, str] = {}
     if has_experts:
         refused |= dict.fromkeys(map(str, adapters), "it is an adapter among experts; import it")
     else:
         read = read_adapters(adapters)
         experts += read.experts
         refused |= read.refused
-    leads_out = f"it is a symbolic link that leads out of {folder}; name what it leads to"
-    refused |= dict.fromkeys(map(str, linked), leads_out)
+    refused |= linked
     if not experts:
         require_pool_there(place)
         why = "".join(f" {reason}" for reason in list(refused.values())[:1])

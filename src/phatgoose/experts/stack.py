@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.nn import functional
 from ..sites import FLOATS
 
 INDICES = (torch.int64,)
-Stack = TypeVar("Stack", bound="Part")
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -94,12 +93,12 @@ class Part(ABC):
 
     @classmethod
     def of(
-        cls: type[Stack],
+        cls,
         rows: Mapping[int, Mapping[str, Tensor | None]],
         dtype: torch.dtype,
         device: torch.device,
         total: int,
-    ) -> Stack:
+    ) -> Self:
         """The stack of what `row` gives, by their rows in the whole stack, which has `total`."""
         tensors = {}
         for name, form in cls.forms().items():
@@ -182,6 +181,6 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 def factor_of(weights: Tensor, deltas: Tensor) -> Tensor | None:
     """1 + Σ w_z deltas_z at constant weights [E]; None where that is 1."""
     change = (weights.float()[:, None] * deltas).sum(dim=0)
-    if not bool(change.any()):
+    if not change.any():
         return None
     return 1 + change

@@ -10,17 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..sites import Tensors
+
 WHOLE = "whole"  # what of a prompt is read: the mean over its tokens
 PARTS = {"mean": "bd", "factor": "brd", "rest": "bd"}  # b blocks of size d
 RANK = 16  # r of the covariance that is shared
 
 
-def prompt_statistics_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:
+def prompt_statistics_of(states: Tensor, rank: int = RANK) -> Tensors:
     """What is shared of the `states` [prompts, blocks, d] of prompts, float32 by name."""
-    return {f"{WHOLE}.{part}": each for part, each in moments_of(states, rank).items()}
+    return {f"{WHOLE}.{part}": tensor for part, tensor in moments_of(states, rank).items()}
 
 
-def moments_of(values: Tensor, rank: int = RANK) -> dict[str, Tensor]:
+def moments_of(values: Tensor, rank: int = RANK) -> Tensors:
     """Mean and covariance over prompts of `values` [prompts, blocks, d], float32 by part.
 
     `mean` is [blocks, d]. The covariance, whose denominator is the number of prompts, is `factor`

@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +41,11 @@ from ..experts.expert import (
     recorded_formatting,
 )
 from ..experts.fresh import FreshExpert
-from ..experts.module import SiteModule, check_fit
+from ..experts.module import Modules, check_fit
 from ..files import sha256_of, write_text, writing
 from ..names import check_name
 from ..reader import open_reader
-from ..sites import Site, find_sites
+from ..sites import Site, Sites, Tensors, find_sites
 from ..tasks.batching import Collator, messages_by, read_pairs
 from ..tasks.embeddings import PAPER_TEXT, embed_texts, load_embedder, paper_texts
 from ..tasks.encoding import CUTS, Cuts, Encoder, TokenPair, as_read
@@ -266,7 +266,7 @@ def _trained_adapter(run: Run, peft: Peft) -> Path:
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=joint) as fresh:
         metrics = fit(run, fresh.model, "expert", pairs, run.encoder.pairs(validation))
-        gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}
+        gates = {s: part.gate.detach().cpu() for s, part in fresh.parts.items() if joint}  # type: ignore[operator]
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         fresh.save(unfinished)
@@ -283,7 +283,7 @@ def _finished(
     adapter: Path,
     earlier: Record,
     metrics: Record,
-    gates: Mapping[str, Tensor] | None,
+    gates: Tensors | None,
 ) -> Expert:
     """The expert with its statistics, and with gates unless it has joint ones.
 
@@ -316,9 +316,7 @@ def _finished(
     return expert.save(run.out)
 
 
-def _trained_gates(
-    run: Run, modules: Mapping[str, SiteModule]
-) -> tuple[Mapping[str, Tensor], Record]:
+def _trained_gates(run: Run, modules: Modules) -> tuple[Tensors, Record]:
     """Gates trained for the frozen `modules`, and their metrics (paper section 3)."""
     model = run.base.model
     pairs, cuts = _encoded(run, tells=run.settings.peft is None)
@@ -336,10 +334,7 @@ def _trained_gates(
 
 
 def measure(
-    expert: Expert | str | Path,
-    base: Base | str | Path | None,
-    task: Task,
-    settings: GateTraining,
+    expert: Expert | str | Path, base: Base | None, task: Task, settings: GateTraining
 ) -> Expert:
     """The expert with the statistics of `settings` measured on `task`, its directory rewritten.
 
@@ -360,7 +355,6 @@ def measure(
             f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
             f"expert would lose; move that away first."
         )
-    base = load_base(base) if isinstance(base, str | Path) else base
     seed = _recorded_seed(expert)
     place = expert.directory.resolve()
     has_targets = any(example.target for example in task.train)
@@ -442,11 +436,11 @@ def _with_means(run: Run, expert: Expert) -> tuple[Expert, Cuts]:
 
 def mean_activations(
     model: PreTrainedModel,
-    sites: Mapping[str, Site],
+    sites: Sites,
     pairs: Sequence[TokenPair],
     collator: Collator,
     label: str | None = None,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
     Prompt and right target pass in one go (paper section 4.2, Average Activation; the released code
@@ -505,7 +499,7 @@ def finished_expert(
 # the input u whatever kind of module the expert has at its site, so that gates can be compared.
 
 
-def placed_sites(model: PreTrainedModel, peft: Peft) -> dict[str, Site]:
+def placed_sites(model: PreTrainedModel, peft: Peft) -> Sites:
     """The sites of `model` at which a new expert with these settings acts, by name.
 
     Raises ConfigError when there are none, or none are known for such a model and `sites` is None,

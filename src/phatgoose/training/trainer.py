@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,7 +45,7 @@ GATE_CHECKPOINT_EVERY = 25
 WARMUP = 0.06  # share of the steps in which the rate rises (paper section 4.1)
 logger = logging.getLogger(__name__)
 
-Record: TypeAlias = dict[str, object]  # as JSON has it
+Record = dict[str, object]  # as JSON has it
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def work_of(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
+@dataclass
 class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """A bar on a terminal, else log lines; a line for each validation.
 
@@ -117,13 +117,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     step is a candidate even if it isn't a multiple of the validation interval.
     """
 
-    def __init__(self, label: str, lengths: list[int], batch: int, *, validates: bool) -> None:
-        self.label = label
-        self.tokens = 0
-        self.seconds = 0.0
-        self._lengths = lengths
-        self._batch = batch
-        self._validates = validates
+    label: str
+    lengths: Sequence[int]
+    batch: int
+    validates: bool
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -152,13 +151,13 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untype
     ) -> None:
         now = time.perf_counter()
         self.seconds += now - self._begun
-        start = (state.global_step - 1) * self._batch
-        self.tokens += sum(self._lengths[start : start + self._batch])
+        start = (state.global_step - 1) * self.batch
+        self.tokens += sum(self.lengths[start : start + self.batch])
         self._bar.update(1)
         # Logged losses are means since the last log, of which a run that resumes knows nothing.
         control.should_log |= control.should_save
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if self._validates and is_last:
+        if self.validates and is_last:
             control.should_evaluate = control.should_save = True
 
     def on_log(
@@ -190,7 +189,7 @@ def visited(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> li
     shuffled: list[int] = []
     while len(shuffled) < batch * steps:
         shuffled += torch.randperm(len(pairs), generator=generator).tolist()
-    order: list[TokenPair] = []
+    order = []
     for start in range(0, batch * steps, batch):
         chunk = [pairs[index] for index in shuffled[start : start + batch]]
         # Within an optimiser batch the order changes no gradient, and like lengths need less
@@ -219,11 +218,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], *, num_items_in_batch: Tensor | int
     ) -> Tensor:
         """The summed loss over the number of target tokens of the optimiser batch."""
         logits = target_logits(model, inputs)
@@ -231,25 +226,18 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        if num_items_in_batch is None:
-            num_items_in_batch = labels.ne(IGNORED).sum()
         return total / num_items_in_batch
 
-    def evaluate(
-        self,
-        eval_dataset: Sequence[TokenPair] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, **_: object) -> dict[str, float]:
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
                 total += float(self.compute_loss(self.model, inputs, num_items_in_batch=1))
                 tokens += float(inputs["labels"].ne(IGNORED).sum())
         self._check_finite("validation loss", total / tokens, self.state.global_step)
-        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        metrics = {"eval_loss": total / tokens}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -262,8 +250,8 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 f"{Path(self.args.output_dir).parent}."
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+    def _save(self, output_dir: str, **_: object) -> None:
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self._trained()}
         save_file(trained, folder / TRAINABLE)
@@ -279,16 +267,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        self._restore(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self._restore(Path(self.state.best_model_checkpoint))
-
-    def _restore(self, folder: Path) -> None:
-        kept = load_file(folder / TRAINABLE)
+        kept = load_file(Path(resume_from_checkpoint) / TRAINABLE)
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(kept[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (pair for pair in self.model.named_parameters() if pair[1].requires_grad)
@@ -339,7 +324,9 @@ def fit(
     progress = Progress(label, lengths, training.batch_size, validates=validates)
     callbacks: list[TrainerCallback] = [*run.callbacks, progress]
     if not validates:  # transformers' own refuse to train without one
-        callbacks = [each for each in callbacks if not isinstance(each, EarlyStoppingCallback)]
+        callbacks = [
+            callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)
+        ]
     if getattr(model, "is_quantized", False):  # Trainer takes gates of ours for the base itself
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     padding = run.base.tokenizer.pad_token_id
@@ -397,7 +384,6 @@ def _arguments(
         save_steps=interval,
         save_total_limit=2,
         load_best_model_at_end=validates,
-        metric_for_best_model="loss" if validates else None,
         logging_steps=max(1, min(10, steps // 10)),
         seed=training.seed,
         train_sampling_strategy="sequential",

@@ -55,7 +55,7 @@ def margins(weights: Array) -> Array:
     ranked = np.sort(weights, axis=1)
     if weights.shape[1] == 1:
         return ranked[:, 0]
-    return np.asarray(ranked[:, -1] - ranked[:, -2])
+    return ranked[:, -1] - ranked[:, -2]
 
 
 # Paper section 4.4: Oracle sends all tokens of a dataset to its best single expert. The paper finds

@@ -32,8 +32,7 @@ from .distribution import (
     site_label,
     streams_of,
 )
-
-Array = NDArray[np.float64]
+from .measures import Array
 
 MOST_KEPT = 8  # experts kept per token and site; the others' weight is kept as a sum
 FULL = 255  # the whole weight of a token, in a byte
@@ -82,15 +81,6 @@ class TraceStream:
             weights=np.zeros(shape, np.uint8),
         )
 
-    def tokens_dict(self) -> dict[str, object]:
-        """The tokens alone, as plain data that the token explorer can append."""
-        return {
-            "tokens": list(self.tokens),
-            "parts": list(self.parts),
-            "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
-            "weights": b64encode(self.weights.tobytes()).decode(),
-        }
-
     def to_dict(self) -> dict[str, object]:
         layers, kinds = layers_and_kinds(self.sites)
         sites = []
@@ -103,7 +93,10 @@ class TraceStream:
             "sites": sites,
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
-            **self.tokens_dict(),
+            "tokens": list(self.tokens),
+            "parts": list(self.parts),
+            "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
+            "weights": b64encode(self.weights.tobytes()).decode(),
         }
 
 

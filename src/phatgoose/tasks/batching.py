@@ -109,9 +109,7 @@ class Collator:
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` before the shorter ones."""
-    longest = max(map(len, rows), default=0)
-    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
-    return torch.tensor(padded, dtype=torch.long)
+    return pad_right([row[::-1] for row in rows], value).flip(-1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -19,8 +19,9 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files import read_table
+from ..loading import Row
 from ..task import Entry, Sources, Suite, Task
-from .p3 import P3Dataset, Pair, PromptTemplate, Row, generated, picked, ranked
+from .p3 import P3Dataset, Pair, PromptTemplate, generated, picked, ranked
 
 SEED = 42
 SET_APART_SEED = 1234

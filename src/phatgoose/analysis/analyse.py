@@ -153,11 +153,11 @@ class Analysis:
                 correlations.append({**pair, **asdict(correlation)})
         return {
             "format": "phatgoose-analysis-1",
-            "settings": dict(self.settings),
+            "settings": self.settings,
             "smoothing": SMOOTHING,
-            "experts": list(self.experts),
-            "datasets": list(self.datasets),
-            "oracle": dict(self.oracle),
+            "experts": self.experts,
+            "datasets": self.datasets,
+            "oracle": self.oracle,
             "routers": {name: router.to_dict() for name, router in self.routers.items()},
             "divergences": divergences,
             "correlations": correlations,

@@ -125,11 +125,11 @@ class Audit:
 
     def to_dict(self) -> dict[str, object]:
         return {
-            "experts": list(self.experts),
-            "signs": {name: list(values) for name, values in self.signs.items()},
+            "experts": self.experts,
+            "signs": self.signs,
             "limits": {sign.name: sign.limit(len(self.experts)) for sign in SIGNS},
             "findings": list(map(asdict, self.findings)),
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
 

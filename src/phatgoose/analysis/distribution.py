@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -142,9 +142,9 @@ def streams_of(model: PreTrainedModel, pair: TokenPair) -> dict[Stream, tuple[To
 
 
 Part = Literal["prompt", "answer"]
-PARTS: tuple[Part, ...] = ("prompt", "answer")
+PARTS: tuple[Part, ...] = get_args(Part)
 Measure = Literal["probability", "weight", "chosen", "first"]
-MEASURES: tuple[Measure, ...] = ("probability", "weight", "chosen", "first")
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,8 +157,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Shown(NamedTuple):
     labels: list[str]
     rows: list[int]
 

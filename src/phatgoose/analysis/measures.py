@@ -119,9 +119,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     first = np.asarray(x, float)
     second = np.asarray(y, float)
     n = len(first)
-    if n < 3:
-        return Correlation(n)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if n < 3 or 0 in (np.ptp(first), np.ptp(second)):
         return Correlation(n)
     # Scaled, since squares of the smallest numbers would be 0.
     first = first / np.abs(first).max()

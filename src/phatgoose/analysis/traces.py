@@ -72,13 +72,12 @@ class TraceStream:
         )
 
     def without_experts(self, token: str, part: int) -> TraceStream:
-        shape = (1, *self.experts.shape[1:])
         return replace(
             self,
             tokens=(token,),
             parts=(part,),
-            experts=np.zeros(shape, np.uint16),
-            weights=np.zeros(shape, np.uint8),
+            experts=np.zeros_like(self.experts[:1]),
+            weights=np.zeros_like(self.weights[:1]),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -93,8 +92,8 @@ class TraceStream:
             "sites": sites,
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
-            "tokens": list(self.tokens),
-            "parts": list(self.parts),
+            "tokens": self.tokens,
+            "parts": self.parts,
             "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
             "weights": b64encode(self.weights.tobytes()).decode(),
         }
@@ -117,8 +116,8 @@ class Trace:
         return {
             "format": "phatgoose-trace-1",
             "router": self.router,
-            "experts": list(self.experts),
-            "parts": list(PARTS),
+            "experts": self.experts,
+            "parts": PARTS,
             "whole": [[expert, round(weight, 4)] for expert, weight in self.whole],
             "streams": [stream.to_dict() for stream in self.streams],
         }
@@ -129,17 +128,17 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
     by_name: dict[str, list[TraceStream]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
-    return [_joined(pieces) for pieces in by_name.values()]
-
-
-def _joined(pieces: Sequence[TraceStream]) -> TraceStream:
-    return replace(
-        pieces[0],
-        tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
-        parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
-        experts=np.concatenate([piece.experts for piece in pieces]),
-        weights=np.concatenate([piece.weights for piece in pieces]),
-    )
+    joined = []
+    for pieces in by_name.values():
+        stream = replace(
+            pieces[0],
+            tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
+            parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
+            experts=np.concatenate([piece.experts for piece in pieces]),
+            weights=np.concatenate([piece.weights for piece in pieces]),
+        )
+        joined.append(stream)
+    return joined
 
 
 def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,8 +176,7 @@ COSTLY_ROW = 700
 FILLS = (1.0, 0.95, 0.9, 0.8, 0.7)  # shares of its budget to which a batch may be filled
 
 
-@dataclass(frozen=True)
-class BranchedText:
+class BranchedText(NamedTuple):
     """A stem of at least one token, and branches that each continue it separately."""
 
     stem: Sequence[int]
@@ -189,8 +187,7 @@ class BranchedText:
         return len(self.stem) + sum(map(len, self.branches))
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """Texts as a batch of rows.
 
     `owners` [rows, columns] is the index of each token's text, -1 for padding; `starts` [texts] is

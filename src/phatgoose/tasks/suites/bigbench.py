@@ -85,8 +85,8 @@ def _nearest(target: str, choices: tuple[str, ...]) -> str:
     """The choice most like the target, position by position; ties go to the shorter, then the
     later.
     """
-    ranked = []
-    for index, choice in enumerate(choices):
-        equal = sum(map(str.__eq__, target, choice))
-        ranked.append((equal, -len(choice), index))
-    return choices[max(ranked)[2]]
+
+    def likeness(choice: str) -> tuple[int, int]:
+        return sum(map(str.__eq__, target, choice)), -len(choice)
+
+    return max(reversed(choices), key=likeness)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.identity import Base
@@ -37,6 +36,7 @@ from .distribution import MEASURES, PARTS, Measure, RoutingDistribution, read_ta
 from .measures import (
     ORACLE,
     SMOOTHING,
+    Array,
     Correlation,
     Divergence,
     Finding,
@@ -67,13 +67,13 @@ class RouterAnalysis:
     scores: Mapping[str, TaskScore] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
-    choices: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    choices: Mapping[str, Array] = field(default_factory=dict)
 
-    def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
+    def by_dataset(self, measure: Measure = "weight") -> dict[str, Array]:
         """The whole-model distribution on each dataset, [E]."""
         return {name: spread.whole(measure) for name, spread in self.distributions.items()}
 
-    def mean(self, measure: Measure = "weight") -> NDArray[np.float64]:
+    def mean(self, measure: Measure = "weight") -> Array:
         """Its unweighted mean over datasets, [E]."""
         return np.asarray(np.mean(list(self.by_dataset(measure).values()), axis=0))
 
@@ -109,7 +109,7 @@ class Analysis:
         sizes = f"experts: {len(self.experts)}, datasets: {len(self.datasets)}"
         return f"<Analysis of {', '.join(self.routers)} ({sizes})>"
 
-    def distribution(self, router: str, dataset: str) -> NDArray[np.float64]:
+    def distribution(self, router: str, dataset: str) -> Array:
         """A router's whole-model distribution on a dataset, [E]; for ORACLE its one expert."""
         if router == ORACLE and ORACLE not in self.routers:
             chosen = np.zeros(len(self.experts))
@@ -153,11 +153,11 @@ class Analysis:
                 correlations.append({**pair, **asdict(correlation)})
         return {
             "format": "phatgoose-analysis-1",
-            "settings": dict(self.settings),
+            "settings": self.settings,
             "smoothing": SMOOTHING,
-            "experts": list(self.experts),
-            "datasets": list(self.datasets),
-            "oracle": dict(self.oracle),
+            "experts": self.experts,
+            "datasets": self.datasets,
+            "oracle": self.oracle,
             "routers": {name: router.to_dict() for name, router in self.routers.items()},
             "divergences": divergences,
             "correlations": correlations,
@@ -185,7 +185,7 @@ def _numbers(spread: RoutingDistribution) -> dict[str, object]:
     return numbers
 
 
-def _plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, object]:
+def _plain(rows: Mapping[str, Array]) -> dict[str, object]:
     return {name: row.tolist() for name, row in rows.items()}
 
 
@@ -274,8 +274,8 @@ def analyse(
     scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
 
     analyses: dict[str, RouterAnalysis] = {}
-    for name in subject.routers:
-        with subject.model(name) as model:
+    for name, opened in subject.models.items():
+        with opened as model:
             analysis = _read(model, subject, tasks, how)
             if how.score:
                 results = evaluate(model, tasks, tokenizer=subject.tokenizer, **scoring).scores
@@ -295,31 +295,24 @@ def analyse(
     )
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is analysed: the `routed` model, or a `pool` and its `base` under several routers."""
+class _Subject(NamedTuple):
+    """What is analysed: by router the context in which a routed model has it."""
 
     experts: tuple[str, ...]
-    routers: tuple[str, ...]
     routing: Routing
     tokenizer: PreTrainedTokenizerBase
-    routed: PreTrainedModel | None = None
-    pool: Pool | None = None
-    base: Base | None = None
-    scores: Scores | None = None
+    models: Mapping[str, AbstractContextManager[PreTrainedModel]]
 
-    @contextmanager
-    def model(self, router: str) -> Iterator[PreTrainedModel]:
-        """The routed model, in a pool's case by `router`."""
-        if self.pool is None:
-            yield self.routed
-            return
-        routing = replace(self.routing, router=router)
-        model = compose(self.pool, self.base, routing=routing, scores=self.scores)
-        try:
-            yield model
-        finally:
-            detach(model)
+
+@contextmanager
+def _composed(
+    pool: Pool, base: Base, routing: Routing, scores: Scores | None
+) -> Iterator[PreTrainedModel]:
+    model = compose(pool, base, routing=routing, scores=scores)
+    try:
+        yield model
+    finally:
+        detach(model)
 
 
 def _opened(
@@ -346,9 +339,9 @@ def _opened(
         if routings:  # the first is composed before anything is read
             check_composable(pool, routing, scores)
         routings.setdefault(routing.router, routing)
+    models = {name: _composed(pool, loaded, row, scores) for name, row in routings.items()}
     first = next(iter(routings.values()))
-    tokenizer = tokenizer or loaded.tokenizer
-    return _Subject(pool.names, tuple(routings), first, tokenizer, None, pool, loaded, scores)
+    return _Subject(pool.names, first, tokenizer or loaded.tokenizer, models)
 
 
 def _refuse_routers(how: AnalysisSettings) -> None:
@@ -358,8 +351,8 @@ def _refuse_routers(how: AnalysisSettings) -> None:
 
 def _routed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
     parts = composition_of(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    return _Subject(parts.experts, (parts.routing.router,), parts.routing, tokenizer, model)
+    models = {parts.routing.router: nullcontext(model)}
+    return _Subject(parts.experts, parts.routing, tokenizer or tokenizer_of(model), models)
 
 
 def _read(
@@ -369,7 +362,7 @@ def _read(
     encoder = Encoder.for_model(model, subject.tokenizer, how.formatting)
     model.eval()
     distributions: dict[str, RoutingDistribution] = {}
-    choices: dict[str, NDArray[np.float64]] = {}
+    choices: dict[str, Array] = {}
     traces: dict[str, list[Trace]] = {}
     for task in tasks:
         task = replace(task, test=task.evaluation_examples(how.limit, how.seed))

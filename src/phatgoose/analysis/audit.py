@@ -37,6 +37,7 @@ SAMPLED = 4096  # embeddings of all experts whose neighbours are looked for
 COSINES = 2**25  # at once
 SHOWN = 8  # example prompts of each expert that are read
 READS = "discriminant:fallback=off"
+Signs = dict[str, Tensor]  # by name, [E] each
 
 
 class Sign(NamedTuple):
@@ -124,11 +125,11 @@ class Audit:
 
     def to_dict(self) -> dict[str, object]:
         return {
-            "experts": list(self.experts),
-            "signs": {name: list(values) for name, values in self.signs.items()},
+            "experts": self.experts,
+            "signs": self.signs,
             "limits": {sign.name: sign.limit(len(self.experts)) for sign in SIGNS},
             "findings": list(map(asdict, self.findings)),
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
 
@@ -197,7 +198,7 @@ def _notes(pool: Pool) -> Iterator[str]:
         yield f"Prompts were read by another reader than most, or otherwise: {', '.join(others)}."
 
 
-def signs_of(pool: Pool) -> dict[str, Tensor]:
+def signs_of(pool: Pool) -> Signs:
     """The signs of the experts of `pool`, by name, float64 [E] each."""
     check_alike(pool.experts, {})
     signs = {**_of_updates(pool), **_of_vectors(pool)}
@@ -230,10 +231,8 @@ def ratios(values: Tensor) -> Tensor:
     return (values / middle).masked_fill(~is_comparable, math.nan)
 
 
-def _spread_out(
-    sign: Callable[[Pool], dict[str, Tensor]], pool: Pool, members: Sequence[int]
-) -> dict[str, Tensor]:
-    signs = dict[str, Tensor]()
+def _spread_out(sign: Callable[[Pool], Signs], pool: Pool, members: Sequence[int]) -> Signs:
+    signs = Signs()
     if len(members) > 1:
         for name, values in sign(_part_of(pool, members)).items():
             signs[name] = _nans(pool)
@@ -249,7 +248,7 @@ def _nans(pool: Pool) -> Tensor:
     return torch.full((len(pool),), math.nan, dtype=torch.float64)
 
 
-def _of_updates(pool: Pool) -> dict[str, Tensor]:
+def _of_updates(pool: Pool) -> Signs:
     """Norms of updates, against those of experts of the same kind at the same site."""
     rows = []
     for site in pool.sites:
@@ -275,7 +274,7 @@ def squared_norms(part: Part) -> Tensor:
     return (A @ A.mT * (B @ B.mT)).sum(dim=(1, 2)).clamp(min=0)
 
 
-def _of_vectors(pool: Pool) -> dict[str, Tensor]:
+def _of_vectors(pool: Pool) -> Signs:
     """Gates and mean activations: norms, who looks like whom, who wins at whose means."""
     sites = [_vectors_at(pool, site) for site in pool.sites]
     pool.release()
@@ -291,7 +290,7 @@ def _of_vectors(pool: Pool) -> dict[str, Tensor]:
     return signs
 
 
-def _vectors_at(pool: Pool, site: str) -> dict[str, Tensor]:
+def _vectors_at(pool: Pool, site: str) -> Signs:
     names = ("gate_size", "gate_own_mean", "gate_usual", "gate_wins", "input_pull", "mean_distance")
     signs = {name: _nans(pool) for name in names}
     gated, gate_rows = _having(pool, "gates", site)
@@ -358,7 +357,7 @@ def _input_pull(factors: Sequence[Tensor], means: Tensor, same: Tensor) -> Tenso
     return others * _wins(inside, same)
 
 
-def _of_prompt_statistics(pool: Pool) -> dict[str, Tensor]:
+def _of_prompt_statistics(pool: Pool) -> Signs:
     """Readings: how far from others', how much they vary, and how much along the others' means."""
     by_block = defaultdict[str, list[Tensor]](list)
     parts = [_stacked(pool, part) for part in PARTS]
@@ -385,7 +384,7 @@ def _stacked(pool: Pool, part: str) -> Iterator[Tensor]:
     return map(Tensor.double, rows)
 
 
-def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
+def _of_embeddings(pool: Pool) -> Signs:
     """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
     embeddings = list[Tensor]()
     embedders = set[object]()
@@ -453,7 +452,7 @@ def _taken(is_own: Tensor, winners: Tensor) -> Tensor:
     return shares.fill_diagonal_(math.nan).nanmean(dim=0)
 
 
-def _of_prompts(pool: Pool, reader: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _of_prompts(pool: Pool, reader: str | None) -> tuple[Signs, list[str]]:
     """Whose example prompts each expert's statistics win, and a note for each that loses some.
 
     They are read as router discriminant reads them, and none is left to the base.

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -21,8 +20,9 @@ from ..routing.compose import Composition, composition_of, routing_for
 from ..routing.recording import SitePass, watch
 from ..sites import Stream, headless
 from ..tasks.batching import batches_of_tokens, pad_right, padded_rows
-from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.encoding import Encoder, TokenPair, Tokens
 from ..tasks.task import Task
+from .measures import Array
 
 STACKS = ("encoder", "decoder")
 
@@ -74,7 +74,7 @@ Seer = Callable[[SitePass, Mapping[Stream, Tensor]], None]
 
 def read_task(
     model: PreTrainedModel, encoder: Encoder, task: Task, experts: Sequence[str], budget: int
-) -> tuple[RoutingDistribution, NDArray[np.float64]]:
+) -> tuple[RoutingDistribution, Array]:
     """Pass the prompts and right answers of `task.test` through the routed `model`, once each.
 
     So all routers read the same tokens. (The released code's distributions take the answer that the
@@ -129,9 +129,7 @@ def pass_through(
         headless(model)(**inputs, use_cache=False)
 
 
-def streams_of(
-    model: PreTrainedModel, pair: TokenPair
-) -> dict[Stream, tuple[list[int], list[int]]]:
+def streams_of(model: PreTrainedModel, pair: TokenPair) -> dict[Stream, tuple[Tokens, Tokens]]:
     """The tokens that pass each stack, and for each token 0 in the prompt and 1 in the answer."""
     # The target's last token, the end of the sequence, is never read, as in scoring.
     prompt = pair.prompt
@@ -144,11 +142,9 @@ def streams_of(
 
 
 Part = Literal["prompt", "answer"]
-PARTS: tuple[Part, ...] = ("prompt", "answer")
+PARTS: tuple[Part, ...] = get_args(Part)
 Measure = Literal["probability", "weight", "chosen", "first"]
-MEASURES: tuple[Measure, ...] = ("probability", "weight", "chosen", "first")
-
-Array = NDArray[np.float64]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ class RoutingDistribution:
         for site, sums in self.sums[measure].items():
             count = _of(self.tokens[site], part)
             if count > 0:
-                rows[site] = np.asarray(_of(sums, part) / count)
+                rows[site] = _of(sums, part) / count
         return rows
 
     def by_layer(self) -> dict[str, Array]:
@@ -192,7 +188,7 @@ class RoutingDistribution:
         groups = self._grouped(lambda _: "", measure, part)
         return groups.get("", np.zeros(len(self.experts)))
 
-    def token_entropy(self, part: Part | None = None) -> float:
+    def token_entropy(self) -> float:
         """Mean entropy of one token's distribution at one site: over tokens, then over sites.
 
         It is 0 if nothing passed. `entropy(whole("probability"))` less this is the mutual
@@ -200,9 +196,9 @@ class RoutingDistribution:
         """
         means = []
         for site, total in self.entropies.items():
-            count = _of(self.tokens[site], part)
+            count = self.tokens[site].sum()
             if count > 0:
-                means.append(float(_of(total, part) / count))
+                means.append(float(total.sum() / count))
         return sum(means) / max(1, len(means))
 
     def passed(self, part: Part | None = None) -> int:

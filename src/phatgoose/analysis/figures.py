@@ -11,15 +11,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..files import new_file
 from .distribution import RoutingDistribution
+from .measures import Array
 
 try:
     import matplotlib
@@ -50,14 +50,13 @@ STYLE = {
 }
 MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
 
-Array = NDArray[np.float64]
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
 def heat_maps(
     distributions: Mapping[str, RoutingDistribution],
-    oracle: Mapping[str, str] | None = None,
+    oracle: Mapping[str, str] = {},
     most: int = MOST_EXPERTS,
 ) -> Figure:
     """The paper's Figure 3: experts down, layers across, a row of panels for each dataset.
@@ -66,7 +65,6 @@ def heat_maps(
     is the mean weight over the layer's tokens and sites. Of more than `most` experts those with the
     highest cells are shown.
     """
-    oracle = oracle or {}
     grids_of = {dataset: _grids(spread) for dataset, spread in distributions.items()}
     grids = [grid for by_stack in grids_of.values() for grid in by_stack.values()]
     experts = next(iter(distributions.values())).experts
@@ -101,11 +99,10 @@ def heat_maps(
 def dataset_matrix(
     shares: Mapping[str, Array],
     experts: Sequence[str],
-    oracle: Mapping[str, str] | None = None,
+    oracle: Mapping[str, str] = {},
     most: int = MOST_EXPERTS,
 ) -> Figure:
     """Each expert's share of the weight on each dataset; a ring marks Oracle's expert."""
-    oracle = oracle or {}
     values = np.array(list(shares.values()))
     shown = _shown(experts, values.max(axis=0), most, set(oracle.values()))
     grid = shown.of(values.T).T
@@ -160,8 +157,7 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Shown(NamedTuple):
     labels: list[str]
     rows: list[int]
 
@@ -174,7 +170,7 @@ class _Shown:
         return 9 if self.is_few else 7
 
     def of(self, values: Array) -> Array:
-        return np.asarray(values[self.rows])
+        return values[self.rows]
 
     def left_out(self, shares: Array) -> str:
         count = len(shares) - len(self.rows)

@@ -55,7 +55,7 @@ def margins(weights: Array) -> Array:
     ranked = np.sort(weights, axis=1)
     if weights.shape[1] == 1:
         return ranked[:, 0]
-    return np.asarray(ranked[:, -1] - ranked[:, -2])
+    return ranked[:, -1] - ranked[:, -2]
 
 
 # Paper section 4.4: Oracle sends all tokens of a dataset to its best single expert. The paper finds
@@ -119,9 +119,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     first = np.asarray(x, float)
     second = np.asarray(y, float)
     n = len(first)
-    if n < 3:
-        return Correlation(n)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if n < 3 or 0 in (np.ptp(first), np.ptp(second)):
         return Correlation(n)
     # Scaled, since squares of the smallest numbers would be 0.
     first = first / np.abs(first).max()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import EvaluationError
 from ..evaluation.compare import label_of
@@ -20,14 +19,11 @@ from ..evaluation.results import Table
 from ..files import write_text, writing
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis
-from .measures import ORACLE, SMOOTHING, concentration, effective_experts, heaviest, margins
+from .measures import ORACLE, SMOOTHING, Array, concentration, effective_experts, heaviest, margins
 from .page import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Array = NDArray[np.float64]
-
 
 TERMS = {  # what a column's name means, shown where one points at it; before any " ("
     "effective experts": "exp of the entropy of the mean weights: as many experts as, if they had "

@@ -32,8 +32,7 @@ from .distribution import (
     site_label,
     streams_of,
 )
-
-Array = NDArray[np.float64]
+from .measures import Array
 
 MOST_KEPT = 8  # experts kept per token and site; the others' weight is kept as a sum
 FULL = 255  # the whole weight of a token, in a byte
@@ -73,23 +72,13 @@ class TraceStream:
         )
 
     def without_experts(self, token: str, part: int) -> TraceStream:
-        shape = (1, *self.experts.shape[1:])
         return replace(
             self,
             tokens=(token,),
             parts=(part,),
-            experts=np.zeros(shape, np.uint16),
-            weights=np.zeros(shape, np.uint8),
+            experts=np.zeros_like(self.experts[:1]),
+            weights=np.zeros_like(self.weights[:1]),
         )
-
-    def tokens_dict(self) -> dict[str, object]:
-        """The tokens alone, as plain data that the token explorer can append."""
-        return {
-            "tokens": list(self.tokens),
-            "parts": list(self.parts),
-            "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
-            "weights": b64encode(self.weights.tobytes()).decode(),
-        }
 
     def to_dict(self) -> dict[str, object]:
         layers, kinds = layers_and_kinds(self.sites)
@@ -103,7 +92,10 @@ class TraceStream:
             "sites": sites,
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
-            **self.tokens_dict(),
+            "tokens": self.tokens,
+            "parts": self.parts,
+            "experts": b64encode(self.experts.astype("<u2").tobytes()).decode(),
+            "weights": b64encode(self.weights.tobytes()).decode(),
         }
 
 
@@ -124,8 +116,8 @@ class Trace:
         return {
             "format": "phatgoose-trace-1",
             "router": self.router,
-            "experts": list(self.experts),
-            "parts": list(PARTS),
+            "experts": self.experts,
+            "parts": PARTS,
             "whole": [[expert, round(weight, 4)] for expert, weight in self.whole],
             "streams": [stream.to_dict() for stream in self.streams],
         }
@@ -136,17 +128,17 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
     by_name: dict[str, list[TraceStream]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
-    return [_joined(pieces) for pieces in by_name.values()]
-
-
-def _joined(pieces: Sequence[TraceStream]) -> TraceStream:
-    return replace(
-        pieces[0],
-        tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
-        parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
-        experts=np.concatenate([piece.experts for piece in pieces]),
-        weights=np.concatenate([piece.weights for piece in pieces]),
-    )
+    joined = []
+    for pieces in by_name.values():
+        stream = replace(
+            pieces[0],
+            tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
+            parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
+            experts=np.concatenate([piece.experts for piece in pieces]),
+            weights=np.concatenate([piece.weights for piece in pieces]),
+        )
+        joined.append(stream)
+    return joined
 
 
 def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:

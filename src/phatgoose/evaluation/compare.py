@@ -116,7 +116,6 @@ class Row:
     """
 
     name: str
-    label: str
     identity: Mapping[str, object]
     pool: Pool | None = None
     routing: Routing | None = None
@@ -132,7 +131,7 @@ class Row:
         """The row with its pool, made of what is at the experts' places."""
         if self.pool is not None or not isinstance(self.place, tuple):
             return self
-        return pool_row(self.name, self.label, Pool.open(self.place), self.routing)
+        return pool_row(self.name, Pool.open(self.place), self.routing)
 
     @contextmanager
     def model(self, base: Base) -> Iterator[Base]:
@@ -156,16 +155,16 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     order = [BASE, *ROUTERS]
     for name in sorted(methods, key=lambda name: order.index(name.partition(":")[0])):
         if name == BASE:
-            rows.append(Row(name, METHODS[BASE], {"model": "base"}))
+            rows.append(Row(name, {"model": "base"}))
         elif name not in DERIVED:
-            rows.append(pool_row(name, label_of(name), pool, replace(routing, router=name)))
+            rows.append(pool_row(name, pool, replace(routing, router=name)))
     return rows
 
 
 def single_rows(pool: Pool) -> list[Row]:
     """A row for each expert alone."""
     alone = Routing(router="single")
-    return [pool_row(name, name, pool.select([name]), alone) for name in pool.names]
+    return [pool_row(name, pool.select([name]), alone) for name in pool.names]
 
 
 def reference_row(label: str, place: str | Path, routing: Routing, base: Base) -> Row:
@@ -177,19 +176,19 @@ def reference_row(label: str, place: str | Path, routing: Routing, base: Base) -
     if is_routed(place):
         check_base(base_of(place), base.reference, label)
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
-        return Row(label, label, identity, routing=routing, place=absolute(place))
+        return Row(label, identity, routing=routing, place=absolute(place))
     if not is_pool(place):
         identity = {"model": load_base(place).fingerprint}
-        return Row(label, label, identity, place=absolute(place))
+        return Row(label, identity, place=absolute(place))
     pool = Pool.open(place)
     check_base(pool.base, base.reference, label)
     if len(pool) == 1:
-        return pool_row(label, label, pool, Routing(router="single"))
+        return pool_row(label, pool, Routing(router="single"))
     _check_method("phatgoose", pool, routing)
-    return pool_row(label, label, pool, replace(routing, router="phatgoose"))
+    return pool_row(label, pool, replace(routing, router="phatgoose"))
 
 
-def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
+def pool_row(name: str, pool: Pool, routing: Routing | None) -> Row:
     """A row of `pool` by `routing`; its identity is of what the router uses, not of names alone."""
     router = router_of(routing or Routing())
     identity: dict[str, object] = {"router": router.routing.router}
@@ -197,7 +196,7 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing | None) -> Row:
         identity["k"] = router.k
     identity["kernel"] = router.kernel
     identity["pool"] = [_expert_digest(expert, router.used(pool)) for expert in pool.experts]
-    return Row(name, label, identity, pool, routing)
+    return Row(name, identity, pool, routing)
 
 
 def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
@@ -279,7 +278,10 @@ def compare(
     others = []
     for label, place in how.references.items():
         others.append(reference_row(label, place, how.routing, base))
-    rows = [*rows_of(pool, chosen, how.routing), *others]
+    rows = rows_of(pool, chosen, how.routing)
+    labels = {row.name: label_of(row.name) for row in rows}
+    labels |= dict(zip(how.references, how.references, strict=True))
+    rows += others
     singles = []
     if not set(DERIVED).isdisjoint(chosen):
         singles = single_rows(pool)
@@ -298,7 +300,7 @@ def compare(
     scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
     comparison = Comparison(
         suites=columns,
-        labels={row.name: row.label for row in rows},
+        labels=labels,
         results={row.name: results[row.name] for row in rows},
         experts={row.name: results[row.name] for row in singles},
         notes=tuple(notes),

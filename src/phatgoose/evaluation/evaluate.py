@@ -27,7 +27,7 @@ from ..experts.expert import warn_of_other_formatting
 from ..files import one_line
 from ..routing.compose import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, continued, pad_left, pad_right, padded_rows
-from ..tasks.encoding import Cuts, Encoder, as_read
+from ..tasks.encoding import Cuts, Encoder, Tokens, as_read
 from ..tasks.loading import given_tasks
 from ..tasks.task import Example, Task
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
@@ -98,7 +98,7 @@ class Questions:
         target_cuts = list[int | None]()
         for example in chosen.examples:
             choices = example.choices if chosen.is_ranked else ()
-            tokens = list[list[int]]()
+            tokens = list[Tokens]()
             for choice in choices:
                 target = encoder.target(example.input, choice)
                 tokens.append(target.tokens)
@@ -110,7 +110,7 @@ class Questions:
         self.cuts = Cuts(prompt_cuts, target_cuts)
 
     @property
-    def prompts(self) -> list[list[int]]:
+    def prompts(self) -> list[Tokens]:
         return [list(prompt) for prompt, _ in self.rows]
 
     def answers(self, model: PreTrainedModel, before_pass: BeforePass) -> Iterator[Answer]:

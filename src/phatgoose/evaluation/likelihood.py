@@ -31,6 +31,7 @@ BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of
 LOGITS_AT_ONCE = 512  # rows of logits that are float32 at a time
 ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
 ChoicePrompts = Sequence[ChoicePrompt]
+Means = Iterator[tuple[int, list[float]]]  # of a row's choices, by its index
 
 
 def choice_log_likelihoods(
@@ -39,7 +40,7 @@ def choice_log_likelihoods(
     pad_token_id: int,
     budget: int,
     before_pass: BeforePass = lambda _: None,
-) -> Iterator[tuple[int, list[float]]]:
+) -> Means:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
@@ -63,7 +64,7 @@ def choice_log_likelihoods(
 
 def _packed(
     model: PreTrainedModel, rows: ChoicePrompts, pad: int, budget: int, before_pass: BeforePass
-) -> Iterator[tuple[int, list[float]]]:
+) -> Means:
     # The last token of a choice is predicted, not read.
     texts = []
     for prompt, choices in rows:
@@ -85,9 +86,7 @@ def _packed(
         yield from _means(logits, [rows[index][1] for index in order], order)
 
 
-def _means(
-    logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]
-) -> Iterator[tuple[int, list[float]]]:
+def _means(logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]) -> Means:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other."""
     # The first place of a text predicts the first token of all its choices, the next ones the rest.
     places = list[int]()
@@ -116,7 +115,7 @@ def _means(
 
 def _padded(
     model: PreTrainedModel, rows: ChoicePrompts, pad: int, budget: int, before_pass: BeforePass
-) -> Iterator[tuple[int, list[float]]]:
+) -> Means:
     is_seq2seq = model.config.is_encoder_decoder
     score = _score_seq2seq if is_seq2seq else _score_causal
     lengths = []

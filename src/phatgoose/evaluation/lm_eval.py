@@ -25,7 +25,7 @@ from ..routing.compose import composition_of
 from ..routing.opening import is_pool, open_model, require_pool
 from ..routing.routers.auto import BY_TOKEN, first_allowed
 from ..tasks.batching import pad_left, pad_right, padded_rows
-from ..tasks.encoding import Encoder
+from ..tasks.encoding import Encoder, Tokens
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -40,7 +40,7 @@ WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
 
 # (context, continuation) or None, and their tokens
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
+Request = tuple[tuple[str, str] | None, Tokens, Tokens]
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         formatting = self.opening.formatting(self.max_length)
         self._encoder = Encoder.for_model(model, self.tokenizer, formatting)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         if self.backend == "seq2seq":
             continuation = continuation.removeprefix(DELIMITER)
         target = self._encoder.continuation(context, continuation)
         room = len(target) + self.opening.add_eos - 1  # the last token is not read
         return self._context(context, room), target
 
-    def _context(self, text: str, followed_by: int) -> list[int]:
+    def _context(self, text: str, followed_by: int) -> Tokens:
         fitted = self._encoder.fitted(text, followed_by=followed_by)
         if fitted.cut:
             warnings.warn(

@@ -72,7 +72,7 @@ def _best(score: Callable[[str, str], float]) -> Measure:
 
 
 def _mean(totals: Array, n: Array | int) -> Array:
-    return np.asarray(totals[..., 0] / n)
+    return totals[..., 0] / n
 
 
 def _identical_stripped(prediction: str, reference: str) -> float:

@@ -18,14 +18,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, TypeAdapter
 
 from ..errors import ConfigError, EvaluationError
 from ..files import first_line, reading, regular
-from .metrics import Estimate, Sample, SharedMeans
+from .metrics import Array, Estimate, Sample, SharedMeans
 
-Array = NDArray[Any]
 BASE = -1  # among indices of experts
 WORDINGS = ("new", "known", "unseen")
 OWN = "own expert"  # the one that is named after the task
@@ -157,7 +155,7 @@ def _values(name: str, column: Any, experts: int) -> Array:
         values = flat.reshape(len(cells), width).astype(np.float32)
     if is_odd:
         raise ValueError(f"column {name} has empty or unknown cells")
-    return np.asarray(values)
+    return values
 
 
 def router_rule(router: str) -> Rule:

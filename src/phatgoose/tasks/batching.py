@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +108,7 @@ class Collator:
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """`rows` as [B, longest], with `value` before the shorter ones."""
-    longest = max(map(len, rows), default=0)
-    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
-    return torch.tensor(padded, dtype=torch.long)
+    return pad_right([row[::-1] for row in rows], value).flip(-1)
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -179,8 +176,7 @@ COSTLY_ROW = 700
 FILLS = (1.0, 0.95, 0.9, 0.8, 0.7)  # shares of its budget to which a batch may be filled
 
 
-@dataclass(frozen=True)
-class BranchedText:
+class BranchedText(NamedTuple):
     """A stem of at least one token, and branches that each continue it separately."""
 
     stem: Sequence[int]
@@ -191,8 +187,7 @@ class BranchedText:
         return len(self.stem) + sum(map(len, self.branches))
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """Texts as a batch of rows.
 
     `owners` [rows, columns] is the index of each token's text, -1 for padding; `starts` [texts] is

@@ -36,7 +36,8 @@ HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the ta
 text_process = lru_cache(maxsize=1)(UntrustedText)  # a command's, for its base
 
 T = TypeVar("T")
-Turn = tuple[str, str, list[int]]  # role, content, its tokens
+Tokens = list[int]
+Turn = tuple[str, str, Tokens]  # role, content, its tokens
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +63,7 @@ class Fitted:
     `cut` is how many of its tokens fitted, None if it is whole.
     """
 
-    tokens: list[int]
+    tokens: Tokens
     cut: int | None = None
 
 
@@ -70,8 +71,8 @@ class Fitted:
 class TokenPair:
     """A tokenised prompt and target without padding; a cut is None if the part is whole."""
 
-    prompt: list[int]
-    target: list[int]
+    prompt: Tokens
+    target: Tokens
     cut: int | None = None
     target_cut: int | None = None
 
@@ -114,7 +115,7 @@ class Encoder:
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
         return [self.pair(example.input, example.target) for example in examples]
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, text: str) -> Tokens:
         return self.fitted(text).tokens
 
     def fitted(self, text: str, *, followed_by: int = 0) -> Fitted:
@@ -142,7 +143,7 @@ class Encoder:
         if len(prompt) - around <= most:
             return Fitted(prompt)
 
-        def cut_to(level: int) -> list[int]:
+        def cut_to(level: int) -> Tokens:
             # A text that was cut inside a character may have more tokens when it is text again.
             cut = []
             for role, content, tokens in turns:
@@ -184,12 +185,12 @@ class Encoder:
     def prompt_text(self, context: str) -> str:
         return self._apart(context)[0]
 
-    def continuation(self, context: str, text: str) -> list[int]:
+    def continuation(self, context: str, text: str) -> Tokens:
         """The tokens of `text` right after `context`, without an end."""
         prompt = self.prompt_text(context)
         return self._following(prompt, context[len(prompt) :] + text)
 
-    def around_message(self) -> tuple[list[int], str]:
+    def around_message(self) -> tuple[Tokens, str]:
         """(tokens up to a user's first message, the line after it) in the base's chat template.
 
         Raises BaseModelError where there is no such place: without a template, and in an
@@ -223,7 +224,7 @@ class Encoder:
         return min(most, places - outside)
 
     @cached_property
-    def _added(self) -> tuple[list[int], list[int]]:
+    def _added(self) -> tuple[Tokens, Tokens]:
         return added_tokens(self.tokenizer, is_encoder_decoder=self.is_encoder_decoder)
 
     @cached_property
@@ -234,7 +235,7 @@ class Encoder:
         """Whether `text` is read through the base's chat template."""
         return self.formatting.chat or isinstance(text, Chat)
 
-    def _chat(self, text: str) -> tuple[list[Turn], int, list[int]]:
+    def _chat(self, text: str) -> tuple[list[Turn], int, Tokens]:
         """(turns, how many tokens are around what they say, the whole prompt)."""
         chat = text if isinstance(text, Chat) else Chat([("user", text)])
         prompt = self._tokens(self._rendered(chat))
@@ -264,7 +265,7 @@ class Encoder:
             space = " "
         return prompt, space
 
-    def _following(self, prompt: str, text: str) -> list[int]:
+    def _following(self, prompt: str, text: str) -> Tokens:
         if self.is_encoder_decoder:
             return self._tokens(text)
         # Only the prompt's last words are tokenised again: they decide the answer's tokens.
@@ -278,7 +279,7 @@ class Encoder:
     def _end_of_chat(self) -> str:
         return self._rendered(Chat([("user", "")]))
 
-    def _tokens(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> Tokens:
         return list(self._encoded(text)["input_ids"])
 
     def _encoded(self, text: str | list[str]) -> Any:
@@ -335,7 +336,7 @@ def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 def added_tokens(
     tokenizer: PreTrainedTokenizerBase, *, is_encoder_decoder: bool
-) -> tuple[list[int], list[int]]:
+) -> tuple[Tokens, Tokens]:
     """(tokens, tokens) that the tokenizer adds around a prompt; none after a causal one."""
     tokens = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -382,5 +383,5 @@ class Cuts:
         return dict(zip(CUTS, (len(self.inputs), len(_cut(self.inputs))), strict=True))
 
 
-def _cut(fitted: Iterable[int | None]) -> list[int]:
+def _cut(fitted: Iterable[int | None]) -> Tokens:
     return [most for most in fitted if most is not None]

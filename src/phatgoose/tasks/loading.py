@@ -40,11 +40,12 @@ LINES = ".txt"  # a prompt a line
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 FILES = f"{', '.join(TASK_FILES[:-1])} or {TASK_FILES[-1]} file"
 FORMS = "input and target; messages; prompt and completion; or instruction, input and output"
+Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Any]]  # each with its place, for messages
 
 
 def load_task(
-    source: str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    source: str | Path | Iterable[Row] | Row,
     *,
     name: str | None = None,
     template: str | None = None,
@@ -225,9 +226,7 @@ def _library(name: str, needed_for: object) -> Any:
         raise TaskError(f"{needed_for} needs {name}: pip install 'phatgoose[datasets]'.") from error
 
 
-def read_rows(
-    sources: Sources, dataset: str, config: str | None, split: str
-) -> Sequence[Mapping[str, Any]]:
+def read_rows(sources: Sources, dataset: str, config: str | None, split: str) -> Sequence[Row]:
     """The rows of one split of the Hub dataset `dataset` ("OWNER/NAME" or "NAME").
 
     With `sources.data` they come from its copy there, otherwise from the Hub, those of datasets
@@ -252,7 +251,7 @@ def read_rows(
             f"by: hf download --repo-type dataset {dataset} --local-dir {copy or 'FOLDER'}, of a "
             f"dataset with a script with --revision {PARQUET_REVISION}."
         ) from error
-    return cast(Sequence[Mapping[str, Any]], rows.with_format(None))  # plain Python values
+    return cast(Sequence[Row], rows.with_format(None))  # plain Python values
 
 
 def _split(library: Any, copy: Path | None, dataset: str, config: str | None, split: str) -> Any:
@@ -284,7 +283,7 @@ def _split(library: Any, copy: Path | None, dataset: str, config: str | None, sp
 
 
 def examples_of(
-    rows: Iterable[Mapping[str, Any]], where: str, make: Callable[[Any], Example | None]
+    rows: Iterable[Row], where: str, make: Callable[[Any], Example | None]
 ) -> Iterator[Example]:
     """What `make` makes of `rows`, but for None. Raises TaskError where it can't, with the row."""
     for number, row in enumerate(rows, 1):
@@ -484,7 +483,7 @@ def _check_among(what: str, answers: Sequence[str], choices: Sequence[str]) -> N
         raise ValueError(f"{what} {wrong} is not among the choices {list(choices)}")
 
 
-def _in_our_form(fields: Mapping[str, Any], targets: bool) -> dict[str, Any]:
+def _in_our_form(fields: Row, targets: bool) -> dict[str, Any]:
     """The fields of `_Row`, of a row in any of the forms."""
     filled = {name: value for name, value in fields.items() if value is not None}
     filled["split"] = filled.get("split") or "train"
@@ -521,7 +520,7 @@ def _compiled(template: str | None, choices: str | None) -> dict[str, Template]:
     return templates
 
 
-def _rendered(row: Mapping[str, Any], templates: Mapping[str, Template]) -> dict[str, Any]:
+def _rendered(row: Row, templates: Mapping[str, Template]) -> dict[str, Any]:
     rendered = dict(row)
     for key, template in templates.items():
         text = template.render({**row, "answer_choices": rendered.get("choices")}).strip()

@@ -9,9 +9,8 @@ place in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ FACTORS = ("A", "B")  # of one site's tensors the last ones
 Reduce = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class SiteUpdate:
+class SiteUpdate(NamedTuple):
     """What is added to the outputs from `first` on, `width` of them.
 
     Its tensors are those of `names`, the router's own, then A and B. `numbers` are what else a
@@ -56,8 +54,7 @@ class SiteUpdate:
         y.add_(kernel(u, decision.experts, decision.weights, A, B))
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A layer whose `inputs` are split over processes; `reduce` adds a tensor of all of them up.
 
     The experts' products need no sum of their own: they join the layer's.
@@ -81,8 +78,7 @@ class Split:
         return RoutingDecision(experts, scores.gather(-1, experts).softmax(dim=-1))
 
 
-@dataclass(frozen=True)
-class LayerUpdate:
+class LayerUpdate(NamedTuple):
     """The updates of all sites that a layer packs."""
 
     sites: tuple[SiteUpdate, ...]

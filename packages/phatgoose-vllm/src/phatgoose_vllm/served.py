@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +43,7 @@ class Section(NamedTuple):
     held: int
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What the process `rank` of `size` holds of a layer: inputs, and sections of its outputs."""
 
     inputs: int
@@ -72,8 +70,7 @@ class Share:
         return slice(start, start + section.held)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A site in a layer: its outputs are those from `first` on, `width` of them.
 
     `rows` are the site's own outputs that these are.
@@ -180,8 +177,7 @@ class Experts(NamedTuple):
     B: Tensor
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """A routed folder, opened: its router, experts by name, sites, and base."""
 
     place: str

@@ -8,16 +8,14 @@ novel_concepts, reasoning_about_colored_objects); others rarely have more than o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any
 
 from ...errors import TaskError
 from ...files import read_table
-from ..loading import examples_of, read_rows
+from ..loading import Row, examples_of, read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
@@ -40,7 +38,7 @@ def suite(name: str) -> Suite:
     return Suite(name, tuple(entries))
 
 
-def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
+def _entry(name: str, row: Row, dataset: str) -> Entry:
     dataset = row.get("dataset", dataset)
     most = None
     if "max_length" in row:
@@ -62,12 +60,12 @@ def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
     return Entry(name, read, task.metrics, most, source=task.source)
 
 
-def _of_bbh(choices: tuple[str, ...], row: Mapping[str, Any]) -> Example:
+def _of_bbh(choices: tuple[str, ...], row: Row) -> Example:
     """A row of lukaemon/bbh has input and target, and all of a task's rows the same `choices`."""
     return Example(row["input"] + SUFFIX, row["target"], choices)
 
 
-def _of_bigbench(references: str | None, row: Mapping[str, Any]) -> Example:
+def _of_bigbench(references: str | None, row: Row) -> Example:
     """Of a row of tasksource/bigbench the choices, all targets or the first one are right."""
     text = row["inputs"] + SUFFIX
     targets = row["targets"]
@@ -87,8 +85,8 @@ def _nearest(target: str, choices: tuple[str, ...]) -> str:
     """The choice most like the target, position by position; ties go to the shorter, then the
     later.
     """
-    ranked = []
-    for index, choice in enumerate(choices):
-        equal = sum(map(str.__eq__, target, choice))
-        ranked.append((equal, -len(choice), index))
-    return choices[max(ranked)[2]]
+
+    def likeness(choice: str) -> tuple[int, int]:
+        return sum(map(str.__eq__, target, choice)), -len(choice)
+
+    return max(reversed(choices), key=likeness)

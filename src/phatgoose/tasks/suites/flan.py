@@ -8,16 +8,14 @@ the first 36.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...errors import TaskError
 from ...files import read_table
-from ..loading import examples_of, read_rows
+from ..loading import Row, examples_of, read_rows
 from ..task import Entry, Example, Sources, Suite, Task
 from .t0 import held_in_entry, t0_held_in
 
@@ -46,7 +44,7 @@ def flan() -> Suite:
     return Suite("flan", tuple(entries))
 
 
-def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
+def _prompted_entry(dataset: str, row: Row) -> Entry:
     most = row["max_length"] - 1  # it counts the decoder's start token
     folder = f"FLANV2/{row['path']}"
     task = Task(row["name"], source=f"{dataset}, {folder}", metrics=METRICS, max_new_tokens=most)
@@ -73,7 +71,7 @@ def _split(task: Task, examples: list[Example]) -> Task:
     )
 
 
-def _zero_shot(row: Mapping[str, Any]) -> Example | None:
+def _zero_shot(row: Row) -> Example | None:
     kind = row["_template_type"] or ""
     text = row["inputs"] or ""
     target = row["targets"] or ""

@@ -30,7 +30,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
 from ...files import first_line, reading, regular
-from ..loading import SEPARATOR, TEMPLATE_FAILURES, read_rows
+from ..loading import SEPARATOR, TEMPLATE_FAILURES, Row, read_rows
 from ..task import Example, Sources
 
 FILE_NAME = "templates.yaml"
@@ -64,7 +64,7 @@ class PromptTemplate:
             names |= find_undeclared_variables(ENVIRONMENT.parse(source))
         return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
 
-    def render(self, row: Mapping[str, Any]) -> Example | None:
+    def render(self, row: Row) -> Example | None:
         """The row's example; None if the template gives no input or no target, on purpose or not.
 
         The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py,
@@ -114,7 +114,6 @@ def _compiled(source: str) -> Template:
     return ENVIRONMENT.from_string(source)
 
 
-@lru_cache(maxsize=2048)
 def _truncating(jinja: str) -> str:
     """The template with each expression truncated, exactly as promptsource writes it."""
     return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
@@ -145,16 +144,13 @@ for _tag in ("!Template", "!TemplateMetadata"):
     _Loader.add_constructor(_tag, partial(_Loader.construct_mapping, deep=True))
 
 
-def _template(node: Mapping[str, Any]) -> PromptTemplate:
+def _template(node: Row) -> PromptTemplate:
     is_original = bool((node.get("metadata") or {}).get("original_task"))
     choices = node.get("answer_choices") or None
     template = PromptTemplate(node["name"], node["jinja"], choices, is_original)
     for source in (choices or "", _truncating(template.jinja)):  # a broken one is told now
         _compiled(source)
     return template
-
-
-Row = Mapping[str, Any]
 
 
 class Pair(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -127,7 +127,7 @@ class _SuiteTable(BaseModel, extra="forbid", strict=True):
 
 
 Origin = Literal["file", "copy", "hub"]
-ORIGINS: tuple[Origin, ...] = ("file", "copy", "hub")  # a mixture's is the last of its parts'
+ORIGINS: tuple[Origin, ...] = get_args(Origin)  # a mixture's is the last of its parts'
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the draws are `random`'s instead of numpy's, and unusable pairs (see `picked`) a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle, groupby
@@ -19,8 +19,9 @@ import numpy as np
 
 from ...errors import TaskError
 from ...files import read_table
+from ..loading import Row
 from ..task import Entry, Sources, Suite, Task
-from .p3 import P3Dataset, Pair, PromptTemplate, Row, generated, picked, ranked
+from .p3 import P3Dataset, Pair, PromptTemplate, generated, picked, ranked
 
 SEED = 42
 SET_APART_SEED = 1234
@@ -134,14 +135,10 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
 def _held_out_task(dataset: P3Dataset, sources: Sources) -> Task:
     templates = [each for each in dataset.prompt_templates(sources) if each.original_task]
     rows = dataset.rows(dataset.validation, templates, sources)
-    test = picked(dataset.name, _all_pairs(rows, templates), ranked)
+    numbered = enumerate(rows)
+    pairs = (Pair(row, shape, number) for number, row in numbered for shape in templates)
+    test = picked(dataset.name, pairs, ranked)
     return Task(dataset.name, test=test, source=dataset.source, metrics=ACCURACY)
-
-
-def _all_pairs(rows: Iterable[Row], templates: Sequence[PromptTemplate]) -> Iterator[Pair]:
-    for number, row in enumerate(rows):
-        for template in templates:
-            yield Pair(row, template, number)
 
 
 def _train_pairs(

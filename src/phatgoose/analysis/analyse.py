@@ -139,8 +139,8 @@ class Analysis:
         others = list(self.routers)
         if self.oracle and ORACLE not in others:
             others.append(ORACLE)
-        divergences = list[dict[str, object]]()
-        correlations = list[dict[str, object]]()
+        divergences = []
+        correlations = []
         for router, other in product(self.routers, others):
             if router == other:
                 continue
@@ -273,7 +273,7 @@ def analyse(
     oracle = oracle_experts(scores, subject.experts, datasets)
     scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
 
-    analyses: dict[str, RouterAnalysis] = {}
+    analyses = {}
     for name, opened in subject.models.items():
         with opened as model:
             analysis = _read(model, subject, tasks, how)
@@ -361,9 +361,9 @@ def _read(
     """All but the scores of the router of `model`."""
     encoder = Encoder.for_model(model, subject.tokenizer, how.formatting)
     model.eval()
-    distributions: dict[str, RoutingDistribution] = {}
-    choices: dict[str, Array] = {}
-    traces: dict[str, list[Trace]] = {}
+    distributions = {}
+    choices = {}
+    traces = {}
     for task in tasks:
         task = replace(task, test=task.evaluation_examples(how.limit, how.seed))
         spread, chosen = read_task(model, encoder, task, subject.experts, how.token_budget)

@@ -322,7 +322,7 @@ def _vectors_at(pool: Pool, site: str) -> Signs:
 
 def _having(pool: Pool, part: str, site: str) -> tuple[list[int], list[Any]]:
     """Who has a `part` at `site`, and their parts."""
-    owners = list[int]()
+    owners = []
     parts = []
     for z, expert in enumerate(pool.experts):
         by_site = getattr(expert, part)
@@ -386,7 +386,7 @@ def _stacked(pool: Pool, part: str) -> Iterator[Tensor]:
 
 def _of_embeddings(pool: Pool) -> Signs:
     """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
-    embeddings = list[Tensor]()
+    embeddings = []
     embedders = set[object]()
     for expert in pool.experts:
         stored = torch.empty(0) if expert.embeddings is None else expert.embeddings
@@ -460,7 +460,7 @@ def _of_prompts(pool: Pool, reader: str | None) -> tuple[Signs, list[str]]:
     members = _read_alike(pool)
     experts = _part_of(pool, members)
     texts = list[str]()
-    owners = list[int]()
+    owners = []
     for z, expert in enumerate(experts.experts):
         shown = expert.prompts[:SHOWN]
         texts += shown

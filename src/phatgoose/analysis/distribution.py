@@ -47,7 +47,7 @@ def site_label(site: str) -> SiteLabel:
     """The stack, block and kind in a name; the block is -1 for a site outside of blocks."""
     stack = ""
     layer = -1
-    kind = list[str]()
+    kind = []
     for part in site.split("."):
         if part in STACKS:
             stack = stack or part
@@ -113,8 +113,8 @@ def pass_through(
     model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair], see: Seer
 ) -> None:
     """Show `see` what the routed sites decide on `pairs`, in one pass without gradients."""
-    inputs = dict[str, Tensor]()
-    parts = dict[Stream, Tensor]()
+    inputs = {}
+    parts = {}
     streams_by_pair = [streams_of(model, pair) for pair in pairs]
     streams = list(streams_by_pair[0])
     pad = encoder.tokenizer.pad_token_id

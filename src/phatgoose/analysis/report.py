@@ -66,7 +66,7 @@ def _scores(analysis: Analysis) -> Section:
         cells = [Estimate(score.score, score.low, score.high).in_per_cent for score in scores]
         mean = sum(score.score for score in scores) / max(1, len(scores))
         rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
-    tables = list[Table]()
+    tables = []
     has_scores = len(header) > 2  # beside the router and the mean
     if has_scores:
         if analysis.oracle:
@@ -77,7 +77,7 @@ def _scores(analysis: Analysis) -> Section:
 
 def _prompts(analysis: Analysis) -> Section:
     """Which prompts went where, of the routers that choose for whole prompts."""
-    tables = list[Table]()
+    tables = []
     names = (*analysis.experts, "the base")
     for name, router in analysis.routers.items():
         rows = []
@@ -227,7 +227,7 @@ def write_report(analysis: Analysis, folder: str | Path) -> Path:
 def report_page(analysis: Analysis) -> str:
     """The report of `analysis` as one HTML page that loads nothing else."""
     findings = list[tuple[str, str]]()
-    traces = list[dict[str, str]]()
+    traces = []
     for name, router in analysis.routers.items():
         findings += ((label_of(name), finding.message) for finding in router.findings)
     for dataset, (name, router) in product(analysis.datasets, analysis.routers.items()):

@@ -409,7 +409,7 @@ def _with_derived(comparison: Comparison, methods: Sequence[str], pool: Pool) ->
     experts = comparison.expert_scores()
     results = dict(comparison.results)
     labels = dict(comparison.labels)
-    choices: dict[str, dict[str, str]] = {}
+    choices = {}
     if "best-individual" in methods:
         best = best_expert(experts, pool.names)
         choices["best-individual"] = dict.fromkeys(experts[best], best)

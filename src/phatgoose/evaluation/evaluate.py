@@ -95,10 +95,10 @@ class Questions:
         self.encoder = encoder
         self.rows: list[ChoicePrompt] = []
         prompt_cuts = []
-        target_cuts = list[int | None]()
+        target_cuts = []
         for example in chosen.examples:
             choices = example.choices if chosen.is_ranked else ()
-            tokens = list[Tokens]()
+            tokens = []
             for choice in choices:
                 target = encoder.target(example.input, choice)
                 tokens.append(target.tokens)
@@ -305,7 +305,7 @@ def score(model: PreTrainedModel, questions: Questions) -> TaskScore:
     task = chosen.name
     metrics = [METRICS[name] for name in chosen.metrics]
     model.eval()
-    answers: dict[int, Prediction] = {}
+    answers = {}
     bar = tqdm(total=len(examples), desc=one_line(task), unit="example", disable=None, leave=False)
     passes = routing_for(model, questions.prompts, task=task, examples=examples)
     with bar, passes as before_pass:

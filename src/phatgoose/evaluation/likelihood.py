@@ -89,9 +89,9 @@ def _packed(
 def _means(logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]) -> Means:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other."""
     # The first place of a text predicts the first token of all its choices, the next ones the rest.
-    places = list[int]()
+    places = []
     labels = list[int]()
-    lengths = list[int]()
+    lengths = []
     first = 0
     for of_text in choices:
         following = first + 1

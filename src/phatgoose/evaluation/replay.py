@@ -101,7 +101,7 @@ def read_marks(place: str | Path) -> list[Marks]:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("Marks need pyarrow: pip install 'phatgoose[replay]'.") from error
-    marks: list[Marks] = []
+    marks = []
     for path in sorted(Path(place).glob("*.parquet")) or [Path(place)]:
         with reading(path, EvaluationError, " A clone has some: research/marks."):
             marks.append(_read(path, parquet))
@@ -200,7 +200,7 @@ def chosen_by(marks: Marks, rule: Rule) -> Array:
     contents = f"experts {', '.join(marks.experts)}, scores of {routers}"
     if "embedding" not in marks.columns:
         contents += ", no embeddings"
-    chosen = list[int]()
+    chosen = []
     for prompt in marks.prompts():
         with _users_code(f"The rule failed on prompt {prompt.hash} (these marks have {contents})"):
             chosen.append(indices[rule(prompt)])
@@ -251,7 +251,7 @@ def _replayed(marks: Marks, rules: Mapping[str, Array], wording: str) -> Replay:
         namesakes = np.array(list(map(marks.experts.index, tasks)))
     rows = _rows(marks, examples, choices, namesakes)
     of_task = [tasks == task for task in dict.fromkeys(tasks)]
-    samples: dict[str, list[Sample]] = {}
+    samples = {}
     for name, scores in rows.items():
         statistics = [scores[alike, None].astype(float) for alike in of_task]
         # Any metric that is a mean.

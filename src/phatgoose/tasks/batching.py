@@ -64,7 +64,7 @@ class Collator:
         by_row = [list(map(texts.__getitem__, row)) for row in rows]
         packed = pack_rows(by_row, self._pad, self._dtype)
         places = list[int]()
-        labels = list[int]()
+        labels = []
         prompts = list[int]()  # their lengths
         for index, start in zip(itertools.chain(*rows), packed.starts.tolist(), strict=True):
             pair = pairs[index]
@@ -240,7 +240,7 @@ def _rows(
     """The cost of a token, and the indices in `order`, longest first, in the cheapest rows."""
     total = sum(map(lengths.__getitem__, order))
     best = math.inf
-    rows = list[list[int]]()
+    rows = []
     for count in range(-(-total // lengths[order[0]]), 0, -1):
         if 1 + total / count / COSTLY_ROW >= 0.98 * best:
             break  # even without padding, fewer and longer rows would save almost nothing
@@ -270,7 +270,7 @@ def pack_rows(
     positions = torch.zeros(shape, dtype=torch.long)
     owners = torch.full(shape, -1)
     branches = torch.zeros(shape, dtype=torch.long)
-    starts: list[int] = []
+    starts = []
     for row, texts in enumerate(rows):
         at = 0
         for text in texts:

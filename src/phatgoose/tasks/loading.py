@@ -111,7 +111,7 @@ def load_prompts(places: Iterable[str]) -> Task:
     user's last message. Raises TaskError for a file that can't be read or has no prompts, and an
     empty prompt.
     """
-    prompts: list[str] = []
+    prompts = []
     for place in places:
         path = Path(place)
         is_named = path.suffix in (LINES, *TASK_FILES) and len(place.split()) == 1
@@ -350,7 +350,7 @@ def _on_card(path: Path) -> list[str]:
     card = path.read_text(encoding="utf-8")[:MOST_OF_A_CARD]
     front = FRONT.match(card)
     end = 0
-    prompts: list[str] = []
+    prompts = []
     if front:
         end = front.end()
         prompts = _of_widget(yaml.load(front[1], _WithoutAliases))

@@ -51,8 +51,8 @@ def said_in(turns: Iterable[tuple[str, str]]) -> tuple[str, list[str]]:
     The last message stands for a user who says nothing.
     """
     last = ""
-    system = list[str]()
-    messages = list[str]()
+    system = []
+    messages = []
     for role, text in turns:
         if not text.strip():
             continue

@@ -243,7 +243,7 @@ def picked(
     These have no input or no target, no target among the choices, or no template that can be
     filled. Raises TaskError if none is left.
     """
-    examples = list[Example]()
+    examples = []
     lost = 0
     failure = ""
     for row, template, number in pairs:

@@ -205,7 +205,7 @@ def open_tasks(
     sources = sources or Sources()
     suites = known_suites()
     origin: Origin
-    tasks: list[TrainingTask] = []
+    tasks = []
     for name in names:
         if name.startswith(HUB) or name.endswith(TASK_FILES):
             origin = "hub" if name.startswith(HUB) else "file"

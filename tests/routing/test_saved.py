@@ -206,7 +206,7 @@ def test_who_read_the_prompts_is_kept_and_loaded_only_if_it_is_known(llama, llam
     assert told["lookup"]["reader"] == asdict(reader)
     for changes, error, why in (
         (None, RoutingError, "names no reader of prompts"),
-        ({"id": "them/theirs"}, ConfigError, "by 'them/theirs:1-1', and only minilm, .* are load"),
+        ({"id": "them/theirs"}, ConfigError, "by 'them/theirs:1-1', and only e5, .* are load"),
         ({"fingerprint": "sha256:0"}, ConfigError, "isn't the one that the experts' prompts were"),
         ({"last": 6}, ConfigError, "Reader minilm has 6 blocks, wanted minilm:1-6"),
         ({"first": 2}, ConfigError, "Reader minilm has 6 blocks, wanted minilm:2-1"),

@@ -35,7 +35,7 @@ ONLY_FOLLOWS = 0.6  # by how much follow-ups must be ahead where nothing was bef
 HELPERS = "helpers"
 # In units of what a text in the middle of its class scores, which shrinks as pools grow:
 LIKE_HELPERS = 0.75  # what an interface's request must score
-HELPS = 1.3  # by how much it must be ahead of all else
+HELPS = 0.7  # by how much it must be ahead of all else
 
 
 @cache

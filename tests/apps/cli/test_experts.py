@@ -117,7 +117,7 @@ def test_train_records_the_reader(here, phat):
     assert (outcome.code, outcome.err) == (0, "")
     read = Expert.load("new/reviews").info
     assert (read.reader, read.prompts_read) == (small_reader().reference, 4)
-    assert str(Expert.load("experts/reviews").info.reader) == "minilm:2-5"  # the usual one
+    assert str(Expert.load("experts/reviews").info.reader) == "e5:4-11"  # the usual one
     unknown = phat("train", "reviews.jsonl", *TRAIN, "--out", "not", "--reader", "maxilm")
     refused(unknown, "There is no reader 'maxilm'")
     assert not (here / "not").exists()  # told before hours of training

@@ -55,7 +55,7 @@ def test_without_the_base_s_weights_only_the_fingerprint_is_missing(phat, llama,
     assert "; statistics of 3 prompts -> " in made
     named = Expert.load(tmp_path / "mine").info
     assert missing == f"no fingerprint: {named.base.id} is not here; --fingerprint fetches it"
-    assert (named.base.fingerprint, str(named.reader)) == (None, "minilm:2-5")
+    assert (named.base.fingerprint, str(named.reader)) == (None, "e5:4-11")
     assert following == f"next: 'phatgoose serve {tmp_path / 'mine'}'"
 
 

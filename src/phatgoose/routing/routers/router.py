@@ -326,7 +326,8 @@ def class_of(router: str) -> type[Router]:
         return ours
     kinds = all_routers()
     if name not in kinds:
-        raise unknown(router, [AUTO, *kinds])
+        named = [AUTO, *kinds]
+        raise unknown(router, [kind for kind in named if kind != name])
     return kinds[name]
 
 

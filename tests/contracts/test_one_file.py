@@ -71,7 +71,7 @@ def test_training_an_expert_and_its_gates_is_the_same(one, llama, tmp_path):
     )
     torch.manual_seed(0)
     with fresh_expert(llama, shape, joint=False) as fresh:
-        begun = {site: part.weight.detach().clone() for site, part in fresh.parts.items()}
+        begun = {site: part["A"].detach().clone() for site, part in fresh.parts.items()}
     expert = one.new_expert(llama.model, rank=4, alpha=8.0)
     for site, module in expert.items():
         module.A.data.copy_(begun[site])

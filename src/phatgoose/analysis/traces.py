@@ -9,7 +9,6 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -130,12 +129,15 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
         by_name.setdefault(part.name, []).append(part)
     joined = []
     for pieces in by_name.values():
+        tokens: list[str] = []
+        kinds: list[int] = []
+        for piece in pieces:
+            tokens += piece.tokens
+            kinds += piece.parts
+        experts = np.concatenate([piece.experts for piece in pieces])
+        weights = np.concatenate([piece.weights for piece in pieces])
         stream = replace(
-            pieces[0],
-            tokens=tuple(chain.from_iterable(piece.tokens for piece in pieces)),
-            parts=tuple(chain.from_iterable(piece.parts for piece in pieces)),
-            experts=np.concatenate([piece.experts for piece in pieces]),
-            weights=np.concatenate([piece.weights for piece in pieces]),
+            pieces[0], tokens=tuple(tokens), parts=tuple(kinds), experts=experts, weights=weights
         )
         joined.append(stream)
     return joined

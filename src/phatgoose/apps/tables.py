@@ -53,7 +53,10 @@ def audit_table(report: Audit) -> rich.Table:
     limits = {sign.name: sign.limit(len(report.experts)) for sign in shown}
 
     def cell(value: float | None, limit: float) -> str:
-        return "" if value is None else f"{value:.3g}{'*' if value > limit else ''}"
+        if value is None:
+            return ""
+        mark = "*" if value > limit else ""
+        return f"{value:.3g}{mark}"
 
     rows = [
         [expert, *(cell(report.signs[name][z], limit) for name, limit in limits.items())]

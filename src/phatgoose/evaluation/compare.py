@@ -280,7 +280,7 @@ def compare(
         others.append(reference_row(label, place, how.routing, base))
     rows = rows_of(pool, chosen, how.routing)
     labels = {row.name: label_of(row.name) for row in rows}
-    labels |= dict(zip(how.references, how.references, strict=True))
+    labels |= {label: label for label in how.references}
     rows += others
     singles = []
     if not set(DERIVED).isdisjoint(chosen):
@@ -293,32 +293,37 @@ def compare(
     _report_inputs(base, models, datasets, how)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run(models, datasets, base, store, how.engine)
-    device = base.model.device
-    machine = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
     comparison = Comparison(
         suites=columns,
         labels=labels,
         results={row.name: results[row.name] for row in rows},
         experts={row.name: results[row.name] for row in singles},
         notes=tuple(notes),
-        settings={
-            "base": asdict(base.reference),
-            "dtype": dtype_name(base.model.dtype),
-            "experts": list(pool.names),
-            "k": how.routing.k,
-            "kernel": how.routing.kernel,
-            "code": code_version(),
-            "machine": machine,
-            **scoring,
-            "formatting": asdict(how.formatting),
-        },
+        settings=_recorded(how, base, pool),
     )
     comparison = _with_derived(comparison, chosen, pool)
     write_tables(comparison, Path(out))
     return comparison
+
+
+def _recorded(how: ComparisonSettings, base: Base, pool: Pool) -> dict[str, object]:
+    """What a comparison tells of how it was made."""
+    device = base.model.device
+    machine = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    scoring = {setting.name: getattr(how, setting.name) for setting in fields(ScoringSettings)}
+    return {
+        "base": asdict(base.reference),
+        "dtype": dtype_name(base.model.dtype),
+        "experts": list(pool.names),
+        "k": how.routing.k,
+        "kernel": how.routing.kernel,
+        "code": code_version(),
+        "machine": machine,
+        **scoring,
+        "formatting": asdict(how.formatting),
+    }
 
 
 @cache

@@ -253,11 +253,14 @@ class Builder:
             return {"content": content, "refusal": None}
         if request.logprobs is None:
             return None
+        texts = [token.text for token in tokens]
+        logprobs = [token.logprob for token in tokens]
+        places = [token.place for token in tokens]
         return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [_by_text(token) for token in tokens],
-            "text_offset": [token.place for token in tokens],
+            "tokens": texts,
+            "token_logprobs": logprobs,
+            "top_logprobs": list(map(_by_text, tokens)),
+            "text_offset": places,
         }
 
 

@@ -2,13 +2,12 @@
 
     python benchmarks/people.py --hand 2 --readers minilm --skills 24 --prompts 3
     python benchmarks/people.py --readers minilm,smollm2:10-19 --rules \
-        discriminant,discriminant:views=pairs:margin=0.3:politeness=1,logistic
+        discriminant,discriminant:views=wholes,logistic
 
 The pools' statistics are of hand 1's prompts. A rule is `discriminant`, as the product has it, or
 `nearest` prompt, `centroid` or `logistic` regression over the same states, then options:
-  views       product (the whole, its first and last paragraph), sentences, or pairs of them too
-  margin      by how much more a sentence or pair must lead than a whole text
-  politeness  1: a further class of texts of the base (people/politeness.toml)
+  views       wholes (the whole, its first and last paragraph), or parts too, as the product has it
+  margin      by how much more a part must lead than a whole text
   fallback    by how much the base may lead before it answers, as the router's setting
   unit        of the fallback: fixed, or median (the median lead of the base's own texts)
 Writes OUT.json and OUT.png; needs the extra `figures`. Hand 3 is for reports: choose nothing by it.

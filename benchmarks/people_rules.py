@@ -49,7 +49,7 @@ class Rule:
 
     @classmethod
     def of(cls, named: str) -> Rule:
-        """By its name and options, as discriminant:views=pairs:margin=0.3."""
+        """By its name and options, as discriminant:views=wholes:fallback=0.3."""
         name, *options = named.split(":")
         values: dict[str, Any] = {"name": name}
         for option in options:

@@ -171,9 +171,7 @@ class Pupil:
 
     def states(self, texts: Sequence[str]) -> Tensor:
         """The means over tokens of what the blocks make of `texts`, [texts, 2, d]."""
-        tokens = self.tokenizer(self.before(texts), truncation=True, max_length=MOST_TOKENS)[
-            "input_ids"
-        ]
+        tokens = self.tokens(texts, MOST_TOKENS)
         ids = pad_right(tokens, 0)
         mask = pad_right([[1] * len(row) for row in tokens], 0)
         with torch.autocast("cpu", torch.bfloat16):

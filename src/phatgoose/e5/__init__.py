@@ -67,12 +67,13 @@ class File:
 class PackedEmbedding(nn.Module):
     """An embedding of `blocks`, uint8 [words, blocks a word, PACKED], unpacked as it is read."""
 
-    def __init__(self, blocks: Tensor) -> None:
+    def __init__(self, blocks: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.blocks = nn.Buffer(blocks)
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return unpacked(self.blocks[ids]).flatten(-2)
+        return unpacked(self.blocks[ids]).flatten(-2).to(self.dtype)
 
 
 def unpacked(blocks: Tensor) -> Tensor:
@@ -83,8 +84,10 @@ def unpacked(blocks: Tensor) -> Tensor:
     return (weights.float() - 8) * scales
 
 
-def load_e5(blocks: int = BLOCKS, is_taught: bool = True) -> tuple[BertModel, Tokens]:
-    """The model with its first `blocks`, in float32, and what makes tokens of a text.
+def load_e5(
+    blocks: int = BLOCKS, is_taught: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[BertModel, Tokens]:
+    """The model with its first `blocks`, and what makes tokens of a text.
 
     As it was published where it isn't taught. Raises BaseModelError without the right package.
     """
@@ -115,14 +118,15 @@ def load_e5(blocks: int = BLOCKS, is_taught: bool = True) -> tuple[BertModel, To
     with torch.device("meta"):
         model = BertModel(config, add_pooling_layer=False)
     tensors = _tensors(file)
-    model.embeddings.word_embeddings = PackedEmbedding(tensors["emb.word"].view(words, -1, PACKED))
+    packed = tensors["emb.word"].view(words, -1, PACKED)
+    model.embeddings.word_embeddings = PackedEmbedding(packed, dtype)
     model.load_state_dict(_named(tensors, model, blocks), assign=True)
     # Neither is among the parameters, and so neither was made.
     model.embeddings.position_ids = torch.arange(positions)[None]
     model.embeddings.token_type_ids = torch.zeros(1, positions, dtype=torch.long)
     if is_taught:
         _teach(model)
-    return model, tokens
+    return model.to(dtype), tokens
 
 
 def _teach(model: BertModel) -> None:

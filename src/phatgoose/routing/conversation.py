@@ -10,6 +10,7 @@ the paper.
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,8 @@ BLANK_LINE = re.compile(r"\n\s*\n")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 LEAST_WORDS = 3  # of a sentence that is read by itself
 LEAST_SIGNS = 8  # the same where words aren't divided
-MOST_PARTS = 24  # of a text, half of them pairs
+MOST_SENTENCES = 12  # of a text
+MOST_LINES = 6  # of several sentences, half of them from each end
 # Chosen on one of several sets of texts, written by as many hands (docs/routers.md).
 MARGIN = 0.2  # by how much more a part must lead than a whole text
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
@@ -58,38 +60,37 @@ class Views(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> Views:
-        """Of a text with several paragraphs both ends, and of one with several sentences parts."""
+        """Of a text with several paragraphs both ends, and of one with several sentences parts.
+
+        Parts are sentences, and lines of several sentences.
+        """
         paragraphs = BLANK_LINE.split(text.strip())
         ends = (paragraphs[0], paragraphs[-1]) if len(paragraphs) > 1 else ()
-        sentences = _sentences(text)
+        wholes = (text, *ends)
+        lines = {line.strip(): _sentences(line) for line in text.splitlines()}
+        sentences = list(itertools.chain.from_iterable(lines.values()))
         if len(sentences) < 2:
-            return cls((text, *ends))
-        chosen = _nearest_to_breaks(sentences)
-        singles = [sentences[number].text for number in chosen]
-        pairs = [
-            f"{sentences[number].text} {sentences[number + 1].text}"
-            for number in chosen
-            if number + 1 in chosen
-        ]
-        return cls((text, *ends), (*singles, *pairs))
+            return cls(wholes)
+        read = {whole.strip() for whole in wholes}
+        longer = [line for line, row in lines.items() if len(row) > 1 and line not in read]
+        if len(longer) > MOST_LINES:
+            half = MOST_LINES // 2
+            longer = [*longer[:half], *longer[-half:]]
+        return cls(wholes, (*_nearest_to_breaks(sentences), *longer))
 
 
 class Sentence(NamedTuple):
-    """A sentence or line, and how many sentences of its line are before or after it, the fewer."""
+    """A sentence, and how many sentences of its line are before or after it, the fewer."""
 
     text: str
     inside: int
 
 
-def _sentences(text: str) -> list[Sentence]:
-    """The sentences and lines of `text` that say something."""
-    sentences = list[Sentence]()
-    for line in text.splitlines():
-        rows = [row.strip() for row in SENTENCE_END.split(line)]
-        told = [row for row in rows if _says_something(row)]
-        for number, row in enumerate(told):
-            sentences.append(Sentence(row, min(number, len(told) - 1 - number)))
-    return sentences
+def _sentences(line: str) -> list[Sentence]:
+    """The sentences of `line` that say something."""
+    rows = [row.strip() for row in SENTENCE_END.split(line)]
+    told = [row for row in rows if _says_something(row)]
+    return [Sentence(row, min(at, len(told) - 1 - at)) for at, row in enumerate(told)]
 
 
 def _says_something(row: str) -> bool:
@@ -97,15 +98,15 @@ def _says_something(row: str) -> bool:
     return len(row.split()) >= LEAST_WORDS or (is_undivided and len(row) >= LEAST_SIGNS)
 
 
-def _nearest_to_breaks(sentences: Sequence[Sentence]) -> list[int]:
-    """The numbers of those that are read: people ask at an end of a line, or of the text."""
+def _nearest_to_breaks(sentences: Sequence[Sentence]) -> list[str]:
+    """Those that are read: people ask at an end of a line, or of the text."""
 
     def distance(number: int) -> tuple[int, int]:
         from_end = min(number, len(sentences) - 1 - number)
         return sentences[number].inside, from_end
 
     nearest = sorted(range(len(sentences)), key=distance)
-    return sorted(nearest[: MOST_PARTS // 2])
+    return [sentences[number].text for number in sorted(nearest[:MOST_SENTENCES])]
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def test_odd_chats_are_answered_and_read_at_bounded_cost(by_prompt, name):
     assert reply.headers["x-phatgoose-experts"]
     prompt, first = reply.json()["usage"]["prompt_tokens"], passed.get(reader, 0)
     assert passed[base] == prompt
-    # Of the reader's tokens, which are several bytes: whole, both ends, sentences and their pairs.
+    # Of the reader's tokens, which are several bytes: whole, both ends, sentences and lines.
     assert (first > 0) == (name != "nothing")
     assert first <= prompt
     by_prompt.post(CHATS, json=body)

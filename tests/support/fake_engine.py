@@ -46,6 +46,7 @@ class FakeEngine:
         self.requests, self.loaded, self.go_on = [], [], threading.Event()
         self.open = self.sent = self.port = 0  # answers being given; events of an endless one
         self.context, self.breaks, self.base = 512, BREAKS, BASE
+        self.root = self.said = None  # of what its base is by its card, and by the operator
 
     def start(self):
         self.connections = set()
@@ -97,6 +98,7 @@ class FakeEngine:
         """What the engine says of itself."""
         card = {"owned_by": OWNERS[self.kind], "parent": BASE}
         base = {**card, "id": self.base, "parent": None, "max_model_len": self.context}
+        base["root"] = self.root
         if self.kind != "llama.cpp":
             cards = [{"id": name, **card} for name in self.adapters]
             return {"/v1/models": {"data": [base, *cards]}}.get(path)
@@ -272,7 +274,7 @@ def gateway(place, engine, limits=None, *, ready=True, listens=False, **options)
     models = [ServedModel("goose", str(place), Routing(router), dtype="float32")]
     engines, keys = engine if isinstance(engine, list) else [engine], options.get("api_keys", ())
     named = {name: options.get(name) for name in ("key", "model_name", "default")}
-    upstreams = [Upstream(each.url, **named) for each in engines]
+    upstreams = [Upstream(each.url, **named, base=each.said) for each in engines]
     app = create_app(models, limits, keys, upstreams=upstreams)
     hurry(app.state.service)
     near = serving.client_of(app, raise_server_exceptions=False)

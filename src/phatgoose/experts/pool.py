@@ -22,6 +22,7 @@ from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
 
+TABLE = ".toml"  # of names and prompts alone, for a gateway
 MOST_NAMED = 8  # experts in the repr of a pool
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "prompt_statistics", "embeddings"), "stats")
@@ -39,7 +40,12 @@ class Pool(Mapping[str, Expert]):
     experts: tuple[Expert, ...]
 
     @classmethod
-    def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
+    def open(
+        cls,
+        source: Pool | Expert | str | Path | Sequence[Expert | str | Path],
+        *,
+        one_base: bool = True,
+    ) -> Pool:
         """The pool in `source`, or `source` itself if it is a pool.
 
         Every expert is read and fully checked once.
@@ -49,6 +55,7 @@ class Pool(Mapping[str, Expert]):
                 the Hub ("hub:owner/name@revision"), an expert that is loaded, or a list of these. A
                 folder of PEFT adapters, or one adapter's, is read as `import_adapter` would import
                 it; an adapter that can't be routed is a warning, and an error only where none can.
+            one_base: False lets bases differ, where each expert acts alone on its own.
 
         Raises:
             PoolError: No place is given or one has no expert, two share a name, or bases differ.
@@ -69,11 +76,12 @@ class Pool(Mapping[str, Expert]):
                     f"Expert {expert.name!r} in {expert.place} has the name of the one in "
                     f"{other.place}; rename it."
                 )
-            if not same_base(expert.info.base, pool.base):
+            if one_base and not same_base(expert.info.base, pool.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
                     f"{pool._anchor.name!r} on {pool.base.id!r}; a pool has one base. If both are "
-                    f"one, import both adapters again with --fingerprint."
+                    f"one, import both adapters again with --fingerprint; else only 'phatgoose "
+                    f"serve --upstream' takes both."
                 )
             by_name[expert.name] = expert
         return pool
@@ -249,6 +257,8 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
     if not experts:
         require_pool_there(place)
         why = "".join(f" {reason}" for reason in list(refused.values())[:1])
+        if folder.suffix == TABLE or any(folder.glob(f"*/{LAYOUT.prompts}")):
+            why += " Only 'phatgoose serve --upstream' takes names and prompts without adapters."
         raise PoolError(f"No expert and no PEFT adapter in {folder} can be used.{why}")
     for left_out, why in refused.items():
         warnings.warn(f"{left_out} is left out: {why}", stacklevel=3)

@@ -14,7 +14,7 @@ from ..base.loading import load_base
 from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError
 from ..experts.hub import HubReference
-from ..experts.pool import Pool
+from ..experts.pool import TABLE, Pool
 from ..names import CONFIG, ROUTED_INFO, closest_beside
 from .compose import compose, composition_of, load, resolve_base
 from .routers.auto import BY_PROMPT, first_allowed
@@ -28,11 +28,12 @@ def is_routed(place: str | Path) -> bool:
 
 
 def is_pool(place: str | Path) -> bool:
-    """True for an expert's directory, a folder of such, or a reference to the Hub."""
+    """True for an expert's directory, a folder or a TABLE of such, or a reference to the Hub."""
     if HubReference.is_one(place):
         return True
     is_model = os.path.isfile(os.path.join(place, CONFIG)) or is_routed(place)
-    return os.path.isdir(place) and not is_model
+    is_table = str(place).endswith(TABLE) and os.path.isfile(place)
+    return is_table or (os.path.isdir(place) and not is_model)
 
 
 def require_pool(place: str | Path) -> None:

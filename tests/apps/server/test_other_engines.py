@@ -3,7 +3,7 @@
 import pytest
 
 from fake_engine import ASK, BASE, NAMES, engine_of, gateway, numbered
-from phatgoose.apps.server import ServedModel, Upstream, create_app
+from phatgoose.apps.server import Upstream
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from serving import CHATS, PATH, ask, error_of, health_of, text_of, until
@@ -92,20 +92,11 @@ def test_vllm_says_itself_what_it_has(place):
         ("reviews", None, r"--model-name is 'reviews', but must have \{expert\} once"),
         ("{expert}{expert}", None, r"must have \{expert\} once"),
         ("{name}:{expert}", None, r"may have \{base\}, as in '\{base\}:\{expert\}'"),
-        (None, "llama", "--default needs --model-name"),
     ],
 )
 def test_odd_names_are_refused_in_the_operator_s_words(model_name, default, said):
     with pytest.raises(ConfigError, match=said):
         Upstream("http://host", None, model_name, default)
-
-
-def test_pools_of_several_bases_have_no_one_name(pool_of, place):
-    places = {"goose": str(place), "duck": str(pool_of("gpt2").experts[0].directory.parent)}
-    models = [ServedModel(*each) for each in places.items()]
-    engine = Upstream("http://127.0.0.1:9", None, "{base}:{expert}", "llama")
-    with pytest.raises(ConfigError, match=r"several bases .* without \{base\}, and give --default"):
-        create_app(models, upstreams=[engine])
 
 
 def test_the_command_wants_an_engine_for_its_names(phat, place):

@@ -47,20 +47,21 @@ def serve(
     upstream: Annotated[
         list[str] | None,
         "Address of another engine that answers, vLLM or llama.cpp (repeatable), or any with "
-        "--model-name. This server chooses the pool's experts for each prompt and forwards it. The "
-        "engines' key: PHATGOOSE_UPSTREAM_KEY in the environment.",
+        "--model-name. This server chooses the pool's experts for each prompt and forwards it. "
+        "BASE=ADDRESS says which of several bases it has, if it doesn't itself. The engines' key: "
+        "PHATGOOSE_UPSTREAM_KEY in the environment.",
     ] = None,
     model_name: Annotated[
         str | None,
         "What another engine with OpenAI's protocol calls an expert, such as '{base}:{expert}' or "
-        "'{expert}'; {base} is the base as the experts name it.",
+        "'{expert}'; {base} is the expert's base as the engine names it.",
     ] = None,
     default: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The model that such an engine is asked for what fits no expert; by default what "
-            "{base} is.",
+            help="The engine's model that is asked for what fits no expert; default: the first "
+            "engine's base.",
         ),
     ] = None,
     opening: ServedOptions,
@@ -87,7 +88,7 @@ def serve(
         raise ConfigError("--model-name and --default are for an engine: give its --upstream too.")
     if upstream:  # whose engines have the base
         options.only_with("without --upstream", False, options.changed(opening, "base", "dtype"))
-    engines = [Upstream(address, key, model_name, default) for address in upstream or ()]
+    engines = [Upstream.of(written, key, model_name, default) for written in upstream or ()]
     _require_free_port(host, port)
     for served in models:
         check_known(served.routing.router)

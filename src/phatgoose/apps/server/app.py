@@ -170,10 +170,14 @@ def create_app(
 def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     """Serve `app` until SIGTERM or SIGINT, then give running requests some time to finish.
 
-    Must be called in the main thread. Raises EngineError where texts can't be read.
+    Must be called in the main thread. Raises EngineError where texts can't be read,
+    ConfigError where no engine has an expert's base.
     """
-    for process in app.state.service.texts:  # now, since uvicorn would show a traceback
+    service = app.state.service
+    for process in service.texts:  # now, since uvicorn would show a traceback
         process.start()
+    if service.backend.upstream:
+        asyncio.run(service.backend.links.require_bases())
     # uvicorn raises the signal that ended it again, which would end the process too.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

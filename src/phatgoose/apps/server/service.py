@@ -337,7 +337,8 @@ def seen_at(place: str) -> Seen:
     """The files of a pool or a model with their sizes and times; nothing for one on the Hub."""
     inside = glob.escape(place)
     files = []
-    for path in sorted(glob.glob(f"{inside}/*") + glob.glob(f"{inside}/*/*")):  # links may loop
+    inner = sorted(glob.glob(f"{inside}/*") + glob.glob(f"{inside}/*/*"))  # links may loop
+    for path in (place, *inner):
         with suppress(OSError):  # it went away since it was listed
             if os.path.isfile(path):
                 stat = os.stat(path)

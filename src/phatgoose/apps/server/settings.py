@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -44,13 +44,15 @@ class Upstream:
     """The address of an engine, and its key.
 
     `model_name` is what an engine that is neither vLLM nor llama.cpp calls an expert, such as
-    "{base}:{expert}", and `default` the model that it is asked for no expert, None the base.
+    "{base}:{expert}". `default` is the model that engines are asked for no expert, None the first
+    one's base. `base` is the experts' base that the engine has, None the one that it says itself.
     """
 
     url: str
     key: str | None = field(default=None, repr=False)
     model_name: str | None = None
     default: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if not (re.fullmatch(ADDRESS, self.url) and re.fullmatch(KEY, self.key or "")):
@@ -60,10 +62,6 @@ class Upstream:
                 f"characters."
             )
         if self.model_name is None:
-            if self.default is not None:
-                raise ConfigError(
-                    "--default needs --model-name: vLLM and llama.cpp name their base themselves."
-                )
             return
         rest = self.model_name.replace(BASE_PLACE, "").replace(EXPERT_PLACE, "", 1)
         if EXPERT_PLACE not in self.model_name or "{" in rest or "}" in rest:
@@ -72,19 +70,15 @@ class Upstream:
                 f"and may have {BASE_PLACE}, as in '{BASE_PLACE}:{EXPERT_PLACE}'."
             )
 
-    def named_for(self, bases: Collection[str]) -> Upstream:
-        """The same with the experts' base for {base}. Raises ConfigError for several bases."""
-        if self.model_name is None:
-            return self
-        needs_base = BASE_PLACE in self.model_name or self.default is None
-        if needs_base and len(bases) > 1:
-            raise ConfigError(
-                f"The pools have several bases ({', '.join(sorted(bases))}): write --model-name "
-                f"without {BASE_PLACE}, and give --default."
-            )
-        base = next(iter(bases))
-        name = self.model_name.replace(BASE_PLACE, base)
-        return replace(self, model_name=name, default=self.default or base)
+    @classmethod
+    def of(
+        cls, written: str, key: str | None, model_name: str | None, default: str | None
+    ) -> Upstream:
+        """The engine of an operator's "ADDRESS" or "BASE=ADDRESS"."""
+        base, _, url = written.partition("=http")
+        if written.startswith("http") or not url:
+            return cls(written, key, model_name, default)
+        return cls(f"http{url}", key, model_name, default, base)
 
     @property
     def root(self) -> str:

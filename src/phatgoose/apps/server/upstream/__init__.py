@@ -5,27 +5,51 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+
+import httpx2
 
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
 from ....routing.choice import ALONE
-from ....routing.opening import open_chooser, require_pool
+from ....routing.opening import open_chooser
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO, WEIGHTS
 from ..backend import Backend, Served, State
 from ..guards import Metrics
-from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, Weights, bad_request, check_known
+from ..protocol import (
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    Fields,
+    Weights,
+    bad_request,
+    check_known,
+    for_clients,
+)
 from ..replies import Progress, Reply, routing_report
 from ..requests import Frame, PreparedRequest
 from ..service import numbered, seen_at
 from ..settings import ServedModel, Upstream
 from ..turns import FairQueue, Turns
-from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Events, Link, client_of
+from .engines import (
+    IS_AWAY,
+    NOT_FORWARDED,
+    Adapter,
+    Adapters,
+    AwayError,
+    Engine,
+    Events,
+    Link,
+    client_of,
+    engine_at,
+)
+from .pools import bases_of, open_pool
 
 WAITING = 64  # pieces that are held for a client that reads slowly
 SEVERAL = 4  # answers that an expert's own engine may always have more than the least busy
@@ -77,11 +101,10 @@ class ChosenPool:
     """A pool whose experts are chosen for prompts. Nothing of its base is loaded."""
 
     def __init__(self, settings: ServedModel, backend: EngineBackend) -> None:
-        require_pool(settings.place)
         self.settings = settings
         self.seen = seen_at(settings.place)
         self._backend = backend
-        opened = Pool.open(settings.place).select(settings.keep, settings.leave_out)
+        opened = open_pool(settings.place).select(settings.keep, settings.leave_out)
         self.pool = pool = opened.measured(settings.routing.reader)
         self.experts = pool.names
         self.prompts = pool.prompts
@@ -103,8 +126,9 @@ class ChosenPool:
 
     @property
     def bases(self) -> tuple[str, ...]:
-        bases = [engine.base for engine in self._backend.links.engines]
-        return self.pool.base.id, *bases
+        bases = dict.fromkeys(expert.info.base.id for expert in self.pool.experts)
+        engines = [engine.base for engine in self._backend.links.engines]
+        return *bases, *reversed(engines)
 
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
@@ -149,11 +173,11 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         self.links = links
         self._limits = limits
         self.models = {settings.name: ChosenPool(settings, self) for settings in models}
-        bases = {model.pool.base.id for model in self.models.values()}
-        for link in links.links:
-            link.upstream = link.upstream.named_for(bases)
-        self._adapters: dict[str, tuple[str, str]] = {}  # folder and hash, by expert
-        self.links.folders = self._folders_of(self.models)
+        self._hashes: dict[str, tuple[str, str]] = {}  # folder and the adapter's hash, by expert
+        links.adapters = self._adapters_of(self.models)
+        bases = {adapter.base for adapter in links.adapters.values() if adapter.base}
+        if len(bases) == 1:  # an engine of which nothing is said is taken to have it
+            links.suppose(*bases)
         self._choosing = Turns(1, limits.max_queue)
         self._running = FairQueue[asyncio.Future[None]]()
 
@@ -177,29 +201,31 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 
     async def take(self, models: Mapping[str, Served[ChooserBesideEngine]]) -> None:
         if "away" not in self.links.states:  # what no engine has may change
-            for name in self.links.lacking(self._adapters):
-                del self._adapters[name]
-        await self.links.take(self._folders_of(models))
+            for name in self.links.lacking(self._hashes):
+                del self._hashes[name]
+        await self.links.take(self._adapters_of(models))
         self.models = models
 
-    def _folders_of(self, pools: Mapping[str, Served[ChooserBesideEngine]]) -> dict[str, str]:
-        """The folders of the experts in `pools` by name.
+    def _adapters_of(self, pools: Mapping[str, Served[ChooserBesideEngine]]) -> Adapters:
+        """The adapters of the experts in `pools`.
 
         Raises ConfigError for two of one name, or one that has changed: an engine keeps the first.
         """
-        folders = {}
-        for pool in pools.values():
-            for expert in pool.pool.experts:
-                name = expert.name
-                adapter = str(expert.directory.resolve()), expert.info.adapter_sha256
-                other = self._adapters.setdefault(name, adapter)
-                if other != adapter:
-                    raise ConfigError(
-                        f"Two experts are called {name!r}: {other[0]} and {adapter[0]}, there or "
-                        f"as it was before. An engine knows them by name, so rename one."
-                    )
-                folders[name] = adapter[0]
-        return folders
+        adapters = {}
+        experts = [expert for pool in pools.values() for expert in pool.pool.experts]
+        bases = bases_of(experts)
+        for expert in experts:
+            name = expert.name
+            folder = str(expert.directory.resolve())
+            adapter = folder, expert.info.adapter_sha256
+            other = self._hashes.setdefault(name, adapter)
+            if other != adapter:
+                raise ConfigError(
+                    f"Two experts are called {name!r}: {other[0]} and {folder}, there or "
+                    f"as it was before. An engine knows them by name, so rename one."
+                )
+            adapters[name] = Adapter(folder if expert.modules else "", bases[expert.info.base])
+        return adapters
 
     def check(self, request: AnyRequest, model: Served[ChooserBesideEngine]) -> None:
         """Raise ApiError for what engines don't do, or may not be asked for."""
@@ -277,13 +303,13 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 
 
 class Links:
-    """The engines behind a gateway, which have the experts in `folders` together.
+    """The engines behind a gateway, which have the experts of `adapters` together.
 
     Where they are shared, clients don't trust each other. There are `checking` seconds between two
     looks at whether an engine is well.
     """
 
-    folders: Mapping[str, str]
+    adapters: Adapters
     checking = 2.0
 
     def __init__(
@@ -313,33 +339,76 @@ class Links:
     @property
     def is_well(self) -> bool:
         """Whether each expert is at an engine that is there."""
-        return not self.lacking(self.folders)
+        return not self.lacking(self.adapters)
 
     def lacking(self, experts: Iterable[str]) -> set[str]:
-        """Those that no engine has."""
-        return set(experts).difference(*(engine.ids for engine in self.engines))
+        """Those that no engine of their base has."""
+        return set(experts).difference(*(engine.held for engine in self.engines))
 
     def can(self, weights: Weights) -> bool:
         """Whether an engine can answer with these experts."""
         return any(link.can(weights) for link in self.links)
 
-    async def take(self, folders: Mapping[str, str]) -> None:
+    def suppose(self, base: str) -> None:
+        """Take engines of which nobody says what they have to have this base."""
+        for link in self.links:
+            link.base = link.upstream.base or base
+            link.upstream = replace(link.upstream, base=link.base)
+
+    @property
+    def problem(self) -> str:
+        """What can't be answered by these engines if all are there, and why; "" for nothing."""
+        engines = self.engines
+        if len(engines) < len(self.links):
+            return ""
+        bases = ", ".join(dict.fromkeys(engine.base_names[0] for engine in engines))
+        for name, adapter in self.adapters.items():
+            if not any(engine.has(adapter.base) for engine in engines):
+                return (
+                    f"Expert {name!r} is for base {adapter.base}, but the engines have {bases}; if "
+                    f"one has it, say so: --upstream BASE=ADDRESS."
+                )
+        if not self._alone():
+            return f"No engine has the --default model; they have {bases}."
+        return ""
+
+    async def require_bases(self) -> None:
+        """Raise ConfigError where there is a `problem`. An engine that is away has none yet."""
+        for link in self.links:
+            async with client_of(link.upstream) as client:
+                with suppress(httpx2.HTTPError, ConfigError):
+                    engine = await engine_at(link.upstream, client)
+                    await engine.see(client, self.adapters)
+                    link.engine = engine
+        problem = self.problem
+        for link in self.links:
+            link.engine = None
+        if problem:
+            raise ConfigError(problem)
+
+    def _alone(self, base: str | None = None) -> set[Link]:
+        """The ways to this base without experts, or else to the default."""
+        first = self.links[0]
+        name = base or first.upstream.default or first.base
+        return {link for link in self.links if link.calls(name)}
+
+    async def take(self, adapters: Adapters) -> None:
         """Have these experts from now on. Raises ConfigError for one that no engine can load."""
         links = [link for link in self.links if link.engine is not None]
-        problems = await asyncio.gather(*(link.prepare(folders) for link in links))
-        if links and self.lacking(folders):
+        problems = await asyncio.gather(*(link.prepare(adapters) for link in links))
+        if links and self.lacking(adapters):
             raise ConfigError(" ".join(filter(None, problems)) or IS_AWAY)
-        self.folders = folders
+        self.adapters = adapters
 
     async def ready(self) -> None:
         """Wait until each expert is at an engine. Raises AwayError when one isn't."""
         if not self.is_well:
             await asyncio.gather(*map(self._prepare, self.links))
         if not self.is_well:
-            raise AwayError
+            raise AwayError(for_clients(self.problem) or IS_AWAY)
 
     async def _prepare(self, link: Link) -> None:
-        problem = await link.prepare(self.folders)
+        problem = await link.prepare(self.adapters)
         if problem and problem != link.problem:  # once, not with every look
             what = " for all experts" if link.engine and len(self.links) > 1 else ""
             log.warning("The engine at %s can't be used%s: %s", link.upstream.root, what, problem)
@@ -350,7 +419,7 @@ class Links:
         async with client_of(link.upstream) as link.client:
             while True:
                 await link.check()
-                is_prepared = link.engine and link.folders is self.folders
+                is_prepared = link.engine and link.adapters is self.adapters
                 # What it can't load is tried again when the pool changes, or can't do without.
                 if not (is_prepared and self.is_well):
                     await self._prepare(link)
@@ -362,6 +431,8 @@ class Links:
         """Have an engine with these experts answer; one that gave nothing gives way to the next."""
         last = AwayError()
         left = set(self.links)
+        if not weights:
+            left = self._alone(None if prepared.mixture is None else prepared.request.model)
         while able := [link for link in self.links if link in left and link.can(weights)]:
             best = best_of(able, weights)
             left.remove(best)

@@ -16,18 +16,20 @@ import asyncio
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Set
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import PurePath
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import httpx2
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from ....base.smollm2 import SMOLLM2_ON_HUB
 from ....errors import ConfigError
 from ....files import first_line, one_line, shortened
+from ....names import SMOLLM2
 from ..protocol import (
     NO_LIMIT,
     AnyRequest,
@@ -40,7 +42,7 @@ from ..protocol import (
 )
 from ..replies import Progress, written
 from ..requests import PreparedRequest
-from ..settings import EXPERT_PLACE, UPSTREAM_KEY, Upstream
+from ..settings import BASE_PLACE, EXPERT_PLACE, UPSTREAM_KEY, Upstream
 
 CONNECTING = 5.0  # seconds for a connection
 LOOKING = 10.0  # seconds for a question about what the engine has
@@ -153,9 +155,14 @@ class _Form(BaseModel):
 
 class _Card(_Form):
     id: str
+    root: str | None = None
     parent: str | None = None
     owned_by: str = ""
     max_model_len: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.id, self.root or self.id
 
 
 class _Cards(_Form):
@@ -223,6 +230,29 @@ class _Answer(_Form):
     usage: _Usage | None = None
 
 
+class Adapter(NamedTuple):
+    """An expert's folder, "" if only engines have it, and its base, "" if that isn't known."""
+
+    folder: str
+    base: str
+
+
+Adapters: TypeAlias = Mapping[str, Adapter]  # by the experts' names
+
+
+def last_part(base: str) -> str:
+    """The end of a base's name, which experts and engines have in common."""
+    known_as = SMOLLM2_ON_HUB if base == SMOLLM2 else base
+    return PurePath(known_as).name.casefold()
+
+
+def is_called(base: str, names: Collection[str], wanted: Collection[str]) -> bool:
+    """Whether a base has one of these `names`, by its end unless several that are `wanted` have."""
+    last = last_part(base)
+    alike = [other for other in wanted if last_part(other) == last]
+    return base in names or (len(alike) < 2 and last in map(last_part, names))
+
+
 class Engine(ABC):
     """One engine's form: `look` at it, `load` into it, and the `fields` that choose experts.
 
@@ -231,7 +261,8 @@ class Engine(ABC):
     otherwise do to the probabilities; `names` has its own for other fields. `salt` is the field
     that keeps clients' cached prompts apart, "" where it has none. `health` is a path that answers
     while it is well, and `remedy` is for one that lacks experts. After a look there are the name of
-    its `base`, its `context`, and the `ids` of its adapters by name.
+    its `base`, all `base_names`, its `context`, and the `ids` of its adapters by name, of which
+    those are `held` that are for its base. `wanted` are the bases of all experts.
     """
 
     label: ClassVar[str]
@@ -242,8 +273,11 @@ class Engine(ABC):
     salt: ClassVar[str] = ""
     health: ClassVar[str] = "/health"
     base: str
+    base_names: tuple[str, ...]
     context: int | None
     ids: Mapping[str, str | int]
+    held: Set[str]
+    wanted: Collection[str] = ()
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -266,19 +300,43 @@ class Engine(ABC):
     def remedy(self) -> str:
         return f"Start it as phatgoose export --engine {self.label.lower()} writes it."
 
-    async def prepare(self, client: httpx2.AsyncClient, folders: Mapping[str, str]) -> str:
-        """Look, and load the experts in `folders` that the engine lacks.
+    def on(self, card: _Card) -> None:
+        """Take this model for the engine's base."""
+        base = self._upstream.base
+        self.base = card.id
+        self.base_names = (base,) if base else card.names
+        self.context = card.max_model_len
+
+    def has(self, base: str) -> bool:
+        """Whether it has the base that experts call so; one that isn't known it has."""
+        return not base or is_called(base, self.base_names, self.wanted)
+
+    async def see(self, client: httpx2.AsyncClient, adapters: Adapters) -> None:
+        """Look, for these experts. Raises HTTPError, ConfigError."""
+        self.wanted = {adapter.base for adapter in adapters.values() if adapter.base}
+        await self.look(client)
+        bases = {base for base in self.wanted if not self.has(base)}
+        foreign = {name for name, adapter in adapters.items() if adapter.base in bases}
+        self.held = self.ids.keys() - foreign
+
+    async def prepare(self, client: httpx2.AsyncClient, adapters: Adapters) -> str:
+        """Look, and load those of the experts for its base that the engine lacks.
 
         Returns which it lacks after all, and why; "" for none. Raises HTTPError, ConfigError.
         """
-        await self.look(client)
+        await self.see(client, adapters)
         why = "it says no reason"
-        new = folders.keys() - self.ids.keys()
+        own = [name for name, adapter in adapters.items() if self.has(adapter.base)]
+        new = [name for name in own if name not in self.ids]
         for name in new:
-            why = await self.load(client, name, folders[name]) or why
+            folder = adapters[name].folder
+            if folder:
+                why = await self.load(client, name, folder) or why
+            else:
+                why = "no adapter is here, only its prompts"
         if new:
-            await self.look(client)
-        lacking = ", ".join(name for name in folders if name not in self.ids)
+            await self.see(client, adapters)
+        lacking = ", ".join(name for name in own if name not in self.held)
         if not lacking:
             return ""
         return f"{self.label} at {self._upstream.root} lacks {lacking} ({why}). {self.remedy}"
@@ -295,8 +353,7 @@ class Vllm(Engine):
     async def look(self, client: httpx2.AsyncClient) -> None:
         cards = (await _read(client, "/v1/models", _Cards)).data
         base = next((card for card in cards if card.parent is None), cards[0])
-        self.base = base.id
-        self.context = base.max_model_len
+        self.on(base)
         self.ids = {card.id: card.id for card in cards if card.id != base.id}
 
     async def load(self, client: httpx2.AsyncClient, name: str, folder: str) -> str:
@@ -318,7 +375,7 @@ class LlamaCpp(Engine):
         adapters = await _read(client, "/lora-adapters", list[_Numbered])
         props = await _read(client, "/props", _Props)
         cards = await _read(client, "/v1/models", _Cards)
-        self.base = cards.data[0].id
+        self.on(cards.data[0])
         self.context = props.n_ctx
         self.ids = {PurePath(adapter.path).stem: adapter.id for adapter in adapters}
 
@@ -342,15 +399,20 @@ class OpenAi(Engine):
 
     async def look(self, client: httpx2.AsyncClient) -> None:
         cards = {card.id: card for card in (await _read(client, "/v1/models", _Cards)).data}
-        self.base = self._upstream.default or ""
-        if self.base not in cards:
+        default = self._upstream.default
+        own = next(filter(self._is_wanted, cards.values()), None)
+        called = own.id if own else self._upstream.base or ""
+        base = default if default in cards or not called else called
+        if base not in cards:
             listed = shortened(", ".join(cards), 300)[1:-1]
             raise ConfigError(
-                f"It has no model {shortened(self.base)} for what fits no expert; it has {listed}. "
+                f"It has no model {shortened(base)} for what fits no expert; it has {listed}. "
                 f"Name one: --default MODEL."
             )
-        self.context = cards[self.base].max_model_len
-        before, _, after = str(self._upstream.model_name).partition(EXPERT_PLACE)
+        self.on(own or cards[base])
+        self.base = base
+        template = str(self._upstream.model_name).replace(BASE_PLACE, called or base)
+        before, _, after = template.partition(EXPERT_PLACE)
         ids = dict[str, str]()
         for name in cards.keys() - {self.base}:
             expert = name[len(before) : len(name) - len(after)]
@@ -360,6 +422,12 @@ class OpenAi(Engine):
                 ids.setdefault(name, f"{before}{name}{after}")
         self.ids = ids
 
+    def _is_wanted(self, card: _Card) -> bool:
+        base = self._upstream.base
+        bases = [base] if base else self.wanted
+        is_one = any(is_called(base, card.names, self.wanted) for base in bases)
+        return is_one and card.parent is None
+
     @property
     def remedy(self) -> str:
         return f"Its models must list them as {self._upstream.model_name} (--model-name)."
@@ -368,7 +436,7 @@ class OpenAi(Engine):
 FORMS: tuple[type[Engine], ...] = (Vllm, LlamaCpp)
 
 
-async def _engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
+async def engine_at(upstream: Upstream, client: httpx2.AsyncClient) -> Engine:
     """What answers at `upstream`, not looked at yet. Raises HTTPError, ConfigError."""
     owners = {card.owned_by for card in (await _read(client, "/v1/models", _Cards)).data}
     for form in FORMS:
@@ -472,34 +540,40 @@ class Link:
         self._is_shared = is_shared
         self.engine: Engine | None = None  # not while it is away: it may hold others then
         self.busy = 0  # answers that it was asked for
-        self.folders: Mapping[str, str] = {}  # of the experts that it was last prepared for
+        self.base = upstream.base or ""  # as it was last known
+        self.adapters: Adapters = {}  # of the experts that it was last prepared for
         self.problem = ""  # why it can't be used, or not for all of them
         self._lock = asyncio.Lock()  # for whoever prepares it
 
     def is_there(self) -> bool:
         return self.engine is not None
 
+    def calls(self, base: str) -> bool:
+        """Whether the engine is there and has the base that the operator or a client calls so."""
+        return self.engine is not None and (self.engine.base == base or self.engine.has(base))
+
     def can(self, weights: Weights) -> bool:
         """Whether the engine is there, has these experts, and applies them with these weights."""
-        if self.engine is None or not weights.keys() <= self.engine.ids.keys():
+        if self.engine is None or not weights.keys() <= self.engine.held:
             return False
         return self.engine.mixes or list(weights.values()) in ([], [1.0])
 
-    async def prepare(self, folders: Mapping[str, str]) -> str:
+    async def prepare(self, adapters: Adapters) -> str:
         """Have the engine load what it lacks of these experts; why it can't, or ""."""
-        is_being_prepared = self._lock.locked() and folders is self.folders
+        is_being_prepared = self._lock.locked() and adapters is self.adapters
         async with self._lock:
-            self.folders = folders
-            if self.engine and folders.keys() <= self.engine.ids.keys():
+            self.adapters = adapters
+            if self.engine and adapters.keys() <= self.engine.held:
                 return ""  # others have prepared it
             if is_being_prepared:
                 return self.problem  # others have found it just now
             try:
-                engine = self.engine or await _engine_at(self.upstream, self.client)
-                problem = await engine.prepare(self.client, folders)
+                engine = self.engine or await engine_at(self.upstream, self.client)
+                problem = await engine.prepare(self.client, adapters)
             except Exception as error:
                 return first_line(error)
             self.engine = engine
+            self.base = engine.base_names[0]
             return problem
 
     async def check(self) -> None:
@@ -508,7 +582,9 @@ class Link:
             if self.engine:
                 reply = await _sent(self.client, "GET", self.engine.health)
                 if reply.is_success:
-                    await self.engine.look(self.client)  # another may have taken its place
+                    await self.engine.see(
+                        self.client, self.adapters
+                    )  # another may have taken its place
                     return
         self.engine = None
 

@@ -557,9 +557,10 @@ def test_sentences_are_read_by_themselves(text, parts):
 
 def test_lines_of_several_sentences_are_read_too():
     asked = "What is this about? Two sentences will do."
-    text = f"{asked}\nOne line that was pasted.\nAnother one is here. It has two sentences.\n\nThe end."
+    last = "Another one is here. It has two sentences."
+    text = f"{asked}\nOne line that was pasted.\n{last}\n\nThe end."
     views = Views.of(text)
-    assert views.parts[-2:] == (asked, "Another one is here. It has two sentences.")
+    assert views.parts[-2:] == (asked, last)
     assert len(views.parts) == len(set(views.parts)) == 7
     # The whole and its paragraphs are read anyhow.
     assert Views.of(f"{asked}\n\nThese are the minutes").parts[-1] == "These are the minutes"

@@ -264,7 +264,7 @@ HOSTILE = (
 
 @pytest.fixture
 def strangers_pool(llama_pool, tmp_path, monkeypatch):
-    """A function that writes a pool whose first experts' files name a reader; none can be loaded."""
+    """A function that writes a pool whose first experts' files name a reader; none is loaded."""
 
     def written(count: int, **fields: object) -> Path:
         place = tmp_path / "experts"
@@ -312,7 +312,7 @@ def test_a_strangers_reader_does_not_read_others_prompts(strangers_pool):
 
 @pytest.mark.parametrize("name", ["a\nb", "e5\u200b", "e5\x1b[2J", 5, None, ["e5"]])
 def test_a_name_that_is_no_printable_text_is_damage(strangers_pool, name):
-    with pytest.raises(ExpertError, match="phatgoose.json") as caught:
+    with pytest.raises(ExpertError, match=r"phatgoose\.json") as caught:
         Pool.open(strangers_pool(1, id=name))
     assert str(caught.value).isprintable()
 

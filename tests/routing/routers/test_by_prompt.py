@@ -365,7 +365,8 @@ def test_statistics_of_bases_and_of_different_readers_are_refused(llama, llama_p
         ):
             open_chooser(changed(llama_pool, 1, reader=None), router="discriminant", reader=named)
     other = replace(small_reader().reference, first=2, last=2)
-    with pytest.raises(PoolError, match=r"different readers \(minilm:1-1, minilm:2-2\); run 'phat"):
+    told = r"different readers, or .* \('minilm:1-1' of e3, 'minilm:2-2' of e1\); run 'phatgoose st"
+    with pytest.raises(PoolError, match=told):
         compose(changed(llama_pool, 1, reader=other), llama, router="discriminant")
 
 

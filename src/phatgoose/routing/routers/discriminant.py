@@ -23,7 +23,7 @@ from ...experts.adapter_files import check_parts
 from ...experts.expert import Expert
 from ...experts.pool import Pool
 from ...experts.statistics import PARTS, WHOLE
-from ...files import is_finite
+from ...files import is_finite, shortened
 from ...reader import Reader, ReaderReference, open_reader, usable_reader
 from ..conversation import base_texts, helpers_class
 from .base_classes import moments_of_base
@@ -93,12 +93,12 @@ class Discriminant(ByPrompt):
     fallback: Fallback = 0.25
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
-        readers = {_reader_of(expert) for expert in pool.experts}
+        readers = {_reader_of(expert): expert.name for expert in pool.experts}
         if len(readers) > 1:
-            named = ", ".join(sorted(map(str, readers)))
+            named = ", ".join(sorted(f"{shortened(str(r))} of {n}" for r, n in readers.items()))
             raise PoolError(
-                f"The experts' prompts were read by different readers ({named}); run 'phatgoose "
-                f"stats' on those of one of them."
+                f"The experts' prompts were read by different readers, or versions of one ({named}"
+                f"); run 'phatgoose stats' on those of one of them."
             )
         parts = [f"{WHOLE}.{part}" for part in PARTS]
         forms = {part: pool.experts[0].prompt_statistics[part].shape for part in parts}
@@ -112,7 +112,7 @@ class Discriminant(ByPrompt):
             for part in parts
         }
         rows[COUNTS] = torch.tensor([float(e.info.prompts_read or 0) for e in pool.experts])
-        return Tables(pool.names, rows, {"reader": asdict(readers.pop())})
+        return Tables(pool.names, rows, {"reader": asdict(next(iter(readers)))})
 
     def ready(self, tables: Tables) -> Ready:
         reader = open_reader(usable_reader(_recorded(tables.info), self.reader), self.reader_device)

@@ -17,8 +17,8 @@ from odd_files import one_line_of
 from phatgoose.base.identity import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, PoolError
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.importing import import_adapter, import_adapters
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader

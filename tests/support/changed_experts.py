@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from odd_files import rewrite
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from tiny import TINY_BASE
 
 SITE = "model.layers.0.self_attn.q_proj"

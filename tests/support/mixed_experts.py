@@ -11,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.identity import Base
 from phatgoose.config import IA3, Bottleneck
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
 from phatgoose.experts.lora import DoraFactors, Factors
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import placed_sites

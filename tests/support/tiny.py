@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.identity import Base, BaseReference
 from phatgoose.base.loading import load_base
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, ReaderReference, open_reader
 from phatgoose.sites import find_sites

@@ -1,7 +1,6 @@
 """Adapters and experts on disk, made and changed."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,6 @@ def make(adapter: Path, **options: Any) -> Expert:
     return Expert.from_peft(
         adapter, **{"gates": vectors_for(adapter, 1), "base": TINY_BASE, **options}
     )
-
-
-def adapter_of(expert: Path, to: Path) -> Path:
-    """A copy without what makes an adapter an expert, which `import_adapter` would refuse."""
-    return shutil.copytree(expert, to, ignore=shutil.ignore_patterns("phatgoose.*"))
 
 
 def set_config(adapter: Path, **values: object) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -169,4 +168,3 @@ def ordered(pool: Pool, names: list[str]) -> Pool:
 
 
 PRECISE, CPU = {"rtol": 1e-5, "atol": 1e-5}, torch.device("cpu")
-each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])

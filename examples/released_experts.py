@@ -30,10 +30,9 @@ from safetensors.torch import save_file
 
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError, PhatgooseError
-from phatgoose.experts.adapter_files import check_parts, read_tensors
+from phatgoose.experts.adapter_files import PEFT_FILES, check_parts, read_tensors
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.lora import LoraFactors
-from phatgoose.experts.peft_files import PEFT_FILES
 from phatgoose.files import new_directory, one_line, reading, regular_file
 from phatgoose.sites import FLOATS, find_sites
 

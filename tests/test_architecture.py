@@ -20,6 +20,7 @@ SOURCE = Path(phatgoose.__file__).parent
 # A module imports from its own entry and from those before it, wherever the import stands.
 ORDER = ("errors", "config", "files", "names", "sites", "base", "passes", "untrusted_text")
 ORDER += (
+    "entry_points",
     "tasks",
     "e5",
     "reader",

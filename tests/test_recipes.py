@@ -12,8 +12,7 @@ from phatgoose.apps.cli.options import ABOVE_TABLES, RECIPE_TABLES, read_recipe
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
 from phatgoose.tasks.task import Suite
-from phatgoose.training import train_expert as statistics_module
-from toy_embedders import toy_embed
+from toy_embedders import use_toy_embedder
 
 RECIPES = ROOT / "recipes"
 T5_XL = "google/t5-xl-lm-adapt"
@@ -76,7 +75,7 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     name, phat, tmp_path, monkeypatch, base_folders, hub_copies
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(statistics_module, "embed_texts", toy_embed)
+    use_toy_embedder(monkeypatch)
     suite, _, names = THE_PAPERS[name]
     for each, few in ((suite, names), ("t0ho", ("rte",))):
         small = Suite(each, tuple(open_suite(each).entry(task) for task in few))

@@ -115,6 +115,17 @@ def from_mapping(
         raise ConfigError(f"{where}: {error}") from error
 
 
+def read_pairs(text: str, refusal: str) -> dict[str, str]:
+    """The pairs of "NAME=VALUE,NAME=VALUE". Raises ConfigError, the `refusal`."""
+    pairs: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        name, sign, value = part.partition("=")
+        if not sign or name in pairs:
+            raise ConfigError(refusal)
+        pairs[name] = value
+    return pairs
+
+
 def closest(name: object, names: Iterable[str | None]) -> str:
     """A question such as " Did you mean 'arrow'?", if one of `names` is like `name`; else ""."""
     like = difflib.get_close_matches(str(name), filter(None, names), n=1)

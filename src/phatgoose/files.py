@@ -13,20 +13,17 @@ import stat
 import struct
 import tempfile
 import tomllib
-import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, lru_cache
-from importlib import metadata
-from itertools import filterfalse, groupby
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-import re2
 from safetensors import SafetensorError, safe_open
 
 from .errors import ErrorKind, ExpertError, PhatgooseError
@@ -221,105 +218,6 @@ def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"the key {shortened(key)} appears twice in one object")
         content[key] = value
     return content
-
-
-# Untrusted regular expressions, matched in linear time. PEFT matches patterns from an adapter's
-# config with Python's backtracking matcher, which a few nested repetitions can keep busy for ever.
-# Google's RE2 matches here instead. Patterns that RE2 can't match, or reads differently from
-# Python, are refused.
-
-LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # or one pattern
-BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
-MOST_CHARACTERS = 2000  # of one pattern
-MOST_NAMES = 20_000  # in a list or an object; each is tried at each layer
-MOST_EXPRESSIONS = 1_000  # among them
-PLAIN = re.compile(r"[\w.-]*")  # a name
-# What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
-READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
-
-OPTIONS = re2.Options()
-OPTIONS.max_mem = 2**16  # some that take more are slow to compile, or to match
-OPTIONS.log_errors = False
-OPTIONS.never_capture = True
-
-
-def check_config(config: Mapping[str, object], where: str) -> None:
-    """Raise ExpertError, naming `where`, unless all patterns and names of a PEFT `config` are
-    matchable.
-    """
-    for key, value in config.items():
-        texts = value if isinstance(value, list | dict) else [value]
-        about = f"{where}: {key} holds"
-        if len(texts) > MOST_NAMES:
-            raise ExpertError(f"{about} {len(texts)} names; at most {MOST_NAMES} are read.")
-        if key.endswith(BY_PATTERN) and isinstance(value, dict):
-            _check_patterns(value, about)
-        elif key in LISTS_OF_NAMES and isinstance(value, str):
-            _check_patterns([value], about)
-        elif key == "layers_pattern":
-            for text in filterfalse(_is_name, texts):
-                raise ExpertError(f"{about} {shortened(text)}, which is no name.")
-
-
-def _check_patterns(patterns: Iterable[str], about: str) -> None:
-    expressions = len(list(filterfalse(_is_name, patterns)))
-    if expressions > MOST_EXPRESSIONS:
-        raise ExpertError(
-            f"{about} {expressions} regular expressions; at most {MOST_EXPRESSIONS} are read."
-        )
-    for pattern in patterns:
-        if len(pattern) > MOST_CHARACTERS:
-            raise ExpertError(
-                f"{about} {shortened(pattern)}, which has {len(pattern)} characters; at most "
-                f"{MOST_CHARACTERS} are read."
-            )
-        try:
-            is_alike = not READ_DIFFERENTLY.search(pattern) and _expression(pattern)
-        except (re2.error, ValueError):  # half a character is a ValueError
-            is_alike = False
-        if not is_alike:
-            raise ExpertError(
-                f"{about} {shortened(pattern)}, which is no name or regular expression that RE2 "
-                f"matches as Python does."
-            )
-
-
-def _is_name(text: object) -> bool:
-    name = str(text or "")
-    return len(name) <= MOST_CHARACTERS and PLAIN.fullmatch(name) is not None
-
-
-def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The `names` that `pattern` matches in full. It must have passed `check_config`."""
-    return list(filter(_expression(pattern).fullmatch, names))
-
-
-def value_at(patterns: Mapping[str, Item], name: str) -> Item | None:
-    """The value of the first of `patterns` that matches `name` or its end after a dot, else None.
-
-    As PEFT reads rank_pattern and alpha_pattern (`get_pattern_key`).
-    """
-    return next((value for pattern, value in patterns.items() if _ends(name, pattern)), None)
-
-
-class ByName(dict[str, object]):
-    """Values by full layer names, in place of values by pattern in a PEFT config."""
-
-    def keys(self) -> Any:
-        # PEFT tries each key as a pattern and then looks up the layer's own name: without keys it
-        # finds the value at once.
-        return {}.keys()
-
-
-def _ends(name: str, pattern: str) -> bool:
-    if PLAIN.fullmatch(pattern):  # the usual case, and much faster
-        return name == pattern or name.endswith(f".{pattern}")
-    return _expression(rf"(?:.*\.)?(?:{pattern})").fullmatch(name) is not None
-
-
-@lru_cache(maxsize=4000)
-def _expression(pattern: str) -> re2._Regexp:
-    return re2.compile(pattern, OPTIONS)
 
 
 # Tensors, as views of a mapped file: what is used is what was checked.
@@ -589,25 +487,3 @@ def require_writable(target: Path, error: ErrorKind) -> None:
     else:
         return
     raise error(f"{target} can't be written: {why}.")
-
-
-# What other packages registered.
-
-
-def add_entry_points(group: str, registered: dict[str, Item], record: type[Item]) -> None:
-    """Add to `registered` the objects of class `record` that are registered under `group`, by name.
-
-    One that can't be loaded, is of another class, or whose name is taken or not its own, is left
-    out with a warning that names its package.
-    """
-    for point in sorted(metadata.entry_points(group=group), key=attrgetter("name")):
-        try:
-            thing = point.load()
-            is_named = getattr(thing, "name", point.name) == point.name
-            fits = isinstance(thing, record) and is_named
-            if not fits or registered.setdefault(point.name, thing) is not thing:
-                raise TypeError(f"it is no {record.__name__} of that name, or the name is taken")
-        except Exception as error:  # whatever another package's import may raise
-            package = point.dist.name if point.dist else "an unknown package"
-            why = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{group}: {point.name} of {package} is left out: {why}", stacklevel=3)

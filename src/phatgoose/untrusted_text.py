@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_SECONDS = 10.0  # for one answer, waiting for a processor included
-SECONDS = 3  # of processor time for one answer
 STARTING = 60.0  # seconds for the process to start and load the tokenizer
-MEMORY = 512 << 20  # bytes beyond those it has after its start
 MOST_BYTES = 128 << 20  # of a reply
 PACKAGES = ("transformers", "transformers.utils")
 KEPT = {"TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}  # no keys, no tokens
@@ -51,6 +49,9 @@ class UntrustedText:
 
     The process starts with the first question.
     """
+
+    seconds = 3  # of processor time for one answer
+    memory = 512 << 20  # bytes beyond those it has after its start
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from transformers import PreTrainedTokenizerFast as Fast
@@ -116,7 +117,7 @@ class UntrustedText:
         if not self._children or self._children[0].poll() is not None:
             end(self._children)
             paths = {name: [*sys.modules[name].__path__] for name in PACKAGES}
-            setup = (self._description, self._splits, paths, MEMORY, SECONDS)
+            setup = (self._description, self._splits, paths, self.memory, self.seconds)
             with reading("The tokenizer's new process", EngineError):
                 child = new_process(__name__)
                 self._children.append(child)

@@ -4,11 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from analysed import EXAMPLES, pass_alone, tallied
-from phatgoose.analysis.distribution import site_label
+from analysed import pass_alone
+from phatgoose.analysis.distribution import read_task, site_label
 from phatgoose.routing.compose import compose, composition_of
 from phatgoose.routing.recording import watch
 from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Example, Task
+
+EXAMPLES = [
+    Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
+    for number in range(5)
+]
+
+
+def tallied(model, base, budget=4096):
+    task, experts = Task("second", test=tuple(EXAMPLES)), composition_of(model).experts
+    return read_task(model, Encoder.of(base), task, experts, budget)[0]
 
 
 @pytest.mark.parametrize("budget", [1, 80, 4096])

@@ -2,14 +2,76 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from browser import browser, page_at
+from phatgoose.analysis.analyse import Analysis, RouterAnalysis
+from phatgoose.analysis.distribution import site_label
+from phatgoose.analysis.measures import Finding
 from phatgoose.analysis.page import inline_json
 from phatgoose.analysis.report import report_page, write_report
-from routing_samples import DATASETS, make_analysis, make_trace
+from phatgoose.analysis.traces import Trace, TraceStream
+from phatgoose.evaluation.evaluate import TaskScore
+from phatgoose.evaluation.metrics import Sample
+from routing_samples import make_profile, names_of, site_names
+
+WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")
+DATASETS = ("reviews", "trivia")
+
+
+def make_trace(
+    experts: int, tokens: int, stacks: Sequence[str], layers: int, seed: int = 0
+) -> Trace:
+    """A trace of two experts a token and site, that differ from layer to layer."""
+    draw = np.random.default_rng(seed)
+    streams = []
+    for stack in stacks:
+        places = tuple(site_label(site) for site in site_names([stack], layers))
+        pieces = [WORDS[i % len(WORDS)] for i in range(tokens)]
+        shape = (tokens, len(places))
+        first = (draw.zipf(1.6, size=shape) + np.arange(len(places)) // 8) % experts
+        second = (first + 1 + draw.integers(experts - 1, size=shape)) % experts
+        weight = draw.integers(128, 250, size=shape)
+        streams.append(
+            TraceStream(
+                stack or "decoder",
+                tuple(piece if i == 0 else f" {piece}" for i, piece in enumerate(pieces)),
+                tuple(int(i > tokens * 0.8) for i in range(tokens)),
+                places,
+                np.stack([first, second], axis=-1).astype(np.uint16),
+                np.stack([weight, 255 - weight], axis=-1).astype(np.uint8),
+            )
+        )
+    return Trace(names_of(experts), "phatgoose", tuple(streams))
+
+
+def scored(dataset: str, score: float) -> TaskScore:
+    """Fifty answers, of which that share is right."""
+    sample = Sample.of(["accuracy"], [[[float(i < 50 * score)]] for i in range(50)])
+    return TaskScore(dataset, "accuracy", score - 0.1, score + 0.1, sample)
+
+
+def make_analysis(
+    experts: int, *, layers: int, stacks: Sequence[str] = ("",), tokens: int = 40
+) -> Analysis:
+    names, routers = names_of(experts), {}
+    for index, router in enumerate(("phatgoose", "arrow")):
+        routers[router] = RouterAnalysis(
+            {
+                d: make_profile(experts, stacks, layers, 10 * index + i)
+                for i, d in enumerate(DATASETS)
+            },
+            {d: scored(d, score) for d, score in zip(DATASETS, (0.5, 0.62), strict=True)},
+            (Finding("never-wins", f"{names[-1]} never wins <anything>.", (names[-1],)),),
+            {d: [make_trace(experts, tokens, stacks, layers, i)] for i, d in enumerate(DATASETS)},
+        )
+    oracle = {d: names[i % experts] for i, d in enumerate(DATASETS)}
+    return Analysis(names, DATASETS, routers, oracle)
+
 
 ROUTERS = make_analysis(3, layers=1).routers
 MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "decoder")}

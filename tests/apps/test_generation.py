@@ -10,14 +10,21 @@ from phatgoose.apps.generation import explain, form_for
 from phatgoose.apps.generation import generate as written
 from phatgoose.config import Formatting, PromptFormatting
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, composition_of
 from phatgoose.tasks.task import Chat
 from routed_models import compose_by, tailed
-from topic_prompts import BEFORE, PROMPTS, read_prompts_of
+from topic_prompts import BEFORE, PROMPTS
+
+
+def read_prompts_of(model) -> list:
+    """The prompts that `model` reads from now on, call by call."""
+    router, seen = composition_of(model).chooser, []
+    choose = router.choose
+    router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
+    return seen
+
 
 NEW = 6
-
-
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from phatgoose import untrusted_text
 from phatgoose.errors import BaseModelError, EngineError
 from phatgoose.untrusted_text import UntrustedText
 from tiny import make_tokenizer, with_added
@@ -27,19 +26,19 @@ DOUBLED = (
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """Limits of a second of the processor and 64 MiB."""
-    monkeypatch.setattr(untrusted_text, "SECONDS", 1)
-    monkeypatch.setattr(untrusted_text, "MEMORY", 64 << 20)
-
-
-@pytest.fixture
 def opened():
     """Makes processes that are closed after the test."""
     with ExitStack() as stack:
         yield lambda tokenizer=None: stack.enter_context(
             closing(UntrustedText(tokenizer or make_tokenizer(final_eos=False)))
         )
+
+
+def limited(texts: UntrustedText) -> UntrustedText:
+    """`texts`, before its start, with limits of a second of the processor and 64 MiB."""
+    texts.seconds = 1
+    texts.memory = 64 << 20
+    return texts
 
 
 def chat(texts: UntrustedText, template: object, seconds: float = 10.0) -> str:
@@ -55,10 +54,8 @@ def works(texts: UntrustedText) -> None:
 
 @linux
 @pytest.mark.parametrize("template", [HOLDS_THE_LOCK, DOUBLED], ids=["power", "doubled"])
-def test_a_template_that_wants_everything_fails_and_the_next_question_is_answered(
-    short, opened, template
-):
-    texts = opened()
+def test_a_template_that_wants_everything_fails_and_the_next_question_is_answered(opened, template):
+    texts = limited(opened())
     works(texts)
     with pytest.raises(BaseModelError, match=r"template or tokenizer failed: it took too much"):
         chat(texts, template, 60)
@@ -94,12 +91,12 @@ def tokenizer_with(pre_tokenizer):
 
 
 @linux
-def test_a_tokenizer_that_wants_everything_fails(short, opened):
+def test_a_tokenizer_that_wants_everything_fails(opened):
     grows = make_tokenizer(final_eos=False)
     grows.backend_tokenizer.normalizer = normalizers.Replace("a", "b" * 100_000)
     with pytest.raises(BaseModelError, match="too much time or memory"):
-        opened(grows).read(["a" * 1000], most=1000)
-    texts = opened(tokenizer_with(pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")))
+        limited(opened(grows)).read(["a" * 1000], most=1000)
+    texts = limited(opened(tokenizer_with(pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated"))))
     with pytest.raises(BaseModelError, match="template or tokenizer failed: "):
         texts.read(["x" * 5000])
     works(texts)

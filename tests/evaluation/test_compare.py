@@ -311,15 +311,14 @@ def test_other_examples_forms_precision_or_code_are_scored_again(setting, newly,
     assert newly(["base"]) == runs_of("base")
 
 
-def test_the_version_names_the_release_and_what_decides_a_score(tmp_path, monkeypatch):
+def test_the_version_names_the_release_and_what_decides_a_score(tmp_path):
     version = code_version()
     assert re.fullmatch(rf"{re.escape(phatgoose.__version__)}\+[0-9a-f]{{12}}", version)
-    monkeypatch.setattr(comparing, "PACKAGE", tmp_path)
     for folder in ("apps", "evaluation", "routing/kernels"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("__init__.py", "evaluation/metrics.py", "routing/kernels/native.cpp"):
         (tmp_path / name).touch()
-    versions = [code_version.__wrapped__()]
+    versions = [code_version.__wrapped__(tmp_path)]
     for name, text in (
         ("apps/cli.py", "x = 2\n"),
         ("evaluation/metrics.py", "# a comment\n"),
@@ -327,7 +326,7 @@ def test_the_version_names_the_release_and_what_decides_a_score(tmp_path, monkey
         ("routing/kernels/native.cpp", "x = 2\n"),
     ):
         (tmp_path / name).write_text(text)
-        versions.append(code_version.__wrapped__())
+        versions.append(code_version.__wrapped__(tmp_path))
     assert versions[0] == versions[1] == versions[2]
     assert len(set(versions)) == 3
 

@@ -13,6 +13,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.metrics import Sample, metric
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from phatgoose.tasks.batching import can_pack
 from phatgoose.tasks.task import Example, Task
 from scored_tasks import CHOICE_TASK, greedy_text, naive_scores
 
@@ -186,7 +187,8 @@ def test_rank_classification_is_the_naive_one(base, budget):
 
 def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch):
     wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
-    monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
+    monkeypatch.setattr(llama.model.config, "sliding_window", 10**6, raising=False)
+    assert not can_pack(llama.model)
     got = evaluate(llama, CHOICE_TASK).scores[0].predictions
     for one, other in zip(got, wanted, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)

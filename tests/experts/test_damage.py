@@ -18,8 +18,8 @@ from damage import record_hashes
 from odd_files import one_line_of
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
 Damage = Callable[[Path], object]

@@ -17,6 +17,7 @@ from paths import GOLDEN, GOLDENS
 from phatgoose.base.identity import BaseReference
 from phatgoose.config import Formatting
 from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import (
     LAYOUT,
     Expert,
@@ -24,7 +25,6 @@ from phatgoose.experts.expert import (
     base_named_in,
     warn_of_other_formatting,
 )
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 
 REFERENCE_OF_GOLDEN = BaseReference("example/base", "main", "sha256:0123")
 

@@ -14,10 +14,10 @@ from fake_hub import contents, pushed_now
 from odd_files import one_line_of, rewrite
 from paths import GOLDEN
 from phatgoose.errors import ExpertError, PoolError
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, pull, push, reference_of
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 

@@ -34,9 +34,14 @@ if __name__ == "__main__":
         import phatgoose.routing.saved  # noqa: F401
 
 from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.experts.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_config,
+    matching,
+)
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.files import TensorFile, check_config, matching, read_json
+from phatgoose.files import TensorFile, read_json
 from phatgoose.names import ROUTED_INFO
 from phatgoose.routing.saved import ROUTED_WEIGHTS, read_saved
 

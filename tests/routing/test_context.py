@@ -8,23 +8,28 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from phatgoose.errors import RoutingError
 from phatgoose.passes import cache_argument
 from phatgoose.routing.compose import compose, composition_of, detach, routing_for
+from phatgoose.tasks.batching import position_ids
 from routed_models import compose_by
-from tiny import assert_same_logits
-from topic_prompts import (
-    OWNERS,
-    PROMPTS,
-    batch_of,
-    both_streams,
-    passed,
-    read_by,
-    retrieving,
-    tokens_of,
-)
+from tiny import assert_same_logits, logits_of
+from topic_prompts import OWNERS, PROMPTS, batch_of, both_streams, retrieving, tokens_of
+
+
+def passed(base, model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits at the real tokens of all rows in turn; a decoder reads what its encoder does."""
+    inputs = {"decoder_attention_mask": mask} if base.is_encoder_decoder else {}
+    inputs |= {} if base.is_encoder_decoder else {"position_ids": position_ids(mask)}
+    return logits_of(model, ids, attention_mask=mask, **inputs)[mask.bool()]
+
+
+def read_by(model) -> list[int]:
+    """The best expert of each row of the routed `model`'s present batch."""
+    return composition_of(model).context.choice.experts[:, 0].tolist()
 
 
 @retrieving

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mixed_experts import CPU, PRECISE, each_kind, mixed_output
+from mixed_experts import CPU, PRECISE, mixed_output
 from oracle import token_weights
 from phatgoose.config import ACTIVATIONS
 from phatgoose.experts.alone import applied
@@ -24,6 +24,8 @@ from phatgoose.routing.routers.router import RouterAtSite
 from phatgoose.routing.stacks import stack_of
 from phatgoose.sites import Site
 from tiny import assert_same_logits, logits_of, make_ids, peft_model, random
+
+each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
 
 
 @each_kind

@@ -3,10 +3,6 @@
 import torch
 
 import phatgoose as pg
-from phatgoose.analysis.distribution import read_task
-from phatgoose.routing.compose import composition_of
-from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Example, Task
 
 
 def task(name, count=6):
@@ -18,15 +14,6 @@ def task(name, count=6):
 
 
 TASKS = [task("first"), task("second")]
-EXAMPLES = [
-    Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
-    for number in range(5)
-]
-
-
-def tallied(model, base, budget=4096):
-    task, experts = Task("second", test=tuple(EXAMPLES)), composition_of(model).experts
-    return read_task(model, Encoder.of(base), task, experts, budget)[0]
 
 
 def pass_alone(model, pair):

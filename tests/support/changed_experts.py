@@ -1,15 +1,14 @@
 """Adapters and experts on disk, made and changed."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from odd_files import rewrite
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG
 from tiny import TINY_BASE
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -27,11 +26,6 @@ def make(adapter: Path, **options: Any) -> Expert:
     return Expert.from_peft(
         adapter, **{"gates": vectors_for(adapter, 1), "base": TINY_BASE, **options}
     )
-
-
-def adapter_of(expert: Path, to: Path) -> Path:
-    """A copy without what makes an adapter an expert, which `import_adapter` would refuse."""
-    return shutil.copytree(expert, to, ignore=shutil.ignore_patterns("phatgoose.*"))
 
 
 def set_config(adapter: Path, **values: object) -> None:

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.bottleneck import FILES
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Damage = Callable[[Path], None]
 

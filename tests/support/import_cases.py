@@ -72,32 +72,3 @@ def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(folder, save_embedding_layers=case.name == "resized embeddings")
     return folder
-
-
-PATTERNS = {"rank_pattern": {r"BLOCKS\.0\..*": 2}, "alpha_pattern": {r".*BLOCKS\.1\..*": 7}}
-DECODERS = ("llama", "gpt2")
-LOSSY = {"allow_loss": 0.0, "only": ("llama",)}
-CASES = (
-    Case("LoRA"),
-    Case("patterns of rank and alpha, rsLoRA", {"use_rslora": True, **PATTERNS}),
-    Case("a pattern of targets", {"target_modules": r".*\.BLOCKS\.1\..*\.(FIRST|FFN)"}),
-    Case("target_modules=all-linear", {"target_modules": "all-linear"}),
-    Case("exclude_modules", {"exclude_modules": r".*BLOCKS\.0\..*"}),
-    Case("layers_to_transform", {"layers_to_transform": [1], "layers_pattern": "BLOCKS"}),
-    Case("lora_bias", {"lora_bias": True}),
-    Case("DoRA", {"use_dora": True}),
-    Case("(IA)³ on outputs", {"feedforward_modules": []}, peft.IA3Config),
-    Case("(IA)³ on an input", {"feedforward_modules": ["FFN"]}, peft.IA3Config),
-    Case("(IA)³ by default", {"target_modules": None}, peft.IA3Config),
-    Case("LoHa", {"r": 2}, peft.LoHaConfig, allow_loss=0.0, only=("t5", "llama")),
-    Case("LoKr", {"r": 2}, peft.LoKrConfig, allow_loss=0.0, only=("t5", "llama")),
-    Case("FourierFT", {"n_frequency": 20}, peft.FourierFTConfig, **LOSSY),
-    Case("C3A", {"block_size": 4}, peft.C3AConfig, **LOSSY),
-    Case("DeLoRA", {"r": 4}, peft.DeloraConfig, **LOSSY),
-    # What is refused; tests/experts/test_damage.py has options that can't be routed, and tensors.
-    Case("embeddings", {"target_modules": ["FIRST", "TABLE"]}, refused="output layers are none"),
-    Case("a head", {"target_modules": ["FIRST", "lm_head"]}, refused="lm_head", only=DECODERS),
-    Case("resized embeddings", refused="wanted no such tensor"),
-    Case("prompts", {"num_virtual_tokens": 4}, peft.PromptTuningConfig, "type 'PROMPT_TUNING'"),
-    Case("OFT", {"oft_block_size": 4}, peft.OFTConfig, "of type 'OFT'", only=("llama",)),
-)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -11,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.identity import Base
 from phatgoose.config import IA3, Bottleneck
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.bottleneck import BottleneckLayers
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.ia3 import ScalingVector, scales_input
 from phatgoose.experts.lora import DoraFactors, Factors
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS, PEFT_FILES
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import placed_sites
@@ -169,4 +168,3 @@ def ordered(pool: Pool, names: list[str]) -> Pool:
 
 
 PRECISE, CPU = {"rtol": 1e-5, "atol": 1e-5}, torch.device("cpu")
-each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])

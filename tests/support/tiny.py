@@ -22,13 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.identity import Base, BaseReference
 from phatgoose.base.loading import load_base
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import Reader, ReaderReference, open_reader
 from phatgoose.sites import find_sites
-from phatgoose.tasks.encoding import TokenPair
-from phatgoose.tasks.task import Task
 
 VOCABULARY = 300
 KINDS = ("llama", "gpt2", "qwen2", "t5")  # qwen2 is the grouped-query model, with biases
@@ -203,17 +201,6 @@ def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
     ids = [(token, inner.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
     inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
-
-
-def pairs_of(base: Base, task: Task) -> list[TokenPair]:
-    space = "" if base.is_encoder_decoder else " "
-    return [
-        TokenPair(
-            base.tokenizer(e.input)["input_ids"],
-            [*base.tokenizer(space + e.target, add_special_tokens=False)["input_ids"], 1],
-        )
-        for e in task.train
-    ]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

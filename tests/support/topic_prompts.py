@@ -8,9 +8,8 @@ from torch import Tensor
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, composition_of, detach
-from phatgoose.tasks.batching import pad_left, pad_right, position_ids
+from phatgoose.tasks.batching import pad_left, pad_right
 from phatgoose.tasks.task import Example, Task
-from tiny import logits_of
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 OWNERS = ("e0", "e1", "e2", "e3", "e0")  # of the topics nearest to them
@@ -47,13 +46,6 @@ def batch_of(base, texts) -> tuple[Tensor, Tensor]:
     return pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
 
 
-def passed(base, model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits at the real tokens of all rows in turn; a decoder reads what its encoder does."""
-    inputs = {"decoder_attention_mask": mask} if base.is_encoder_decoder else {}
-    inputs |= {} if base.is_encoder_decoder else {"position_ids": position_ids(mask)}
-    return logits_of(model, ids, attention_mask=mask, **inputs)[mask.bool()]
-
-
 def by_single(base, pool: Pool, names, run) -> list:
     """`run(model, place)` for each of the names, with that expert alone."""
     results = []
@@ -76,16 +68,3 @@ def experts_of(model, texts: Sequence[str]) -> Choice:
 def scores_of(model, texts: Sequence[str]) -> Tensor:
     """The scores that the router of `model` gives all experts for these prompts."""
     return composition_of(model).chooser.score(tokens_of(model, texts))
-
-
-def read_by(model) -> list[int]:
-    """The best expert of each row of the routed `model`'s present batch."""
-    return composition_of(model).context.choice.experts[:, 0].tolist()
-
-
-def read_prompts_of(model) -> list:
-    """The prompts that `model` reads from now on, call by call."""
-    router, seen = composition_of(model).chooser, []
-    choose = router.choose
-    router.choose = lambda prompts, *a, **k: seen.append(prompts) or choose(prompts, *a, **k)
-    return seen

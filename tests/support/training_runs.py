@@ -1,6 +1,5 @@
 """Short trainings of tiny experts, interrupted anywhere, and their losses computed one by one."""
 
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -57,36 +56,6 @@ def assert_same_expert(got: Expert, wanted: Expert) -> None:
     assert (got.directory / ADAPTER).read_bytes() == (wanted.directory / ADAPTER).read_bytes()
     assert got.gates.keys() == wanted.gates.keys()
     assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
-
-
-def on_call(function: str, call: int, action):
-    """(module, name, a function in its place that does `action` on its `call`-th call)."""
-    module, _, name = function.rpartition(".")
-    original, calls = getattr(import_module(module), name), []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            action()
-        return original(*args, **kwargs)
-
-    return import_module(module), name, counted
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def interrupted(monkeypatch, base, out: Path, function: str, call: int, **options) -> None:
-    """Start a training in `out` that is interrupted in the given call."""
-    with monkeypatch.context() as patch:
-        patch.setattr(*on_call(function, call, interrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(base, out, **options)
-    assert not out.exists()
-
-
-PASS = "phatgoose.training.trainer.target_logits"
 
 
 def gated_loss(base, expert: Expert, examples) -> float:

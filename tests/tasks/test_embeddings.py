@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,22 +14,33 @@ from transformers import AutoModel, BertConfig
 from odd_files import rewrite
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
+from phatgoose.names import packaged
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
-from phatgoose.routing.routers import retrieval
-from phatgoose.tasks import embeddings
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder
+from phatgoose.tasks.embeddings import (
+    DEFAULT_EMBEDDER,
+    EMBEDDERS,
+    embed_texts,
+    load_embedder,
+    without_downloads,
+)
 from routed_models import with_embeddings
 from tiny import make_tokenizer
-from toy_embedders import toy_embed
+from toy_embedders import ToyEmbedder
 
 
 @pytest.fixture
 def loaded(monkeypatch) -> Iterator[list[str]]:
-    """The embedders that were loaded, in place of loading them."""
+    """The embedders that were loaded, toys in place of those meant."""
     names: list[str] = []
-    monkeypatch.setattr(retrieval, "load_embedder", names.append)
-    monkeypatch.setattr(retrieval, "embed_texts", toy_embed)
-    return names
+
+    def transformer(name: str, **_: object) -> ToyEmbedder:
+        names.append(name)
+        return ToyEmbedder(name)
+
+    fake = SimpleNamespace(__version__="6.0.0", SentenceTransformer=transformer)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
+    with patch.dict(EMBEDDERS, clear=True):
+        yield names
 
 
 def test_an_embedder_reads_long_texts_without_their_middle(monkeypatch):
@@ -40,7 +52,7 @@ def test_an_embedder_reads_long_texts_without_their_middle(monkeypatch):
 
     tokenizer = make_tokenizer(final_eos=True)
     reader = SimpleNamespace(max_seq_length=20, tokenizer=tokenizer, encode=encode)
-    monkeypatch.setattr(embeddings, "load_embedder", lambda _: reader)
+    monkeypatch.setitem(EMBEDDERS, "toy", reader)
     embed_texts(["one two three four five six", "one two"], "toy")
     assert texts == ["one four five six", "one two"]
 
@@ -68,7 +80,7 @@ def test_no_other_embedder_is_loaded_because_a_record_names_it(
     assert loaded == [recorded]
     detach(model)
     compose(with_embeddings(llama_pool), llama, router="retrieval")
-    assert loaded[1:] == [DEFAULT_EMBEDDER]
+    assert loaded[1:] == [packaged(DEFAULT_EMBEDDER)]
 
 
 def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp_path):
@@ -77,6 +89,7 @@ def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp
     routing = json.loads((tmp_path / "routed" / "routed.json").read_text())["routing"]
     assert "embedder" not in routing
     rewrite(tmp_path / "routed" / "routed.json", routing=routing | {"embedder": "a/b"})
+    EMBEDDERS.clear()
     del loaded[:]
     with pytest.raises(ConfigError, match="only the default embedder"):
         load(tmp_path / "routed", dtype="float32")
@@ -116,8 +129,7 @@ def test_nothing_is_downloaded_where_a_client_asks_and_no_code_is_run(monkeypatc
 
     fake = SimpleNamespace(__version__="6.0.0", SentenceTransformer=transformer)
     monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
-    embeddings.load_embedder.cache_clear()
-    with embeddings.without_downloads(), pytest.raises(ConfigError, match="it is not here"):
+    with without_downloads(), pytest.raises(ConfigError, match="it is not here"):
         load_embedder("a/b")
     with pytest.raises(ConfigError, match="Embedder 'a/b' can't be read"):
         load_embedder("a/b")

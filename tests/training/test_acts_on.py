@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from phatgoose.base.identity import Base
 from phatgoose.config import IA3, Bottleneck, Dora, GateTraining, Lora
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
@@ -15,9 +16,23 @@ from phatgoose.experts.importing import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, routing_for
 from phatgoose.tasks.batching import can_pack
+from phatgoose.tasks.encoding import TokenPair
+from phatgoose.tasks.task import Task
 from phatgoose.training.train_expert import measure, train_gates
-from tiny import logits_of, make_adapter, make_model, pairs_of
+from tiny import logits_of, make_adapter, make_model
 from training_runs import GATES, TASK, TRAINING, train
+
+
+def pairs_of(base: Base, task: Task) -> list[TokenPair]:
+    space = "" if base.is_encoder_decoder else " "
+    return [
+        TokenPair(
+            base.tokenizer(e.input)["input_ids"],
+            [*base.tokenizer(space + e.target, add_special_tokens=False)["input_ids"], 1],
+        )
+        for e in task.train
+    ]
+
 
 KINDS = {
     "lora": Lora(rank=2, alpha=4),
@@ -25,8 +40,6 @@ KINDS = {
     "bottleneck": Bottleneck(size=3),
     "dora": Dora(rank=2, alpha=4),
 }
-
-
 LATE = replace(TRAINING, acts_on="3")
 
 

@@ -15,13 +15,13 @@ from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import open_reader
 from phatgoose.routing.opening import open_chooser
 from phatgoose.tasks.batching import messages_by
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, EMBEDDERS
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.loading import load_prompts
 from phatgoose.tasks.task import Chat, Example, Task
-from phatgoose.training import train_expert as statistics_module
 from phatgoose.training.train_expert import measure, train_expert, written_prompts
 from tiny import make_adapter
-from toy_embedders import toy_embed
+from toy_embedders import use_toy_embedder
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
@@ -29,8 +29,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
-    monkeypatch.setattr(statistics_module, "embed_texts", toy_embed)
-    monkeypatch.setattr("phatgoose.training.train_expert.load_embedder", lambda _: None)
+    use_toy_embedder(monkeypatch)
 
 
 def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:
@@ -101,16 +100,13 @@ def test_what_is_not_asked_for_stays(llama, tmp_path):
 
 @pytest.mark.parametrize("form", ["prompt", "paper"])
 @pytest.mark.filterwarnings("ignore:.*cut to 3 tokens:UserWarning")
-def test_what_is_embedded_is_recorded(llama, tmp_path, monkeypatch, form):
-    seen = []
+def test_what_is_embedded_is_recorded(llama, tmp_path, form):
     expert = train(llama, tmp_path / "count", Formatting(max_input_tokens=3, truncation="right"))
-    monkeypatch.setattr(
-        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or toy_embed(texts)
-    )
     settings = GateTraining(means=False, embeddings=True, embedding_form=form)
     info = measure(expert, llama, TASK, settings).info
     assert info.embedding_form == info.hyperparameters["embedding_form"] == form
     whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]
+    seen = EMBEDDERS[DEFAULT_EMBEDDER].texts
     if form == "paper":
         assert seen == [f"Answer Choices: None, Instance: {text}" for text in whole]
     else:  # not cut, as texts come to a router

@@ -4,6 +4,8 @@ import copy
 import json
 import signal
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +22,37 @@ from phatgoose.sites import find_sites
 from phatgoose.tasks.task import Task
 from phatgoose.training.train_expert import open_work
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
-from training_runs import (
-    ADAPTER,
-    GATES,
-    LORA,
-    PASS,
-    TASK,
-    TRAINING,
-    assert_same_expert,
-    interrupted,
-    on_call,
-    train,
-    words,
-)
+from training_runs import ADAPTER, GATES, LORA, TASK, TRAINING, assert_same_expert, train, words
+
+
+def on_call(function: str, call: int, action):
+    """(module, name, a function in its place that does `action` on its `call`-th call)."""
+    module, _, name = function.rpartition(".")
+    original, calls = getattr(import_module(module), name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            action()
+        return original(*args, **kwargs)
+
+    return import_module(module), name, counted
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def interrupted(monkeypatch, base, out: Path, function: str, call: int, **options) -> None:
+    """Start a training in `out` that is interrupted in the given call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*on_call(function, call, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(base, out, **options)
+    assert not out.exists()
+
+
+PASS = "phatgoose.training.trainer.target_logits"
 
 
 def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path):

@@ -327,15 +327,15 @@ def _recorded(how: ComparisonSettings, base: Base, pool: Pool) -> dict[str, obje
 
 
 @cache
-def code_version() -> str:
+def code_version(package: Path = PACKAGE) -> str:
     """The release, and a hash of the code that decides what a score is, without comments."""
     digest = hashlib.sha256()
-    files = sorted((path.relative_to(PACKAGE).parts[0], path) for path in PACKAGE.rglob("*.py"))
+    files = sorted((path.relative_to(package).parts[0], path) for path in package.rglob("*.py"))
     for room, path in files:
         if room not in OTHERS:
             digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
-    digest.update((PACKAGE / "routing" / "kernels" / "native.cpp").read_bytes())
-    root = (PACKAGE / "__init__.py").read_text(encoding="utf-8")  # it imports this module
+    digest.update((package / "routing" / "kernels" / "native.cpp").read_bytes())
+    root = (package / "__init__.py").read_text(encoding="utf-8")  # it imports this module
     release = root.partition('__version__ = "')[2].partition('"')[0]
     return f"{release}+{digest.hexdigest()[:12]}"
 

@@ -1,9 +1,8 @@
 """Experts, and pools of them: adapters on disk with their gates and statistics.
 
-adapter_files.py  an adapter's two files; peft_files.py  PEFT's
+adapter_files.py  an adapter's two files, PEFT's or of a format of one's own
 module.py         what one expert does at one site
-alone.py          one expert on its base
-fresh.py          a new expert, about to be trained
+alone.py          one expert on its base, trained or new
 stack.py          many experts at one site; sums.py  over those that each token chose
 lora.py (and DoRA), ia3.py, bottleneck.py  the kinds
 expert.py         the expert directory, and its model card
@@ -25,10 +24,10 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import IA3, Bottleneck, Dora, Lora, Peft
-from ..files import add_entry_points
+from ..entry_points import add_entry_points
 
 if TYPE_CHECKING:
-    from .fresh import NewModules
+    from .alone import NewModules
     from .module import SiteModule
     from .stack import Part
 

@@ -1,17 +1,30 @@
-"""One expert alone on its base, with or without gates: a layer with its module at each site."""
+"""One expert alone on its base, trained or new: a layer with its module at each site.
+
+New modules start as the identity. Only parameters of the expert (and of its gates, in joint
+training) have gradients. They are float32 master copies, cast in the forward pass, so that nothing
+of the base path is upcast.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..sites import WrappedLinear, dtype_at, find_sites, replaced
+from ..base.identity import Base
+from ..config import Peft
+from ..sites import Sites, Tensors, WrappedLinear, dtype_at, find_sites, replaced
 from ..tasks.batching import where_active
 from .module import Modules, SiteModule, check_fit
+
+Settings = TypeVar("Settings", bound=Peft)
 
 
 def new_gate(layer: WrappedLinear) -> nn.Parameter:
@@ -61,3 +74,106 @@ def applied(
         layers[site] = ModifiedLinear(layer, module, dtype_at(layer, model), gated=gated)
     with replaced(model, layers):
         yield layers
+
+
+@dataclass(frozen=True)
+class FreshExpert:
+    """An expert in training: `model` is trained, then `save` writes its files to a folder.
+
+    `parts` are what is trained, by site: a module's parameters by name, float32, and as attribute
+    `gate` its joint gate or None.
+    """
+
+    model: nn.Module
+    parts: Mapping[str, nn.ParameterDict]
+    save: Callable[[Path], None]
+
+
+class NewModules(ABC, Generic[Settings]):
+    """How new modules of one kind are made and trained.
+
+    They are stored in the type of each one's layer (`dtype_at`), but for the parameters that are
+    named as `exact`, which stay float32. In training their strength passes `where_active`, so that
+    an expert can act from its prompts' end on. `on_packed` says that they can be trained on
+    quantised weights.
+    """
+
+    exact: ClassVar[tuple[str, ...]] = ()
+    on_packed: ClassVar[bool] = True
+
+    def default_sites(self, model: PreTrainedModel, settings: Settings) -> str | None:
+        """The pattern of sites for settings that name none; None for all sites."""
+        return None
+
+    @abstractmethod
+    def initial(
+        self, model: PreTrainedModel, settings: Settings, sites: Sites
+    ) -> Mapping[str, Tensors]:
+        """The parameters at the start by site and name, float32, drawn on the CPU if at random."""
+
+    @abstractmethod
+    def module(self, settings: Settings, parameters: Tensors, layer: nn.Module) -> SiteModule:
+        """The module that these parameters make on the base's linear `layer`."""
+
+    def count(self, model: PreTrainedModel, settings: Settings, sites: Sites) -> int:
+        """The number of trained parameters at `sites`, without gates."""
+        with torch.device("meta"):
+            initial = self.initial(model, settings, sites)
+        count = 0
+        for parameters in initial.values():
+            count += sum(tensor.numel() for tensor in parameters.values())
+        return count
+
+    @contextmanager
+    def create(
+        self, base: Base, settings: Settings, sites: Sites, *, joint: bool
+    ) -> Iterator[FreshExpert]:
+        """A context in which `base` has new modules at `sites`, behind gates if `joint`."""
+        model = base.model.requires_grad_(False)
+        layers = {}
+        trained = {}
+        for site, parameters in self.initial(model, settings, sites).items():
+            layer = _NewLayer(model.get_submodule(site), self, settings, parameters, joint=joint)
+            layers[site] = layer
+            trained[site] = layer.trained
+
+        def save(folder: Path) -> None:
+            modules = {}
+            for site, layer in layers.items():
+                modules[site] = layer.module(dtype_at(layer.base, model))
+            site, first = next(iter(modules.items()))
+            first.write(folder, modules, first.files.about(base, layers[site].base))
+
+        with replaced(model, layers):
+            yield FreshExpert(model, trained, save)
+
+
+class _NewLayer(WrappedLinear):
+    """A linear layer with a module in training, behind a joint gate if `joint`."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        new: NewModules[Any],
+        settings: Peft,
+        parameters: Tensors,
+        *,
+        joint: bool,
+    ) -> None:
+        super().__init__(base)
+        self.new = new
+        self.settings = settings
+        self.trained = nn.ParameterDict()
+        for name, tensor in parameters.items():  # by item: it would sort a dictionary
+            self.trained[name] = nn.Parameter(tensor.to(self.weight.device))
+        self.trained.register_parameter("gate", new_gate(self) if joint else None)
+
+    def module(self, dtype: torch.dtype) -> SiteModule:
+        parameters = {}
+        for name, parameter in self.trained.items():
+            parameters[name] = parameter if name in self.new.exact else parameter.to(dtype)
+        return self.new.module(self.settings, parameters, self.base)
+
+    def forward(self, u: Tensor) -> Tensor:
+        module = self.module(u.dtype).at(u)
+        return module.apply(self.base, u, strength_at(u, self.trained.gate))  # type: ignore[arg-type]

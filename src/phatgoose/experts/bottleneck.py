@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Sites, Tensors
 from .adapter_files import ByField, OwnFiles
-from .fresh import NewModules
+from .alone import NewModules
 from .module import SiteModule
 from .stack import Part, Product, scaled, stacked
 from .sums import dense_weights, expert_products, weighted_rows

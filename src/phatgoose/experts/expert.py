@@ -41,10 +41,15 @@ from ..reader import Reader, ReaderReference
 from ..sites import Tensors
 from ..tasks.loading import prompts_beside
 from . import kinds
-from .adapter_files import AdapterFiles, check_parts, read_tensors
+from .adapter_files import (
+    ADAPTER_CONFIG,
+    PEFT_FILES,
+    AdapterFiles,
+    check_parts,
+    read_tensors,
+)
 from .lora import Factors
 from .module import Modules
-from .peft_files import ADAPTER_CONFIG, PEFT_FILES
 from .statistics import PARTS, WHOLE, prompt_statistics_of
 
 Record = Mapping[str, Any]  # as JSON has it

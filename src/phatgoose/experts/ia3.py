@@ -30,10 +30,9 @@ from ..config import IA3
 from ..errors import ExpertError
 from ..files import JsonObject
 from ..sites import Sites, Tensors
-from .adapter_files import ByField
-from .fresh import NewModules
+from .adapter_files import PEFT_FILES, ByField
+from .alone import NewModules
 from .module import SiteModule
-from .peft_files import PEFT_FILES
 from .stack import Constant, Part, factor_of, stacked
 from .sums import weighted_rows
 

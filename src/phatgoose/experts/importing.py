@@ -44,28 +44,31 @@ from ..base.identity import BaseReference, published, recorded_id
 from ..base.loading import fingerprint_here, load_base, load_skeleton
 from ..config import READER
 from ..errors import ExpertError, PhatgooseError
-from ..files import (
-    BY_PATTERN,
-    LISTS_OF_NAMES,
-    ByName,
-    check_config,
-    matching,
-    one_line,
-    require_free,
-    shortened,
-    value_at,
-)
+from ..files import one_line, require_free, shortened
 from ..names import check_name
 from ..reader import open_reader
 from ..sites import Tensors, find_sites
-from .adapter_files import check_parts
+from .adapter_files import (
+    ACTING,
+    ADAPTER_CONFIG,
+    BY_PATTERN,
+    CONFIGS,
+    CONVERTIBLE,
+    LISTS_OF_NAMES,
+    PEFT_FILES,
+    PEFT_PREFIX,
+    ByName,
+    check_config,
+    check_parts,
+    matching,
+    value_at,
+)
 from .expert import LAYOUT, Expert, Record, read_modules
 from .expert import adapters_in as adapters_in  # of the command line
 from .hub import REFERENCE, HubReference, fetch, reference_of, reported
 from .ia3 import ScalingVector
 from .lora import DoraFactors, LoraFactors
 from .module import Modules, SiteModule, check_fit
-from .peft_files import ACTING, ADAPTER_CONFIG, CONFIGS, CONVERTIBLE, PEFT_FILES, PEFT_PREFIX
 
 UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 ADAPTER = "default"  # PEFT's name for the one adapter of a model

@@ -33,12 +33,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import INIT_STD, Lora
-from ..files import JsonObject, value_at
+from ..files import JsonObject
 from ..sites import Sites, Tensors
-from .adapter_files import ByField, OwnFiles
-from .fresh import NewModules
+from .adapter_files import PEFT_FILES, ByField, OwnFiles, value_at
+from .alone import NewModules
 from .module import Modules, SiteModule
-from .peft_files import PEFT_FILES
 from .stack import Constant, Part, Product, factor_of, scaled, stacked
 from .sums import weighted_rows
 

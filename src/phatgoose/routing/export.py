@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from ..base.identity import Base
 from ..base.loading import quiet_loading
 from ..errors import RoutingError
+from ..experts.adapter_files import PEFT_FILES
 from ..experts.lora import LoraFactors
-from ..experts.peft_files import PEFT_FILES
 from ..experts.stack import Constant
 from ..files import new_directory, require_free
 from ..sites import replaced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -109,9 +108,13 @@ def without_downloads() -> AbstractContextManager[None]:
     return in_context(_offline, True)
 
 
-@functools.cache
+EMBEDDERS: dict[str, SentenceTransformer] = {}  # by name: those loaded, and any put there
+
+
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once per process, without running or unpickling its files."""
+    if embedder in EMBEDDERS:
+        return EMBEDDERS[embedder]
     try:
         import sentence_transformers as library
     except ImportError:
@@ -123,9 +126,10 @@ def load_embedder(embedder: str) -> SentenceTransformer:
         )
     # An odd file of a folder makes the library raise anything.
     with reading(f"Embedder {shortened(embedder)}", ConfigError), LOADS, quiet_loading():
-        return library.SentenceTransformer(
+        model = EMBEDDERS[embedder] = library.SentenceTransformer(
             packaged(embedder),
             local_files_only=_offline.get(),
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
+    return model

@@ -30,7 +30,7 @@ from ..base.loading import fingerprint_here, load_base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from ..experts import kind_for
-from ..experts.alone import applied
+from ..experts.alone import FreshExpert, applied
 from ..experts.expert import (
     LAYOUT,
     MOST_EMBEDDINGS,
@@ -40,7 +40,6 @@ from ..experts.expert import (
     read_modules,
     recorded_formatting,
 )
-from ..experts.fresh import FreshExpert
 from ..experts.module import Modules, check_fit
 from ..files import sha256_of, write_text, writing
 from ..names import check_name

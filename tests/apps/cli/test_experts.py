@@ -10,7 +10,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as statistics_module
 from tiny import small_reader
-from toy_embedders import toy_embed
+from toy_embedders import use_toy_embedder
 
 
 def test_chats_are_read_through_the_base_s_template_by_every_command(here, phat):
@@ -60,7 +60,7 @@ def test_one_expert_of_several_tasks_is_reported_as_json(here, phat):
 
 
 def test_stats_adds_statistics_to_an_expert(here, phat, monkeypatch):
-    monkeypatch.setattr(statistics_module, "embed_texts", toy_embed)
+    use_toy_embedder(monkeypatch)
     before = Expert.load("experts/reviews")
     options = ["--task", "reviews.jsonl", *BASE[2:], "--statistics-examples", 3, "--embeddings"]
     outcome = phat("stats", "experts/reviews", *options)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from command_line import BASE, TRAIN, refused
 from command_line import snapshot as snapshot_of
 from phatgoose.apps.cli import main
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.files import sha256_of
 
 SITE = "model.layers.0.self_attn.q_proj"

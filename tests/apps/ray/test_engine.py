@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
 from phatgoose.evaluation.compare import compare
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob, train_experts

@@ -15,8 +15,8 @@ from fake_engine import ASK, BASE, CACHED, NAMES, PIECES, chosen_by, engine_of, 
 from phatgoose.apps.server import Upstream
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, PoolError
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from serving import (
     CHATS,
     JSON,

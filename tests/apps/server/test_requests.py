@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from phatgoose import untrusted_text
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.guards import (
     AT_ONCE,
@@ -382,20 +381,23 @@ DOUBLED = (
 )
 
 
-def two_bases(pool_of, template):
-    """A client of experts of one base, which has `template`, and of another as "other"."""
+def two_bases(pool_of, template, **limits):
+    """A client of experts of one base, which has `template`, and of another as "other".
+
+    `limits` are those of the processes that read texts.
+    """
     places = {"goose": folder_of(pool_of("llama")), "other": folder_of(pool_of("gpt2"))}
     app = create_app([ServedModel(n, str(p), dtype="float32") for n, p in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
+    for texts in app.state.service.texts:
+        vars(texts).update(limits)
     return client_of(app)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 @pytest.mark.parametrize("template", [POWER, DOUBLED])
-def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, monkeypatch, template):
-    monkeypatch.setattr(untrusted_text, "SECONDS", 1)
-    monkeypatch.setattr(untrusted_text, "MEMORY", 256 << 20)
-    with two_bases(pool_of, template) as client:
+def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, template):
+    with two_bases(pool_of, template, seconds=1, memory=256 << 20) as client:
         chats = [beside(error_of, client, path=CHATS, **CHAT) for _ in range(2)]
         until(lambda: health_of(client)["reading"])
         ask(client, **{**GREEDY, "model": "other"})
@@ -417,7 +419,7 @@ def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of)
         begun = time.monotonic()
         client.portal.call(client.app.state.service.close)
         assert chat.result(30)["message"] == "The server was stopped."
-        assert time.monotonic() - begun < untrusted_text.SECONDS
+        assert time.monotonic() - begun < UntrustedText.seconds
 
 
 # What is told of it.

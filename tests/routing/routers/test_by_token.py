@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from oracle import plain_scores
 from phatgoose.base.loading import load_base
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, composition_of, detach
 from phatgoose.routing.routers.arrow import arrow_vector

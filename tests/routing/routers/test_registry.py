@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 
 import pytest
 
@@ -13,8 +16,9 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.experts.pool import Pool
+from phatgoose.names import MINILM
 from phatgoose.routing.compose import compose, composition_of, detach, load, save
-from phatgoose.routing.routers import auto, registry
+from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.auto import BY_TOKEN, first_allowed, resolved
 from phatgoose.routing.routers.phatgoose import Phatgoose
 from phatgoose.routing.routers.registry import split_routers
@@ -156,6 +160,13 @@ def stripped(pool: Pool, *parts: str) -> Pool:
     return Pool((*pool.experts[:-1], replace(pool.experts[-1], **bare)))
 
 
+def make_installed(monkeypatch, there: bool) -> None:
+    """What embeds by default is installed as far as Python can tell, or not."""
+    for name in ("sentence_transformers", MINILM):
+        module = module_from_spec(ModuleSpec(name, None)) if there else None
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.mark.parametrize(
     ("lacks", "embeds", "chosen"),
     [
@@ -171,7 +182,7 @@ def stripped(pool: Pool, *parts: str) -> Pool:
 def test_auto_is_the_first_that_every_expert_allows(
     llama, llama_pool, monkeypatch, lacks, embeds, chosen
 ):
-    monkeypatch.setattr(auto, "can_embed", lambda: embeds)  # as if it were installed, or not
+    make_installed(monkeypatch, embeds)
     routing = Routing(router="auto", kernel="reference")
     pool = stripped(with_embeddings(llama_pool), *lacks)
     found = resolved(routing, pool, llama.tokenizer)
@@ -179,7 +190,7 @@ def test_auto_is_the_first_that_every_expert_allows(
 
 
 def test_an_embedder_of_a_stranger_is_passed(llama, llama_pool, monkeypatch):
-    monkeypatch.setattr(auto, "can_embed", lambda: True)
+    make_installed(monkeypatch, True)
     first, *rest = stripped(with_embeddings(llama_pool), "prompt_statistics").experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
     found = resolved(Routing(), Pool((other, *rest)), llama.tokenizer)

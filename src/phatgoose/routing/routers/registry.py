@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
-from ...config import closest
+from ...config import closest, read_pairs
 from ...errors import ConfigError
 from ...files import shortened
 
@@ -76,17 +76,6 @@ def unknown(router: str, known: Sequence[str]) -> ConfigError:
 
 
 MOST_WEIGHT = 100.0  # of one expert in a mixture, either way
-
-
-def read_pairs(text: str, refusal: str) -> dict[str, str]:
-    """The pairs of "NAME=VALUE,NAME=VALUE". Raises ConfigError, the `refusal`."""
-    pairs: dict[str, str] = {}
-    for part in text.split(",") if text else ():
-        name, sign, value = part.partition("=")
-        if not sign or name in pairs:
-            raise ConfigError(refusal)
-        pairs[name] = value
-    return pairs
 
 
 def read_mixture(text: str) -> dict[str, float]:

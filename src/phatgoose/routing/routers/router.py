@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ...config import Kernel, Routing, Settings, from_mapping, settings_of
+from ...config import Kernel, Routing, Settings, from_mapping, read_pairs, settings_of
+from ...entry_points import add_entry_points
 from ...errors import ConfigError, PoolError
 from ...experts.pool import REMEDIES, Pool
-from ...files import add_entry_points, one_line, shortened
+from ...files import one_line, shortened
 from ..choice import NOBODY
 from ..context import RoutingContext
 from ..kernels import native, triton_gpu
-from .registry import AUTO, ENTRY_POINTS, OURS, Listed, read_pairs, unknown
+from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

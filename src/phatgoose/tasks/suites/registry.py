@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from pydantic import BaseModel, Field, PositiveInt
 
 from ...config import TASK_FILES, closest
+from ...entry_points import add_entry_points
 from ...errors import TaskError
-from ...files import add_entry_points, read_table, reading, shortened
+from ...files import read_table, reading, shortened
 from ...names import HUB
 from ..loading import FILES, default_name, load_task
 from ..task import Entry, Example, Sources, Suite, Task, mix, refuse_twice

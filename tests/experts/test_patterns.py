@@ -11,9 +11,8 @@ from peft.utils.other import get_pattern_key
 from import_cases import Case, write_case
 from odd_files import one_line_of, rewrite
 from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, check_config, matching, value_at
 from phatgoose.experts.importing import import_adapter
-from phatgoose.experts.peft_files import ADAPTER_CONFIG
-from phatgoose.files import check_config, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"

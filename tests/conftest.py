@@ -7,8 +7,7 @@ import os
 
 import pytest
 
-# All are read on import, the first when torch imports triton.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# All are read on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pool of threads for each tiny base

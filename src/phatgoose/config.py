@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import metadata
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -306,7 +307,12 @@ class ScoringSettings(Settings):
 
 # How a routed model chooses experts.
 
-Kernel = Literal["auto", "reference", "concat", "gather", "grouped", "native", "triton"]
+KERNEL_POINTS = "phatgoose.kernels"  # the entry points of other packages' kernels
+if TYPE_CHECKING:
+    Kernel = str
+else:
+    OUTSIDE = sorted(metadata.entry_points(group=KERNEL_POINTS).names)
+    Kernel = Literal["auto", "reference", "concat", "gather", "grouped", "native", *OUTSIDE]
 
 
 @dataclass(frozen=True)

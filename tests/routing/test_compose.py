@@ -50,7 +50,7 @@ def assert_is_naively_routed(base, pool, k, ids, **how) -> None:
     [
         *((k, (2, 7), {}) for k in (1, 2, 3, 4)),
         (2, (1, 1), {}),
-        *((2, (2, 7), {"kernel": name}) for name in KERNELS if name != "triton"),
+        *((2, (2, 7), {"kernel": name}) for name in KERNELS),
         (2, (2, 7), {"router": "average-activation"}),
     ],
 )

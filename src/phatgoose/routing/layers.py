@@ -107,8 +107,7 @@ class RoutedLinear(RoutedLayer):
             for part, rows in stack.rows().items():
                 place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
-        is_fused = self.kernel in ("auto", "native", "triton")
-        self.one_call = self.is_plain and is_fused and bool(at_site.router.fused)
+        self.one_call = self.is_plain and bool(at_site.router.fused)
 
     @property
     def stack(self) -> SiteStack:

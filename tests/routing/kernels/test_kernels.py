@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import phatgoose
+from fake_packages import install
 from kernel_problems import (
     assert_are_the_top,
     assert_equals_reference,
@@ -15,18 +23,24 @@ from kernel_problems import (
     problems_of,
     scored,
 )
+from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
-from phatgoose.routing.kernels import KERNELS, choose_kernel
+from phatgoose.routing.kernels import (
+    KERNELS,
+    choose_kernel,
+    one_call,
+    outside_kernels,
+    top_experts_for,
+)
 from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.stacks import SiteStack, stack_of
 from phatgoose.sites import Site
 from routed_models import by_vectors
 
-ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file
 FLOATS = (torch.float32, torch.bfloat16)
 needs_native = pytest.mark.skipif(not runs_natively(torch.zeros(1)), reason="no native kernel")
-each_kernel = pytest.mark.parametrize("name", ON_CPUS)
+each_kernel = pytest.mark.parametrize("name", KERNELS)
 problems = st.integers(1, 5).flatmap(
     lambda E: problems_of(
         FLOATS,
@@ -91,13 +105,98 @@ def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monke
     assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is KERNELS[name]
 
 
-@pytest.mark.parametrize("kernel", ["native", "triton"])
-def test_a_kernel_that_can_t_take_a_tensor_is_refused_by_name(kernel):
+@pytest.mark.parametrize(
+    ("tokens", "experts", "name"),
+    [(1, 100, "gather"), (512, 8, "concat"), (32, 100, "concat"), (512, 100, "concat")],
+)
+def test_auto_on_a_gpu_takes_torch_s_and_reads_no_counts_back(tokens, experts, name, monkeypatch):
+    monkeypatch.setattr("phatgoose.routing.kernels.outside_kernels", dict)
+    p = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
+    with FakeTensorMode():
+        u = torch.empty(p.u.shape, device="cuda")
+        stacks = [torch.empty(part.shape, device="cuda") for part in (p.experts, p.A, p.B)]
+        assert choose_kernel("auto", u, *stacks) is KERNELS[name]
+        if (tokens, experts) == (512, 100):  # bfloat16 has a product that reads none
+            stacks = [part.bfloat16() for part in stacks]
+            assert choose_kernel("auto", u.bfloat16(), *stacks) is KERNELS["grouped"]
+
+
+def test_a_kernel_that_can_t_take_a_tensor_is_refused_by_name():
     p = make_problem(E=8)
-    with pytest.raises(ConfigError, match=rf"Kernel {kernel} can't take torch.int64 on cpu"):
-        choose_kernel(kernel, p.u.long(), p.experts, p.A, p.B)
+    with pytest.raises(ConfigError, match=r"Kernel native can't take torch.int64 on cpu"):
+        choose_kernel("native", p.u.long(), p.experts, p.A, p.B)
     with pytest.raises(ConfigError, match="without gradients"):
-        choose_kernel(kernel, p.u.requires_grad_(), p.experts, p.A, p.B)
+        choose_kernel("native", p.u.requires_grad_(), p.experts, p.A, p.B)
+
+
+# Of other packages
+
+MADE = """
+from phatgoose.routing.kernels import KERNELS, OutsideKernel
+
+def made(u, experts, weights, A, B):
+    return KERNELS["reference"](u, experts, weights, A, B)
+
+KERNEL = OutsideKernel(made, takes=lambda u, A, B: u.is_cpu, runs_on=lambda *tensors: True)
+"""
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A kernel of another package, on a machine without a native one; `odd` can't be loaded."""
+    points = {"made": "made_kernels:KERNEL", "odd": "made_kernels:made"}
+    install(tmp_path, monkeypatch, "made_kernels", MADE, {"phatgoose.kernels": points})
+    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
+    outside_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="odd of made-kernels is left out"):
+        yield outside_kernels()["made"]
+    outside_kernels.cache_clear()
+
+
+def test_another_package_s_kernel_is_taken_by_name_and_by_auto(made, llama_pool):
+    p = make_problem(T=3, E=8)
+    parts = (p.u, p.experts, p.A, p.B)
+    assert choose_kernel("made", *parts) is choose_kernel("auto", *parts) is made.product
+    assert choose_kernel("gather", *parts) is KERNELS["gather"]
+    assert one_call("auto", p.cotangent, p.u, (p.A[:, 0], p.A, p.B), 2) is None
+    assert top_experts_for(p.u, p.A[:, 0]) is None
+    few = make_problem(T=3, E=3)
+    assert choose_kernel("auto", few.u, few.experts, few.A, few.B) is KERNELS["concat"]
+
+
+def test_one_that_refuses_or_can_t_be_loaded_is_an_error_where_it_is_named(made):
+    p = make_problem(E=8)
+    with pytest.raises(ConfigError, match=r"Kernel made can't take torch.float32 on meta"):
+        choose_kernel("made", p.u.to("meta"), p.experts, p.A, p.B)
+    with pytest.raises(ConfigError, match="Kernel odd can't take"):
+        choose_kernel("odd", p.u, p.experts, p.A, p.B)
+
+
+def test_another_package_s_calls_are_made_where_auto_prefers_it(made, monkeypatch):
+    p = make_problem(T=3, E=8)
+    stacked = (p.A[:, 0], p.A, p.B)
+    fused = made._replace(top_experts=top_experts, add_routed=add_routed)
+    monkeypatch.setitem(outside_kernels(), "made", fused)
+    assert top_experts_for(p.u, p.A[:, 0]) is top_experts
+    taken = {name: one_call(name, p.cotangent, p.u, stacked, 2) for name in ("auto", "made")}
+    assert taken == {"auto": add_routed, "made": add_routed}
+    assert one_call("auto", p.cotangent, p.u, stacked, 8) is None
+    assert one_call("made", p.cotangent, p.u, stacked, 8) is add_routed
+    assert one_call("concat", p.cotangent, p.u, stacked, 2) is None
+
+
+def test_a_named_kernel_of_another_package_is_a_setting(tmp_path, monkeypatch):
+    """In a process of its own, since names are read when settings are first imported."""
+    points = {"phatgoose.kernels": {"made": "made_kernels:KERNEL"}}
+    install(tmp_path, monkeypatch, "made_kernels", MADE, points)
+    code = "from phatgoose.config import Routing; print(Routing(kernel='made').kernel)"
+    paths = os.pathsep.join([str(tmp_path), str(Path(phatgoose.__file__).parents[1])])
+    told = subprocess.check_output(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert told.decode().strip() == "made"
+    with pytest.raises(ConfigError, match="kernel is 'made', but must be 'auto', "):
+        Routing(kernel="made")
 
 
 # The native one

@@ -19,7 +19,7 @@ from ...experts.pool import REMEDIES, Pool
 from ...files import one_line, shortened
 from ..choice import NOBODY
 from ..context import RoutingContext
-from ..kernels import native, triton_gpu
+from ..kernels import top_experts_for
 from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
 
 if TYPE_CHECKING:
@@ -222,11 +222,7 @@ class Router(Settings):
             return RoutingDecision(experts, weights if active is None else weights * active)
         if self.fused and active is None:
             vectors = at_site.vectors
-            top_experts = None
-            if native.runs_natively(u, vectors):
-                top_experts = native.top_experts
-            elif triton_gpu.runs_on_triton(u, vectors):
-                top_experts = triton_gpu.top_experts
+            top_experts = top_experts_for(u, vectors)
             if top_experts is not None:
                 return RoutingDecision(*top_experts(u, vectors, at_site.k, at_site.eps))
         scores = self.scores(u, at_site)

@@ -1,4 +1,4 @@
-"""The Triton kernel: on a CPU through Triton's interpreter, which tests/conftest.py asks for.
+"""The Triton kernel: on a CPU through Triton's interpreter, which conftest.py asks for.
 
 On a machine with a GPU, all of it runs there under `TRITON_INTERPRET=0`.
 """
@@ -9,13 +9,15 @@ import os
 from importlib.util import find_spec
 from unittest import mock
 
+import phatgoose_triton.triton_gpu as module
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phatgoose_triton import KERNEL
+from phatgoose_triton.triton_gpu import add_routed, in_blocks, one_by_one, top_experts, triton_gpu
 from torch import Tensor
 
-import phatgoose.routing.kernels.triton_gpu as module
 from kernel_problems import (
     ROUNDINGS,
     Problem,
@@ -25,24 +27,14 @@ from kernel_problems import (
     problems_of,
     scored,
 )
+from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose
-from phatgoose.routing.kernels import one_call
-from phatgoose.routing.kernels.triton_gpu import (
-    add_routed,
-    in_blocks,
-    one_by_one,
-    top_experts,
-)
+from phatgoose.routing.kernels import choose_kernel, one_call, outside_kernels, top_experts_for
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 each_body = pytest.mark.parametrize("body", [one_by_one, in_blocks])
-without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-def needs_triton(test):
-    """The interpreter takes half a minute for these together."""
-    return pytest.mark.heavy(without_triton(test))
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def solve(body, problem: Problem) -> Tensor:
@@ -148,22 +140,20 @@ def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeyp
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference", router="phatgoose")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    on_a_gpu(monkeypatch)
     calls = []
-    monkeypatch.setattr(
-        "phatgoose.routing.kernels.triton_gpu.add_routed",
-        lambda *arguments: (calls.append(1), add_routed(*arguments)),
-    )
+    on_a_gpu(monkeypatch, lambda *arguments: (calls.append(1), add_routed(*arguments)))
     model = compose(llama_pool, make_model("llama"), kernel="triton", router="phatgoose").to(DEVICE)
     got = logits_of(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE))
     assert len(calls) == len(model.phatgoose.layers)
     assert_same_logits(got.cpu(), wanted)
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have choose_kernel take this machine for one with a GPU."""
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, adds=add_routed) -> None:
+    """Have choose_kernel take this machine for one with a GPU, where `adds` is the one call."""
+    assert outside_kernels()["triton"] is KERNEL, "install examples/triton-kernels"
     monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
-    monkeypatch.setattr("phatgoose.routing.kernels.triton_gpu.runs_on_triton", lambda *_: True)
+    there = KERNEL._replace(runs_on=lambda *_: True, add_routed=adds)
+    monkeypatch.setitem(outside_kernels(), "triton", there)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +165,20 @@ def test_one_call_is_made_where_triton_would_be_taken(kernel, k, taken, monkeypa
     on_a_gpu(monkeypatch)
     call = one_call(kernel, p.cotangent, p.u, (p.A[:, 0], p.A, p.B), k)
     assert call is (add_routed if taken else None)
+
+
+def test_auto_prefers_triton_on_a_gpu_alone(monkeypatch):
+    p = make_problem(T=3, E=8)
+    parts = (p.u, p.experts, p.A, p.B)
+    assert choose_kernel("auto", *parts) is not triton_gpu
+    on_a_gpu(monkeypatch)
+    assert choose_kernel("auto", *parts) is triton_gpu
+    assert top_experts_for(p.u, p.A[:, 0]) is top_experts
+
+
+def test_a_kernel_that_can_t_take_a_tensor_is_refused_by_name():
+    p = make_problem(E=8)
+    with pytest.raises(ConfigError, match=r"Kernel triton can't take torch.int64 on cpu"):
+        choose_kernel("triton", p.u.long(), p.experts, p.A, p.B)
+    with pytest.raises(ConfigError, match="without gradients"):
+        choose_kernel("triton", p.u.requires_grad_(), p.experts, p.A, p.B)

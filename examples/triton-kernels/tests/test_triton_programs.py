@@ -8,15 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
-
-from phatgoose.routing.kernels import triton_gpu as kernel
+from phatgoose_triton import triton_gpu as kernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.int64: "i64", torch.int32: "i32", int: "i32", float: "fp32"}
 TYPES |= {each: name for name, each in DTYPES.items()}
 
 
-@pytest.mark.heavy
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("target", "dtype"), [(t, d) for t in ("80", "90", "100") for d in DTYPES])
 def test_no_program_spills(target, dtype, tmp_path):

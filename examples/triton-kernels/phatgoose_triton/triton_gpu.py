@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import Stacked
+from phatgoose.routing.kernels.native import Stacked
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
 def loaded_features(itemsize: int, n: int) -> int:
     """Features of u and A [n] that a program loads at once."""
     # The most with which no program spills registers
-    # (tests/routing/kernels/test_triton_programs.py). Rows that don't begin at multiples of 16
+    # (tests/test_triton_programs.py). Rows that don't begin at multiples of 16
     # bytes are loaded number by number, into more registers.
     return (512 // itemsize if n % 16 == 0 else 64) // itemsize
 
@@ -357,7 +357,7 @@ def _programs_for(tensor: Tensor) -> Iterator[Any]:
 @cache
 def _programs() -> ModuleType | None:
     try:
-        from . import triton_programs  # an optional extra
+        from . import triton_programs
     except ImportError as error:
         logger.info("Triton can't be used, other kernels serve: %s", error)
         return None

@@ -33,6 +33,7 @@ SHARD = 256  # texts whose states are kept in one file
 READERS: Mapping[str, tuple[str, int, int]] = {
     "minilm": (MINILM, 2, 5),  # hidden states 3 to 6
     "e5": ("e5", 4, 11),  # as published, before it was taught
+    "taught": ("e5", 4, 11),  # as the package ships it
     "smollm2": (SMOLLM2, 0, 29),
     "gemma": ("gemma-3-270m", 5, 12),
     "qwen": ("qwen2.5-coder-0.5b", 10, 17),
@@ -90,7 +91,7 @@ class Reader:
 
     @property
     def is_bert(self) -> bool:
-        return self.name in ("minilm", "e5")
+        return self.name in ("minilm", "e5", "taught")
 
     @property
     def _taught(self) -> str:
@@ -110,8 +111,8 @@ class Reader:
     @cached_property
     def loaded(self) -> tuple[Tokens, Any, list[nn.Module]]:
         """What makes tokens, the model without the blocks that aren't needed, and those to read."""
-        if self.name == "e5":
-            model, tokens = load_e5(is_taught=False)
+        if self.place == "e5":
+            model, tokens = load_e5(is_taught=self.name == "taught")
             return tokens, model.eval(), self._cut(model.encoder, "layer")
         if self.is_bert:
             package = package_folder(MINILM)

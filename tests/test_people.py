@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -116,3 +118,69 @@ def test_typos_keep_words_apart_and_spaces_as_they_are(people):
 def test_braces_of_prompts_and_templates_are_text(people):
     filled = people.filled('{"a": {request}} {paste}', request="{paste}", paste="{x}")
     assert filled == '{"a": {paste}} {x}'
+
+
+PAGE = (ROOT / "docs" / "people.md").read_text(encoding="utf-8")
+(OWN_ROW,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)  # most_words
+MORE_ROWS = """
+
+def nobody(pool, chats):
+    return [None for _ in chats]
+
+
+def strange(pool, chats):
+    return ["everything" for _ in chats]
+"""
+
+
+@pytest.fixture
+def people_table(people, tmp_path, monkeypatch):
+    """`people_table.main` with a module my_rows on the path, and words as its command line."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "my_rows.py").write_text(OWN_ROW + MORE_ROWS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    import people_table
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["people_table.py", "--only", "--draws", "1", *words])
+        people_table.main()
+
+    yield run
+    for name in set(sys.modules) - before:
+        if name.startswith(("people", "my_rows")):
+            sys.modules.pop(name)
+
+
+def test_a_row_of_ones_own_is_in_the_table_beside_those_that_are_kept(
+    people_table, tmp_path, capsys
+):
+    people_table("--row", "my_rows:nobody", "--out", "mine")
+    people_table("--row", "my_rows:most_words", "--out", "mine")
+    content = json.loads((tmp_path / "mine.json").read_text())
+    nobody, most_words = (content["rows"][f"my_rows:{n}"] for n in ("nobody", "most_words"))
+    for manner, row in nobody.items():
+        assert row["right"] == float(manner.endswith("-> base")), manner
+    assert nobody["plain"]["n"] == 48  # in two pools of 24 experts
+    assert 1 / 24 < most_words["plain"]["low"] <= most_words["plain"]["right"] < 1
+    lines = (tmp_path / "mine.md").read_text().splitlines()
+    assert lines[2].startswith("| n | 48 | 48 |")
+    assert [line.split("|")[1].strip() for line in lines[3:]] == [
+        "my_rows:most_words",
+        "my_rows:nobody",
+    ]
+    assert "my_rows:nobody" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("my_rows:strange", "The row answered 'everything', which is no expert of the pool"),
+        ("my_rows:missing", "--row my_rows:missing: wanted MODULE:FUNCTION"),
+        ("no_such_module:row", "--row no_such_module:row: wanted MODULE:FUNCTION"),
+    ],
+)
+def test_a_row_that_is_none_is_told(people_table, row, told):
+    with pytest.raises(SystemExit, match=told):
+        people_table("--row", row, "--out", "mine")

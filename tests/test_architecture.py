@@ -34,7 +34,17 @@ ORDER += (
 )
 ORDER += ("__main__",)
 
-ROOT_NAMES = {"Expert", "Pool", "analyse", "compare", "compose", "detach", "evaluate", "load"}
+ROOT_NAMES = {
+    "Chooser",
+    "Expert",
+    "Pool",
+    "analyse",
+    "compare",
+    "compose",
+    "detach",
+    "evaluate",
+    "load",
+}
 ROOT_NAMES |= {"load_task", "save", "train_expert", "train_gates"}
 
 

@@ -14,6 +14,7 @@ The names, in the order of the story:
     compose        a routed model                               phatgoose.routing
     detach         the base model again                         phatgoose.routing
     save, load     a routed model to and from a folder          phatgoose.routing.compose
+    Chooser        a prompt's experts, chosen without a base    phatgoose.routing
     evaluate       zero-shot scores                             phatgoose.evaluation
     compare        many methods on whole suites                 phatgoose.evaluation
     analyse        where the tokens go, and why                 phatgoose.analysis
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate as evaluate
     from .experts.expert import Expert as Expert
     from .experts.pool import Pool as Pool
+    from .routing.chooser import Chooser as Chooser
     from .routing.compose import compose as compose
     from .routing.compose import detach as detach
     from .routing.compose import load as load
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .training.train_expert import train_gates as train_gates
 
 _HOMES = {
+    "Chooser": "routing.chooser",
     "Expert": "experts.expert",
     "Pool": "experts.pool",
     "analyse": "analysis.analyse",

@@ -385,6 +385,11 @@ class Serving(Settings):
         "what answered before, or the last message alone.",
     ] = "conversation"
     watch: Annotated[bool, "Open models again when their folder has changed."] = False
+    shadow: Annotated[
+        bool,
+        "Answer as requests ask, by the base where they name no expert, and tell in a header, the "
+        "log and metrics what would have been chosen.",
+    ] = False
     strict: Annotated[bool, "With --upstream, refuse fields that would be forwarded."] = False
     timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     max_connections: int = 1000

@@ -1,16 +1,20 @@
 """What discriminants score, by log-likelihoods of Gaussians, one prompt and expert at a time."""
 
+import random
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.pool import Pool
 from phatgoose.names import MINILM, package_folder
 from phatgoose.reader import Reader
+from phatgoose.routing.conversation import base_texts
 from routed_models import TOPICS
 from tiny import small_reader
 
@@ -115,3 +119,38 @@ def trained_on(pool: Pool, reader: Reader | None = None) -> Pool:
         texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
         experts.append(expert.with_prompts_read(reader or small_reader(), texts))
     return Pool(tuple(experts))
+
+
+def taught_in(folder: Path, pool: Pool) -> Path:
+    """A folder of `trained_on`, whose experts bring some of their prompts."""
+    for expert, topic in zip(trained_on(pool).experts, TOPICS, strict=True):
+        expert.save(folder / expert.name)
+        lines = [f"{topic} {number}" for number in range(5)]
+        (folder / expert.name / LAYOUT.prompts).write_text("\n".join(lines))
+    return folder
+
+
+FOLLOW_UP = "Shorter, please."
+
+
+def some_chats(count: int) -> list[list[dict[str, str]]]:
+    """Chats of topics, pastes, general texts and follow-ups."""
+    draw = random.Random(5)
+    general = [text for texts in base_texts().values() for text in texts]
+    chats = []
+    for _ in range(count):
+        chat = []
+        if draw.random() < 0.2:
+            chat.append({"role": "system", "content": draw.choice([*TOPICS, *general])})
+        for _ in range(draw.randint(1, 3)):
+            text = draw.choice(TOPICS if draw.random() < 0.6 else general)
+            if draw.random() < 0.3:
+                text += "\n\n" + " ".join(draw.sample(general, 2))
+            chat.append({"role": "user", "content": text})
+            chat.append({"role": "assistant", "content": "Yes."})
+        if draw.random() < 0.3:
+            chat.append({"role": "user", "content": FOLLOW_UP})
+        else:
+            chat.pop()
+        chats.append(chat)
+    return chats

@@ -44,6 +44,7 @@ class FakeEngine:
         self.kind, self.adapters, self.loads = kind, dict(adapters), loads
         self.mode, self.key, self.content, self.listed = "well", None, b"<html>", None
         self.requests, self.loaded, self.go_on = [], [], threading.Event()
+        self.headers = []
         self.open = self.sent = self.port = 0  # answers being given; events of an endless one
         self.context, self.breaks, self.base = 512, BREAKS, BASE
         self.root = self.said = None  # of what its base is by its card, and by the operator
@@ -143,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(401, {"error": {"message": "wrong key"}})
         elif "completions" in self.path:
             engine.requests.append(body)
+            engine.headers.append({name.lower(): text for name, text in self.headers.items()})
             engine.open += 1
             try:
                 self.answer(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich import table as rich
 from rich.text import Text
@@ -16,6 +17,10 @@ from ..evaluation.replay import Replay
 from ..evaluation.results import Table
 from ..experts import kinds
 from ..experts.pool import Pool
+from ..files import one_line
+from ..routing.choice import ALONE, Chosen
+
+CELL = 60  # characters of a prompt
 
 
 def drawn(table: Table) -> rich.Table:
@@ -45,6 +50,21 @@ def pool_table(pool: Pool) -> rich.Table:
         rows.append(row)
     head = ["expert", "kind", "sites", "sizes", "shares", "folder"]
     return drawn(Table(f"{len(pool)} experts for {pool.base.id}", head, rows))
+
+
+def choices_table(prompts: Sequence[str], choices: Sequence[Chosen]) -> rich.Table:
+    """A row for each prompt: who answers, by how much, before whom, and by which text."""
+    rows = []
+    for prompt, chosen in zip(prompts, choices, strict=True):
+        weights = chosen.weights or ALONE
+        experts = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+        margin = "" if chosen.margin is None else f"{chosen.margin:.2f}"
+        view = "" if chosen.view == prompt else one_line(chosen.view, CELL)
+        rows.append([one_line(prompt, CELL), experts, margin, chosen.runner_up or "", view])
+        for name, nearest in chosen.nearest.items():
+            rows += [["", "", "", name, one_line(text, CELL)] for text in nearest]
+    head = ["prompt", "expert", "margin", "runner-up", "decided by"]
+    return drawn(Table("", head, rows))
 
 
 def audit_table(report: Audit) -> rich.Table:

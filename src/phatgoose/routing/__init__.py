@@ -3,6 +3,7 @@
 compose.py       put the pool into the base; save, load
 opening.py       open a pool, a saved model or a base alike
 choice.py        what is chosen for prompts, and who chooses
+chooser.py       the choice alone, for programs with an engine of their own
 conversation.py  which of a chat's texts chooses
 context.py       the experts of the present batch
 tails.py         where those are active that act from a prompt's end on

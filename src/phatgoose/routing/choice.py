@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 from .conversation import ChatTexts
 
 NOBODY = -1  # stands among experts for none: the base's own output
-ALONE = {"base": 1.0}  # is reported where no expert acts
+BASE = "base"
+ALONE = {BASE: 1.0}  # is reported where no expert acts
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,55 @@ class PromptRouting:
         return [self.of([row]) for row in range(rows)]
 
 
-class Chooser(Protocol):
+@dataclass(frozen=True)
+class Chosen:
+    """What is chosen for one prompt, and why.
+
+    `weights` are the experts' by name, best first; none where the base answers. `view` is the text
+    that decided: a whole message, or a part of it. `scores` are those of that text by name, best
+    first, with "base" for the base's best class if the router may leave prompts to it. Both are
+    empty where no text was read. `nearest` has example prompts of the expert and the runner-up, by
+    name, those most like the view first, if they were asked for and the experts bring some.
+    """
+
+    weights: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
+    view: str = ""
+    nearest: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def expert(self) -> str:
+        """The expert that weighs most, or "base"."""
+        return next(iter(self.weights), BASE)
+
+    @property
+    def runner_up(self) -> str | None:
+        """Whose score is best of those that don't answer; None where nobody else could."""
+        answering = self.weights or ALONE
+        return next((name for name in self.scores if name not in answering), None)
+
+    @property
+    def margin(self) -> float | None:
+        """By how much the score of `expert` is above the runner-up's.
+
+        It is negative where a rule decided: an expert may answer with the base a little ahead, and
+        a follow-up is for whoever answered before.
+        """
+        if self.runner_up is None:
+            return None
+        return self.scores[self.expert] - self.scores[self.runner_up]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of this, for JSON."""
+        return {
+            "expert": self.expert,
+            "runner_up": self.runner_up,
+            "margin": self.margin,
+            **vars(self),
+        }
+
+
+class ChoosesExperts(Protocol):
     """Who chooses the experts of whole prompts; `routers.prompt.PromptChooser` is one."""
 
     name: str

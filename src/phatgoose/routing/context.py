@@ -31,7 +31,7 @@ from ..passes import (
     real_tokens,
     token_positions,
 )
-from .choice import Choice, Chooser, PromptRouting
+from .choice import Choice, ChoosesExperts, PromptRouting
 from .conversation import ChatTexts
 from .tails import IN_ANSWER, Active, PromptEnds, Tails
 
@@ -59,7 +59,7 @@ class RoutingContext:
     `tails` are those of all experts; if some act on a tail, each pass has `PromptEnds`.
     """
 
-    def __init__(self, chooser: Chooser | None, tails: Tails = ()) -> None:
+    def __init__(self, chooser: ChoosesExperts | None, tails: Tails = ()) -> None:
         self.chooser = chooser
         self._some_always_act = None in tails
         self._longest = max((tail for tail in tails if tail), default=0)

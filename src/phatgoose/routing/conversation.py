@@ -138,6 +138,8 @@ class ScoredText:
     it is nothing else, and `is_helper` whether an interface asks rather than its user.
     """
 
+    view = ""  # the text that `scores` are of
+
     def __init__(
         self,
         views: Tensor,
@@ -158,7 +160,7 @@ class ScoredText:
             leads = leads - rest[:, :-1].amax(dim=1, keepdim=True)
         by_view = leads.amax(dim=1)
         by_view[wholes:] -= 0.0 if wholes is None else MARGIN
-        view = int(by_view.argmax())
+        self.number = view = int(by_view.argmax())
         self.scores = views[view]
         self._leads = leads[view]
         self._allowances = allowances

@@ -105,33 +105,40 @@ def load_task(
 
 
 def load_prompts(places: Iterable[str]) -> Task:
-    """The task without targets of the prompts in `places`.
+    """The task without targets of the prompts in `places`, of chats the user's last message.
 
-    Each is a prompt or a file of some: a .txt with one a line, or a task's. Of a chat it is the
-    user's last message. Raises TaskError for a file that can't be read or has no prompts, and an
-    empty prompt.
+    Raises what `read_inputs` does.
     """
-    prompts = []
+    inputs = read_inputs(places)
+    return Task("prompts", tuple(Example(request_in(text), "") for text in inputs))
+
+
+def read_inputs(places: Iterable[str]) -> list[str]:
+    """The prompts in `places`, of which some may be a `Chat`.
+
+    Each place is a prompt or a file of some: a .txt with one a line, or a task's. Raises TaskError
+    for a file that can't be read or has no prompts, and an empty prompt.
+    """
+    prompts = list[str]()
     for place in places:
         path = Path(place)
         is_named = path.suffix in (LINES, *TASK_FILES) and len(place.split()) == 1
         if not (is_named or os.path.isfile(place)):
             prompts.append(place)
         elif path.suffix in TASK_FILES:
-            prompts += prompts_in(load_task(path, targets=False))
+            prompts += inputs_in(load_task(path, targets=False))
         else:
             with reading(one_line(place), TaskError):
                 lines = regular(path).read_text(encoding="utf-8-sig").split("\n")
             prompts += filter(None, map(str.strip, lines))
     if not prompts or not all(map(str.strip, prompts)) or half_character("".join(prompts)):
         raise TaskError(f"{shortened([*places])}: no prompts, or one is empty or not in UTF-8.")
-    return Task("prompts", tuple(Example(prompt, "") for prompt in prompts))
+    return prompts
 
 
-def prompts_in(task: Task) -> list[str]:
-    """The inputs of `task`, of chats the user's last message."""
+def inputs_in(task: Task) -> list[str]:
     examples = (*task.train, *task.validation, *task.test)
-    return [request_in(example.input) for example in examples]
+    return [example.input for example in examples]
 
 
 def given_tasks(source: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
@@ -343,7 +350,7 @@ def _read_prompts(path: Path) -> list[str]:
         raise ValueError(f"it has {size} bytes, and at most {MOST_BYTES} are read")
     if path.suffix == ".md":
         return _on_card(path)
-    return prompts_in(load_prompts([str(path)]))
+    return inputs_in(load_prompts([str(path)]))
 
 
 def _on_card(path: Path) -> list[str]:
@@ -373,7 +380,8 @@ def _of_widget(front: object) -> list[str]:
         row = example if isinstance(example, dict) else {"text": example}
         row = {"prompt": row.get("text"), "messages": row.get("messages")}
         with suppress(TaskError):
-            prompts += {*prompts_in(load_task([row], targets=False))} - OF_TOOLS
+            inputs = inputs_in(load_task([row], targets=False))
+            prompts += {*map(request_in, inputs)} - OF_TOOLS
     return prompts
 
 

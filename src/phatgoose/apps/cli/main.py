@@ -23,7 +23,7 @@ from .options import VOICE, with_flags
 
 HELP = """Turn a folder of LoRA adapters into one model that picks the right one by itself.
 
-Start with `phatgoose demo`, or: train, check, pool, audit, compose, generate, evaluate,
+Start with `phatgoose demo`, or: train, check, pool, audit, route, compose, generate, evaluate,
 compare, analyse, serve, export.
 """
 
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
         sharing.pull,
         routed.pool,
         routed.audit,
+        routed.route,
         routed.compose,
         sharing.export,
         routed.generate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, field
 from json import dumps
@@ -10,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from ...config import AT_LEAST_1, PromptFormatting, ScoringSettings
-from ...errors import RoutingError
-from ...files import require_free
+from ...config import AT_LEAST_1, PromptFormatting, Routing, ScoringSettings
+from ...errors import RoutingError, TaskError
+from ...files import reading, require_free
 from ...names import ROUTED_INFO, SMOLLM2, require_folder
+from ...routing.routers.registry import check_known
 from ...tasks.task import check_text, refuse_twice
 from ..console import report, say, show
 from . import options
@@ -90,6 +92,41 @@ def compose(
     if k:
         line += f", k = {k}"
     say(f"{line} -> {out}")
+
+
+def route(
+    *,
+    pool: Annotated[str, typer.Argument(help="A pool: folder or hub:OWNER/NAME.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Prompts, or files of them: a .txt with one a line, or JSONL, also of chats "
+            "(messages). By default the standard input, one a line."
+        ),
+    ] = None,
+    routing: Annotated[Routing, "kernel"],
+    explain: Annotated[bool, "Show the nearest example prompts of expert and runner-up."] = False,
+    json: options.JsonOption = None,
+) -> None:
+    """Choose a pool's experts for prompts; no base is loaded, and nothing is answered."""
+    check_known(routing.router)
+    opened = options.open_pool([Path(pool)])
+    from ...routing.chooser import Chooser
+    from ...tasks.loading import read_inputs
+    from ..tables import choices_table
+
+    lines = list[str]()
+    if not prompts:
+        with reading("the standard input", TaskError):
+            lines += filter(None, map(str.strip, sys.stdin))
+    inputs = lines or read_inputs(prompts or ())
+    chooser = Chooser.open(opened, **vars(routing))
+    choices = [chooser.choose(text, explain=explain) for text in inputs]
+    rows = [{"prompt": text, **row.to_dict()} for text, row in zip(inputs, choices, strict=True)]
+    if not report(json, {"choices": rows}, "choices"):
+        show(choices_table(inputs, choices))
+    if explain and not opened.prompts:
+        say("no expert of this pool brings example prompts (prompts.txt)", err=True)
 
 
 NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]

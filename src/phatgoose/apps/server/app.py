@@ -91,7 +91,8 @@ async def page() -> HTMLResponse:
 def routes_of(service: AnyService) -> list[tuple[str, Callable[..., object], str, Fields]]:
     """(path, endpoint, summary, options) of each route."""
     text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-    answering = {"methods": ["POST"], "responses": {200: ANSWERED}}
+    posted = {"methods": ["POST"]}
+    answering = {**posted, "responses": {200: ANSWERED}}
     return [
         ("/", page, "A page to try the models on", {"response_class": HTMLResponse}),
         ("/healthz", service.health, "Does the server work?", {}),
@@ -101,6 +102,7 @@ def routes_of(service: AnyService) -> list[tuple[str, Callable[..., object], str
         ("/v1/models/{name:path}", service.card, "One model", {}),
         ("/v1/completions", service.completions, "Continue a text", answering),
         ("/v1/chat/completions", service.chats, "Answer in a conversation", answering),
+        ("/v1/route", service.route, "Choose experts for either, and don't answer", posted),
         ("/v1/responses", service.responses, "The same in the form of responses", answering),
     ]
 

@@ -10,10 +10,13 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from ...config import Routing, Serving
 from ...experts.pool import Pool
-from .protocol import AnyRequest, Weights
+from ...routing.choice import Chosen
+from ...routing.routers.prompt import PromptChooser
+from .protocol import AnyRequest
 from .replies import Reply
 from .requests import Frame, PreparedRequest
 from .settings import ServedModel
+from .turns import Turns
 
 
 class Runner(Protocol):
@@ -21,6 +24,13 @@ class Runner(Protocol):
 
     @property
     def frame(self) -> Frame: ...
+
+    @property
+    def chooser(self) -> PromptChooser | None:
+        """None where experts are chosen for every token."""
+
+    def choose(self, prepared: PreparedRequest) -> list[Chosen]:
+        """The experts for a request's prompts, where they aren't chosen for every token."""
 
 
 R = TypeVar("R", bound=Runner)
@@ -75,6 +85,7 @@ class Backend(Protocol[R]):
 
     models: Mapping[str, Served[R]]
     upstream: bool = False  # another program computes
+    choosing: Turns  # in which experts are chosen for prompts
 
     @property
     def limits(self) -> Serving: ...
@@ -91,8 +102,12 @@ class Backend(Protocol[R]):
 
     async def begin(
         self, prepared: PreparedRequest, runner: R
-    ) -> tuple[Reply, list[Weights] | None]:
+    ) -> tuple[Reply, list[Chosen] | None]:
         """The answers, begun, and each prompt's experts, None by token. Raises ApiError."""
+
+    def applied(self, chosen: Chosen) -> Chosen:
+        """What becomes of a choice: an engine may apply a part of it."""
+        return chosen
 
     async def take(self, models: Mapping[str, Served[R]]) -> None:
         """Serve these models from now on. Raises PhatgooseError where that can't be."""

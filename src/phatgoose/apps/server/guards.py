@@ -9,7 +9,7 @@ import ipaddress
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,12 +20,14 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...routing.choice import Chosen
 from .protocol import CLIENT_GONE, ApiError, busy
 from .requests import check_body
 
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
+MARGINS = (-0.25, 0, 0.1, 0.25, 0.5, 1, 2)  # an expert's own prompts lead by about 1
 
 
 class Metrics:
@@ -47,8 +49,20 @@ class Metrics:
         self.generated = self.counter("generated_tokens", "Tokens generated.", ["model"])
         words = "Answers for whose prompts no expert was chosen."
         self.by_base = self.counter("base_answers", words, ["model"])
+        words = "Prompts by the expert that was chosen for them, or the base."
+        self.chosen = self.counter("chosen", words, ["model", "expert"])
+        words = "By how much the chosen one's score was above the runner-up's."
+        labels = ["model", "expert"]
+        self.margin = self.histogram("choice_margin", words, labels, buckets=MARGINS)
         self.waiting = self.gauge("waiting", "Answers in the queue.")
         self.running = self.gauge("running", "Answers being computed.")
+
+    def count(self, model: str, choices: Iterable[Chosen]) -> None:
+        """Count what was chosen for a model's prompts."""
+        for chosen in choices:
+            self.chosen.labels(model, chosen.expert).inc()
+            if chosen.margin is not None:
+                self.margin.labels(model, chosen.expert).observe(chosen.margin)
 
 
 ANY_HOST = "*"

@@ -15,7 +15,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedTokenizerBase
 
@@ -326,6 +335,10 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
+OF_CHATS = "a chat"  # the forms of a request to /v1/route
+OF_TEXTS = "a completion"
+
+
 class TextPart(Strict):
     """A piece of a message; two of its types are those of responses."""
 
@@ -428,6 +441,10 @@ class ChatRequest(GenerationRequest):
 
 
 AnyRequest = CompletionRequest | ChatRequest
+RouteRequest = Annotated[
+    Annotated[ChatRequest, Tag(OF_CHATS)] | Annotated[CompletionRequest, Tag(OF_TEXTS)],
+    Discriminator(lambda body: OF_CHATS if "messages" in body else OF_TEXTS),
+]
 
 
 def check_known(request: AnyRequest) -> None:

@@ -22,34 +22,43 @@ from starlette.types import Receive, Scope, Send
 
 from ...analysis.traces import TraceStream
 from ...base.detokenising import UNFINISHED
-from ...routing.choice import ALONE
+from ...routing.choice import ALONE, Chosen
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
 from .requests import PreparedRequest
 from .turns import Deadline
 
 Result = TypeVar("Result")
 EXPERTS = "X-Phatgoose-Experts"
+SHADOW = "X-Phatgoose-Shadow"
 MOST_TOKENS = "X-Phatgoose-Max-Tokens"
 MOST_OF_A_HEADER = 4000  # characters
 
 
-def headers_of(prepared: PreparedRequest, chosen: Sequence[Weights] | None) -> dict[str, str]:
+def headers_of(
+    prepared: PreparedRequest, chosen: Sequence[Chosen] | None, shadow: Sequence[Chosen] | None
+) -> dict[str, str]:
     """What is told before an answer: its most tokens, if more were asked for, and prompts' experts.
 
-    Those of two prompts are written as reviews=0.71, trivia=0.29; base=1.
+    Also those that would have been chosen.
     """
     headers = {}
     decodings = [answer.decoding for answer in prepared.answers]
     cut = [decoding.max_tokens for decoding in decodings if decoding.is_cut]
     if cut:
         headers[MOST_TOKENS] = str(min(cut))
-    if chosen is not None:
-        prompts = []
-        for experts in chosen:
-            best_first = sorted((experts or ALONE).items(), key=lambda pair: -pair[1])
-            prompts.append(", ".join(f"{name}={weight:.4g}" for name, weight in best_first))
-        headers[EXPERTS] = "; ".join(prompts)[:MOST_OF_A_HEADER]
+    for name, choices in ((EXPERTS, chosen), (SHADOW, shadow)):
+        if choices is not None:
+            headers[name] = in_a_line(choices)[:MOST_OF_A_HEADER]
     return headers
+
+
+def in_a_line(choices: Sequence[Chosen]) -> str:
+    """The experts of two prompts as reviews=0.71, trivia=0.29; base=1."""
+    prompts = []
+    for chosen in choices:
+        best_first = sorted((chosen.weights or ALONE).items(), key=lambda pair: -pair[1])
+        prompts.append(", ".join(f"{name}={weight:.4g}" for name, weight in best_first))
+    return "; ".join(prompts)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from ...tasks.task import said_in
 from ...untrusted_text import MOST_SECONDS, UntrustedText
 from . import protocol
 from .protocol import (
+    OF_CHATS,
+    OF_TEXTS,
     SEEDS,
     AnyRequest,
     ApiError,
@@ -69,7 +71,8 @@ def _is_small(body: bytes) -> bool:
 def invalid(error: RequestValidationError) -> ApiError:
     """The first error of a request; names of fields are cut."""
     first = error.errors()[0]
-    place = [shortened(str(part), protocol.SHOWN)[1:-1] for part in first["loc"][1:]]
+    parts = [part for part in first["loc"][1:] if part not in (OF_CHATS, OF_TEXTS)]
+    place = [shortened(str(part), protocol.SHOWN)[1:-1] for part in parts]
     if not place:
         return bad_request(first["msg"], code=protocol.INVALID)
     return bad_request(f"{'.'.join(place)}: {first['msg']}", place[0], protocol.INVALID)
@@ -156,6 +159,7 @@ class PreparedRequest:
     """A request to a model, read; a `mixture` of experts stands for what its router chooses.
 
     `experts` are those of the model that its client may use. `builder` builds the response.
+    `trace` are headers that an engine gets along.
     """
 
     request: AnyRequest
@@ -166,6 +170,7 @@ class PreparedRequest:
     deadline: Deadline
     experts: tuple[str, ...]
     builder: Callable[..., Any]
+    trace: Mapping[str, str]
 
 
 def _read_calls(messages: list[Fields], shows_calls: bool) -> None:

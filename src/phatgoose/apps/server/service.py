@@ -9,9 +9,10 @@ import asyncio
 import glob
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Generic, NamedTuple, Self
@@ -26,6 +27,8 @@ from ...config import Routing, closest
 from ...errors import ConfigError, PhatgooseError
 from ...experts.pool import Pool
 from ...files import one_line, shortened
+from ...routing.choice import Chosen
+from ...routing.chooser import with_nearest
 from ...routing.routers.fixed import mixture_of
 from ...routing.routers.registry import AUTO, WEIGHTS
 from ...routing.routers.router import check_served, router_of
@@ -43,7 +46,7 @@ from .protocol import (
     bad_request,
     busy,
 )
-from .replies import Builder, EventStream, Reply, headers_of, unless_gone
+from .replies import Builder, EventStream, Reply, headers_of, in_a_line, unless_gone
 from .requests import PreparedRequest, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS
@@ -51,6 +54,8 @@ from .turns import Deadline, Turns, in_thread
 
 MOST_NAME = 80  # characters of a name that an error repeats
 SHOWN = 3  # example prompts
+TRACE = ("traceparent", "tracestate")  # headers of W3C's, which engines get
+PLAIN = "[ -~]{1,512}"
 MOST_ROUTINGS = 8  # that requests asked for are kept
 
 log = logging.getLogger(__name__)
@@ -84,6 +89,8 @@ class Service(Generic[R]):
         self._texts: dict[PreTrainedTokenizerBase | None, Texts] = {}
         for model in self.models.values():
             self._texts_of(model)
+            if backend.limits.shadow and model.experts:
+                check_shadow(model)
 
     @property
     def models(self) -> Mapping[str, Served[R]]:
@@ -149,6 +156,37 @@ class Service(Generic[R]):
 
     async def responses(self, body: ResponsesRequest, http: Request) -> Response:
         return await self._answer(body, http, partial(ResponseBuilder, await http.json()))
+
+    async def route(
+        self, body: protocol.RouteRequest, http: Request, explain: bool = False
+    ) -> Fields:
+        """What would be chosen for a request's prompts, and nothing more. Raises ApiError."""
+        async with self._prepared(body, http) as (model, cached, prepared):
+            runner = cached.runner
+            if not runner.chooser:
+                message = (
+                    f"{body.model!r} makes no choice for a prompt: router "
+                    f"{body.router or model.routing.router} chooses for every token, or always "
+                    f"the same."
+                )
+                raise bad_request(message, body.changed or "model")
+            chooser = runner.chooser
+
+            def choose(_: float) -> list[Chosen]:
+                choices = runner.choose(prepared)
+                if not (explain and model.prompts):
+                    return choices
+                return [with_nearest(chosen, chooser, model.pool) for chosen in choices]
+
+            choices = await self.backend.choosing.run(prepared.client, prepared.deadline, choose)
+        rows = [self.backend.applied(chosen).to_dict() for chosen in choices]
+        self.metrics.count(body.model, choices)
+        return {
+            "object": "route",
+            "model": body.model,
+            "router": chooser.name,
+            "choices": [{"index": number, **row} for number, row in enumerate(rows)],
+        }
 
     async def cards(self, http: Request) -> Fields:
         data = [await self.card(name, http) for name in self._all_names(http)]
@@ -234,6 +272,52 @@ class Service(Generic[R]):
         self, request: AnyRequest, http: Request, builder: Callable[..., Builder]
     ) -> tuple[Reply, dict[str, str]]:
         """A reply whose answers are being computed, to be closed, and what is told before them."""
+        is_shadowed = self.backend.limits.shadow
+        async with self._prepared(request, http, builder, is_shadowed) as (model, cached, prepared):
+            shadow = None
+            if is_shadowed and model.experts:
+                shadow = await self._would_choose(model, prepared)
+            reply, chosen = await self.backend.begin(prepared, cached.runner)
+            cached.requests += 1  # and it is until the reply is closed
+        reply.at_end += [partial(self._count, reply), cached.release]
+        by_base = [a for a in prepared.answers if chosen is not None and not chosen[a.row].weights]
+        self.metrics.by_base.labels(request.model).inc(len(by_base))
+        if is_shadowed:
+            self.metrics.count(request.model, shadow or ())
+        elif prepared.mixture is None:
+            self.metrics.count(request.model, chosen or ())
+        return reply, headers_of(prepared, chosen, shadow)
+
+    async def _would_choose(
+        self, model: Served[R], prepared: PreparedRequest
+    ) -> list[Chosen] | None:
+        """What the router of `model` chooses; None where it can't now, which harms no answer."""
+        choose = partial(model.runner.choose, replace(prepared, mixture=None))
+        name = prepared.request.model
+        try:
+            chosen = await self.backend.choosing.run(
+                prepared.client, prepared.deadline, lambda _: choose()
+            )
+        except Exception as error:
+            log.warning("shadow: nothing was chosen for a request to %s: %s", name, error)
+            return None
+        for row in chosen:
+            margin = "" if row.margin is None else f", {row.margin:+.2f} above {row.runner_up}"
+            log.info("shadow: a request to %s would go to %s%s", name, in_a_line([row]), margin)
+        return chosen
+
+    @asynccontextmanager
+    async def _prepared(
+        self,
+        request: AnyRequest,
+        http: Request,
+        builder: Callable[..., Builder] = Builder,
+        is_shadowed: bool = False,
+    ) -> AsyncIterator[tuple[Served[R], CachedRouting[R], PreparedRequest]]:
+        """The model of a request, its routing, which is needed inside, and the request, read.
+
+        If it `is_shadowed`, the base answers what names no expert, and routers read it anyway.
+        """
         deadline = Deadline(self.backend.limits.timeout)
         client = http.scope[CLIENT]
         model, expert = self._find(request.model, http)
@@ -243,25 +327,27 @@ class Service(Generic[R]):
             raise bad_request(message, request.changed)
         self.backend.check(request, model)
         mixture = mixtures[0] if mixtures else None
+        if is_shadowed and model.experts and request.override == RoutingOverride():
+            mixture = mixture or {}
         cached = await self._routing(request, model, mixture, http, deadline)
         with cached:  # it is needed while prompts are read
-            runner = cached.runner
             process, turns = self._texts_of(model)
-            chooses = runner.frame.looks_prompts_up and mixture is None
-            frame = replace(runner.frame, looks_prompts_up=chooses)
+            frame = cached.runner.frame
+            reads = frame.looks_prompts_up and mixture is None
+            frame = replace(frame, looks_prompts_up=reads or is_shadowed)
             reader = RequestReader(frame, self.backend.limits, process)
             prompts = await turns.run(client, deadline, partial(reader.prompts, request))
             answers = reader.answers(request, prompts)
             experts = usable(model.experts, http)
-            prepared = PreparedRequest(
-                request, mixture, prompts, answers, client, deadline, experts, builder
+            trace = {name: http.headers.get(name, "") for name in TRACE}
+            trace = {name: text for name, text in trace.items() if re.fullmatch(PLAIN, text)}
+            yield (
+                model,
+                cached,
+                PreparedRequest(
+                    request, mixture, prompts, answers, client, deadline, experts, builder, trace
+                ),
             )
-            reply, chosen = await self.backend.begin(prepared, runner)
-            cached.requests += 1  # and it is until the reply is closed
-        reply.at_end += [partial(self._count, reply), cached.release]
-        by_base = [answer for answer in answers if chosen is not None and not chosen[answer.row]]
-        self.metrics.by_base.labels(request.model).inc(len(by_base))
-        return reply, headers_of(prepared, chosen)
 
     async def _routing(
         self,
@@ -323,6 +409,16 @@ class Service(Generic[R]):
         name = reply.builder.request.model
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
+
+
+def check_shadow(model: Served[R]) -> None:
+    """Raise PhatgooseError for a model whose router makes no choice for prompts."""
+    if not model.runner.frame.looks_prompts_up:
+        raise ConfigError(
+            f"--shadow needs routers that choose for a prompt, and {model.settings.name!r} has "
+            f"{model.routing.router}; give another --router."
+        )
+    _ = model.pool  # a saved model's experts can't be left to the request
 
 
 def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:

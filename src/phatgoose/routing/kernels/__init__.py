@@ -34,7 +34,7 @@ from torch import Tensor
 from ...config import KERNEL_POINTS
 from ...errors import ConfigError
 from ...experts.sums import is_one_call
-from ...files import add_entry_points
+from ...entry_points import add_entry_points
 from . import native, plain
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -13,10 +13,12 @@ import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from math import inf
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RATIO
@@ -24,13 +26,14 @@ from ...errors import PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.sums import dense_weights
 from ...tasks.encoding import said_in_tokens
-from ..choice import Choice
+from ..choice import BASE, Choice, Chosen
 from ..conversation import ChatTexts, ScoredText, Views, answer_to
 from .router import Router, RouterAtSite, RoutingDecision, Scores, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 OFF = "off"
 REMEMBERED = 1 << 24  # numbers at most: scores of texts
+NEAREST = 3  # example prompts that are shown
 AROUND = 256  # numbers' worth of memory around those of one text
 Prompt = str | Sequence[int] | ChatTexts  # text, tokens as the model reads them, or a chat
 Prompts = Sequence[Prompt]
@@ -191,6 +194,13 @@ def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
     return Choice(experts, (scores.gather(-1, experts).float() / temperature).softmax(dim=-1))
 
 
+class Answer(NamedTuple):
+    """The text by which a prompt gets experts, None for the base, and the last that was said."""
+
+    text: ScoredText | None
+    last: ScoredText | None = None
+
+
 class PromptChooser:
     """Chooses experts for prompts by a `router`, among the experts in `tables`.
 
@@ -228,17 +238,75 @@ class PromptChooser:
         what else is `known`, the `task` and its `examples`; a server its `client`. Raises
         RoutingError for no prompts, and for tokens without a tokenizer.
         """
+        limited = self._limited(known, allowed)
+        choice = self.router.choose(self, prompts, limited)
+        if "allowed" not in limited:
+            return choice
+        others = ~limited["allowed"]
+        return choice.left_to_base(others[choice.experts.clamp(min=0)])  # whatever the router does
+
+    def explained(
+        self, choice: Choice, prompts: Prompts, allowed: Names = None, **known: Any
+    ) -> list[Chosen]:
+        """The `choice` that was made of all this, with the texts that decided and their scores.
+
+        Routers that read no prompts have neither.
+        """
+        chosen = []
+        answers = [Answer(None)] * len(choice)
+        if self.router.per_input:
+            answers = self._answers(prompts, self._limited(known, allowed))
+        for weights, answer in zip(choice.named(self.experts), answers, strict=True):
+            text = answer.text or answer.last
+            if text is None:
+                chosen.append(Chosen(weights))
+                continue
+            scores = dict(zip(self.experts, text.scores.tolist(), strict=False))
+            of_base = text.scores[len(self.experts) : -1]
+            if len(of_base):
+                scores[BASE] = float(of_base.max())
+            best_first = sorted(scores, key=scores.__getitem__, reverse=True)
+            known_scores = {name: scores[name] for name in best_first if scores[name] > -inf}
+            chosen.append(Chosen(weights, known_scores, text.view))
+        return chosen
+
+    def nearest(self, text: str, examples: Sequence[str]) -> list[str]:
+        """The NEAREST of `examples` that the router finds most like the `text`, best first."""
+        features = self.router.features(self, [text, *examples])
+        if isinstance(features, tuple):
+            features = features[0]
+        rows = features.flatten(1)
+        rows = normalize(rows - rows.mean(dim=0), dim=1)
+        best = (rows[1:] @ rows[0]).argsort(descending=True, stable=True)
+        return [examples[number] for number in best[:NEAREST].tolist()]
+
+    def _limited(self, known: Known, allowed: Names) -> Known:
+        """What is known, with a mask of the experts that are `allowed` unless all are."""
         if allowed is None or set(self.experts) <= set(allowed):
-            return self.router.choose(self, prompts, known)
+            return known
         mask = torch.tensor([name in allowed for name in self.experts])
-        choice = self.router.choose(self, prompts, {**known, "allowed": mask})
-        return choice.left_to_base(~mask[choice.experts.clamp(min=0)])  # whatever the router does
+        return {**known, "allowed": mask}
 
     def answers(self, prompts: Prompts, known: Known) -> list[Tensor]:
         """The scores [E + classes] by which each prompt gets experts; all are -inf for the base.
 
-        A chat's texts are read from the last one backwards, until one is decided by itself. Where
-        nobody says anything the base answers, by [E].
+        Where nobody says anything the base answers, by [E].
+        """
+        nobody = torch.full((len(self.experts),), -torch.inf)
+        answers = []
+        for answer in self._answers(prompts, known):
+            if answer.text is not None:
+                answers.append(answer.text.scores)
+            elif answer.last is not None:
+                answers.append(torch.full_like(answer.last.scores, -torch.inf))
+            else:
+                answers.append(nobody)
+        return answers
+
+    def _answers(self, prompts: Prompts, known: Known) -> list[Answer]:
+        """The text by which each prompt gets experts.
+
+        A chat's texts are read from the last one backwards, until one is decided by itself.
         """
         chats = [self._chat(prompt) for prompt in prompts]
         if not chats:
@@ -254,16 +322,17 @@ class PromptChooser:
         while undecided:
             views = [texts[row][depth] for row in undecided]
             for row, scores, view in zip(undecided, self._read(views, known), views, strict=True):
-                scored[row].append(ScoredText(scores, allowances, len(view.wholes), helpers))
+                text = ScoredText(scores, allowances, len(view.wholes), helpers)
+                text.view = (view.wholes + view.parts)[text.number]
+                scored[row].append(text)
             depth += 1
             open_ones = [row for row in undecided if not scored[row][-1].decides]
             undecided = [row for row in open_ones if depth < len(texts[row])]
-        sizes = [rows[0].scores if rows else allowances for rows in scored]
-        answers = [torch.full_like(size, -torch.inf) for size in sizes]
-        for row, rows in enumerate(scored):
-            count = len(chats[row].messages)
-            if answer := answer_to(rows[count - 1 :: -1], *rows[count:]):
-                answers[row] = answer.scores
+        answers = []
+        for chat, rows in zip(chats, scored, strict=True):
+            count = len(chat.messages)
+            answer = answer_to(rows[count - 1 :: -1], *rows[count:])
+            answers.append(Answer(answer, *rows[:1]))
         return answers
 
     def _read(self, texts: Sequence[Views], known: Known) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....routing.choice import ALONE, PromptRouting
+from ....routing.choice import ALONE, Chosen, PromptRouting
 from ....routing.compose import composition_of
 from ..backend import Backend, Served, State
 from ..guards import Metrics
@@ -28,7 +28,6 @@ from ..protocol import (
     ApiError,
     ChatRequest,
     Fields,
-    Weights,
     bad_request,
     check_known,
     for_clients,
@@ -63,7 +62,7 @@ class LocalBackend(Backend[ModelRunner]):
         prefixes = self.engine.prefixes
         kept = metrics.gauge("prefix_bytes", "Bytes of prompts' beginnings that are kept.")
         kept.set_function(lambda: prefixes.bytes)
-        self._lookups = Turns(LOOKUPS, limits.max_queue)
+        self.choosing = Turns(LOOKUPS, limits.max_queue)
         self.forms = Forms(limits.max_queue)
 
     def start(self) -> None:
@@ -100,30 +99,22 @@ class LocalBackend(Backend[ModelRunner]):
 
     async def begin(
         self, prepared: PreparedRequest, runner: ModelRunner
-    ) -> tuple[Reply, list[Weights] | None]:
+    ) -> tuple[Reply, list[Chosen] | None]:
         client = prepared.client
         request = prepared.request
         calls: Calls | None = None
         if isinstance(request, ChatRequest) and request.functions:
             calls = Calls.of(request, runner)
 
-        def choose(_: float = 0) -> Sequence[PromptRouting | None]:
-            return runner.routings_of(
-                [prompt.tokens for prompt in prepared.prompts],
-                [prompt.asked for prompt in prepared.prompts],
-                prepared.mixture,
-                allowed=prepared.experts,
-                client=client,
-            )
-
         if prepared.mixture is None and runner.frame.looks_prompts_up:
-            routed = await self._lookups.run(client, prepared.deadline, choose)
+            route = partial(runner.routed, prepared)
+            routed, chosen = await self.choosing.run(client, prepared.deadline, lambda _: route())
         else:
-            routed = choose()
+            routed, chosen = runner.routed(prepared)
         form: JsonForm | None = None
         if calls or request.schema_of_answers is not None:
             form = await self.forms.of(prepared, calls, runner)
-        reporter = Reporter(runner, prepared, routed)
+        reporter = Reporter(runner, prepared, routed, chosen)
         reply = Reply(prepared.builder(prepared, reporter), prepared.deadline)
         in_loop: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         # Called in the engine's thread.
@@ -136,7 +127,7 @@ class LocalBackend(Backend[ModelRunner]):
             sequences.append(sequence)
         self.engine.submit(sequences)
         reply.at_end.append(partial(self.engine.cancel, sequences))
-        return reply, reporter.chosen
+        return reply, chosen
 
 
 class Reporter:
@@ -147,15 +138,12 @@ class Reporter:
         runner: ModelRunner,
         prepared: PreparedRequest,
         routed: Sequence[PromptRouting | None],
+        chosen: Sequence[Chosen] | None,
     ) -> None:
         self._runner = runner
         self._prepared = prepared
         self._choices = [None if routing is None else routing.choice for routing in routed]
-        # Each prompt's experts; None where they are chosen by token.
-        self.chosen: list[Weights] | None = None
-        if all(self._choices):
-            experts = composition_of(runner.model).experts
-            self.chosen = [choice.named(experts)[0] for choice in self._choices if choice]
+        self._chosen = chosen
         # Each expert's share of the tokens so far, and how many tokens have any, by answer.
         self._sums = defaultdict[int, Counter[str]](Counter)
         self._tokens: Counter[int] = Counter()
@@ -182,7 +170,7 @@ class Reporter:
         count = self._tokens[number]
         summary = {name: round(total / count, 4) for name, total in sums.most_common()}
         row = self._prepared.answers[number].row
-        if self.chosen and not self.chosen[row]:
+        if self._chosen and not self._chosen[row].weights:
             summary = summary or ALONE
         router = parts.router.text
         shown = [name for name in names if name in allowed]

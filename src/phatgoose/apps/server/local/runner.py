@@ -33,7 +33,7 @@ from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
-from ....routing.choice import NOBODY, PromptRouting
+from ....routing.choice import NOBODY, Chosen, PromptRouting
 from ....routing.compose import compose, composition_if_any, load
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
@@ -41,6 +41,7 @@ from ....routing.opening import is_pool, is_routed, require_pool
 from ....routing.recording import watch
 from ....routing.routers.auto import resolved
 from ....routing.routers.fixed import mixture_of
+from ....routing.routers.prompt import PromptChooser
 from ....routing.routers.registry import AUTO
 from ....routing.routers.router import check_served, router_of
 from ....routing.saved import base_of
@@ -48,7 +49,7 @@ from ....sites import positions_of
 from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_ids
 from ....tasks.encoding import added_tokens
 from ..protocol import Fields, Weights
-from ..requests import Frame
+from ..requests import Frame, PreparedRequest
 from ..service import numbered, seen_at
 from ..settings import ServedModel
 
@@ -212,15 +213,17 @@ class ModelRunner:
         self._experts: Sequence[str] = ()
         self._tails: Sequence[int | None] = ()  # read from records once
         self._context = None
+        self.chooser: PromptChooser | None = None
         parts = composition_if_any(model)
         if parts is not None:
             self._experts = parts.experts
             self._tails = parts.tails
             self._context = parts.context
+            self.chooser = parts.chooser
         self.frame = Frame(
             tokenizer,
             unscaled_positions_of(model),
-            looks_prompts_up=bool(self._context and self._context.chooser),
+            looks_prompts_up=self.chooser is not None,
             added=added_tokens(tokenizer, is_encoder_decoder=False),
         )
 
@@ -257,8 +260,26 @@ class ModelRunner:
         count = len(prompts)
         if self._context is None:
             return [None] * count
-        choice = mixture_of(mixture, self._experts).repeated(count) if mixture else None
+        choice = None
+        if mixture is not None:
+            choice = mixture_of(mixture, self._experts).repeated(count)
         return self._context.routing_of(prompts, choice, texts, **aware).each(count)
+
+    def routed(
+        self, prepared: PreparedRequest
+    ) -> tuple[Sequence[PromptRouting | None], list[Chosen] | None]:
+        """What `routings_of` says of a request's prompts, and their experts, None by token."""
+        asked = [prompt.asked for prompt in prepared.prompts]
+        tokens = [prompt.tokens for prompt in prepared.prompts]
+        aware = {"allowed": prepared.experts, "client": prepared.client}
+        routed = self.routings_of(tokens, asked, prepared.mixture, **aware)
+        choice = PromptRouting.joined(filter(None, routed)).choice
+        if self.chooser is None or choice is None:
+            return routed, None
+        return routed, self.chooser.explained(choice, asked, **aware)
+
+    def choose(self, prepared: PreparedRequest) -> list[Chosen]:
+        return self.routed(prepared)[1] or []
 
     def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
         """Who reads a client's prompt first: the base, where no expert acts, or this routing."""

@@ -15,7 +15,7 @@ import httpx2
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
-from ....routing.choice import ALONE
+from ....routing.choice import ALONE, Chosen
 from ....routing.opening import open_chooser
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
@@ -151,13 +151,15 @@ class ChooserBesideEngine:
     def frame(self) -> Frame:
         return self.pool.frame
 
-    def choose(self, prepared: PreparedRequest) -> list[Weights]:
-        choice = self.chooser.choose(
-            [prompt.asked for prompt in prepared.prompts],
-            allowed=prepared.experts,
-            client=prepared.client,
-        )
-        return choice.named(self.chooser.experts)
+    def choose(self, prepared: PreparedRequest) -> list[Chosen]:
+        """The experts for a request's prompts, those of its own mixture if it has one."""
+        asked = [prompt.asked for prompt in prepared.prompts]
+        if prepared.mixture is not None:
+            weights = {name: weight for name, weight in prepared.mixture.items() if weight}
+            return [Chosen(weights)] * len(asked)
+        aware = {"allowed": prepared.experts, "client": prepared.client}
+        choice = self.chooser.choose(asked, **aware)
+        return self.chooser.explained(choice, asked, **aware)
 
 
 class EngineBackend(Backend[ChooserBesideEngine]):
@@ -178,7 +180,7 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         bases = {adapter.base for adapter in links.adapters.values() if adapter.base}
         if len(bases) == 1:  # an engine of which nothing is said is taken to have it
             links.suppose(*bases)
-        self._choosing = Turns(1, limits.max_queue)
+        self.choosing = Turns(1, limits.max_queue)
         self._running = FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
@@ -245,7 +247,7 @@ class EngineBackend(Backend[ChooserBesideEngine]):
 
     async def begin(
         self, prepared: PreparedRequest, runner: ChooserBesideEngine
-    ) -> tuple[Reply, list[Weights] | None]:
+    ) -> tuple[Reply, list[Chosen] | None]:
         client = prepared.client
         deadline = prepared.deadline
         async with deadline.kept():
@@ -253,28 +255,31 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         self._check_room(prepared)
         if prepared.mixture is None:
             router = runner.chooser.name
-            chosen = await self._choosing.run(client, deadline, lambda _: runner.choose(prepared))
+            chosen = await self.choosing.run(client, deadline, lambda _: runner.choose(prepared))
             async with deadline.kept():
                 await self.links.ready()  # an engine may have failed meanwhile, and be back
         else:
             router = "" if prepared.request.weights is None else WEIGHTS
-            weights = {name: weight for name, weight in prepared.mixture.items() if weight}
-            self._check_mixture(weights)
-            chosen = [weights] * len(prepared.prompts)
-        sent = []
-        for weights in chosen:
-            if weights and not self.links.can(weights):
-                weights = {heaviest(weights): 1.0}  # alone, where no engine mixes them
-            sent.append(weights)
+            chosen = runner.choose(prepared)
+            self._check_mixture(chosen[0].weights)
+        sent = [*map(self.applied, chosen)]
         report = partial(_report, prepared, sent, chosen, router)
         reply = Reply(prepared.builder(prepared, report), deadline, WAITING)
         self._check_room(prepared)  # once more: others may have begun while experts were chosen
         for number, answer in enumerate(prepared.answers):
-            bringing = asyncio.ensure_future(self._bring(number, prepared, sent[answer.row], reply))
+            weights = sent[answer.row].weights
+            bringing = asyncio.ensure_future(self._bring(number, prepared, weights, reply))
             self._running.add(client, bringing)
             bringing.add_done_callback(partial(self._running.remove, client))
             reply.at_end.append(bringing.cancel)
         return reply, sent
+
+    def applied(self, chosen: Chosen) -> Chosen:
+        """The heaviest expert alone where no engine mixes them."""
+        weights = chosen.weights
+        if not weights or not self.links.engines or self.links.can(weights):
+            return chosen
+        return replace(chosen, weights={heaviest(weights): 1.0})
 
     def _check_room(self, prepared: PreparedRequest) -> None:
         answers = len(prepared.answers)
@@ -470,8 +475,8 @@ def best_of(links: Sequence[Link], weights: Weights) -> Link:
 
 def _report(
     prepared: PreparedRequest,
-    sent: Sequence[Weights],
-    chosen: Sequence[Weights],
+    sent: Sequence[Chosen],
+    chosen: Sequence[Chosen],
     router: str,
     progress: Progress,
 ) -> Fields | None:
@@ -479,12 +484,12 @@ def _report(
     if not prepared.request.routing:
         return None
     row = prepared.answers[progress.choice].row
-    acting = _rounded(sent[row])
-    experts = _rounded(chosen[row])
+    acting = _rounded(sent[row].weights)
+    experts = _rounded(chosen[row].weights)
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": acting}
     tokens = [token] if progress.text else []
     report = routing_report(router, len(experts) or None, experts, tokens, acting or ALONE)
-    if chosen[row] != sent[row]:
+    if experts != acting:
         report["chosen"] = experts
     return report
 

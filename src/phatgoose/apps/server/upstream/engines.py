@@ -605,7 +605,9 @@ class Link:
         self.busy += 1
         try:
             content = written(_body(number, prepared, weights, engine))
-            request = self.client.build_request("POST", path, content=content)
+            request = self.client.build_request(
+                "POST", path, content=content, headers=prepared.trace
+            )
             try:
                 response = await self.client.send(request, stream=True)
             except AttributeError as error:  # anyio's, where a connection is cut as it opens

@@ -206,6 +206,7 @@ class PromptChooser:
         self.name = router.name
         self.k = router.prompt_k
         self.unserved = router.unserved
+        self.left: Collection[str] = ()  # experts whose prompts the base answers
         self._scores: dict[bytes, Tensor] = {}  # of texts that were read, by their hash
 
     @property
@@ -228,11 +229,12 @@ class PromptChooser:
         what else is `known`, the `task` and its `examples`; a server its `client`. Raises
         RoutingError for no prompts, and for tokens without a tokenizer.
         """
-        if allowed is None or set(self.experts) <= set(allowed):
-            return self.router.choose(self, prompts, known)
-        mask = torch.tensor([name in allowed for name in self.experts])
-        choice = self.router.choose(self, prompts, {**known, "allowed": mask})
-        return choice.left_to_base(~mask[choice.experts.clamp(min=0)])  # whatever the router does
+        mask = torch.tensor([allowed is None or name in allowed for name in self.experts])
+        if not mask.all():
+            known["allowed"] = mask
+        choice = self.router.choose(self, prompts, known)
+        acts = mask & torch.tensor([name not in self.left for name in self.experts])
+        return choice.left_to_base(~acts[choice.experts.clamp(min=0)])  # whatever the router does
 
     def answers(self, prompts: Prompts, known: Known) -> list[Tensor]:
         """The scores [E + classes] by which each prompt gets experts; all are -inf for the base.

@@ -22,7 +22,7 @@ from ..guards import Metrics
 from ..protocol import AnyRequest, ApiError, ChatRequest, Fields, Weights, bad_request, check_known
 from ..replies import Progress, Reply, routing_report
 from ..requests import Frame, PreparedRequest
-from ..service import numbered, seen_at
+from ..service import left_to_base, numbered, seen_at
 from ..settings import ServedModel, Upstream
 from ..turns import FairQueue, Turns
 from .engines import IS_AWAY, NOT_FORWARDED, AwayError, Engine, Events, Link, client_of
@@ -91,6 +91,7 @@ class ChosenPool:
             log.warning("%s act from a prompt's end on, but an engine lets them act on all.", names)
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
+        self.left = left_to_base(settings, pool)
         self.runner = self.composed(pool, self.routing)
 
     def reopened(self, _: Iterable[ChosenPool]) -> ChosenPool:
@@ -109,7 +110,9 @@ class ChosenPool:
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
     ) -> ChooserBesideEngine:
-        return ChooserBesideEngine(open_chooser(pool, routing=routing), self)
+        chooser = open_chooser(pool, routing=routing)
+        chooser.left = self.left
+        return ChooserBesideEngine(chooser, self)
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""

@@ -17,6 +17,7 @@ from .metrics import SharedMeans
 
 FEWEST_ROWS = 20
 MOST_ROWS = 100
+CONFIDENCE = 0.8  # with 95 %, thirty rows would call too many good experts unsure (docs/pools.md)
 
 
 def solved_rows(expert: Expert, task: Task) -> tuple[Example, ...]:
@@ -51,5 +52,5 @@ def gain_over_base(expert: Expert, base: Base, task: Task) -> Gain:
     by_base = score(base.model, questions)
     by_expert = score(alone, questions)
     means = SharedMeans.of({"base": [by_base.sample], "expert": [by_expert.sample]})
-    gain = means.gain("expert", "base")
+    gain = means.gain("expert", "base", CONFIDENCE)
     return Gain(gain.value, gain.low, gain.high, by_base.n, by_base.metric)

@@ -155,7 +155,7 @@ Points = Annotated[float, Interval(ge=-1, le=1)]
 class Gain:
     """By how much an expert scored more than its base alone on solved `rows`, both from 0 to 1.
 
-    `low` to `high` is the 95 % interval of `value`, `metric` in words how rows were scored. Whoever
+    `low` to `high` is the 80 % interval of `value`, `metric` in words how rows were scored. Whoever
     made the expert may have written anything: it is advice.
     """
 

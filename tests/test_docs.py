@@ -21,6 +21,7 @@ import phatgoose
 from command_line import review, write_rows
 from paths import ROOT
 from phatgoose.apps.cli import app
+from phatgoose.apps.deploy import ENGINE_PORT
 from phatgoose.experts import KINDS
 from phatgoose.routing.routers.registry import OURS as ROUTERS
 from phatgoose.routing.routers.router import Router
@@ -147,6 +148,37 @@ def test_the_image_is_pinned_and_has_no_rights():
     assert {stage.split()[0] for stage in stages} == {"python"}
     (user,) = re.findall(r"^USER (.+)$", dockerfile, re.M)
     assert user not in {"root", "0"}
+
+
+def test_the_services_of_compose_fit_each_other_and_their_flags_exist():
+    folder = ROOT / "examples" / "compose"
+    parts = {path.name: yaml.safe_load(path.read_text("utf-8")) for path in folder.glob("*.y*ml")}
+    services = parts["compose.yaml"]["services"]
+    assert parts["gpu.yaml"]["services"].keys() <= services.keys()
+    images = [
+        service["image"] for name in parts for service in parts[name].get("services", {}).values()
+    ]
+    assert all(image == "phatgoose" or re.search(r":v\d+\.\d+\.\d+$", image) for image in images)
+    gateway = services["gateway"]
+    assert (folder / gateway["build"] / "Dockerfile").is_file()
+    (entry,) = re.findall(r"^ENTRYPOINT (.+)$", (ROOT / "Dockerfile").read_text("utf-8"), re.M)
+    _, name, *words = [*yaml.safe_load(entry), *gateway["command"]]
+    given = COMMANDS[name].make_context(name, words).params
+    ports = {"gateway": given["port"], "engine": ENGINE_PORT}
+    assert services["engine"]["expose"] == [str(ENGINE_PORT)]
+    assert given["upstream"] == [f"http://engine:{ENGINE_PORT}"]
+    scraped = parts["prometheus.yml"]["scrape_configs"]
+    targets = [
+        target for job in scraped for each in job["static_configs"] for target in each["targets"]
+    ]
+    assert targets == [f"{service}:{port}" for service, port in ports.items()]
+    assert given["allow_host"] == ["gateway"]  # as Prometheus calls it
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+        for mount in service["volumes"]:
+            source = mount.partition(":")[0]
+            is_there = source in parts["compose.yaml"]["volumes"] or (folder / source).exists()
+            assert is_there or source == "./deploy"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

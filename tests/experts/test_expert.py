@@ -21,6 +21,7 @@ from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import (
     LAYOUT,
     Expert,
+    Gain,
     adapter_files,
     base_named_in,
     warn_of_other_formatting,
@@ -41,6 +42,21 @@ def test_what_json_lacks_does_not_make_an_expert_unreadable(adapter, tmp_path):
     saved = make(adapter, metrics=metrics, task=task).save(tmp_path / "deep" / "reviews")
     assert saved.info.metrics == {"loss": None, "losses": [1.0, None]}
     assert saved.info.task == {"source": "?.jsonl"}
+
+
+def test_a_gain_comes_back_and_an_impossible_one_is_refused(adapter, tmp_path):
+    gain = Gain(0.25, -0.125, 0.5, 30, "exact match")
+    saved = make(adapter, gain=gain).save(tmp_path / "reviews")
+    assert saved.info.gain == gain
+    path = saved.directory / LAYOUT.info
+    record = json.loads(path.read_text())
+    for name, value in (("low", -1.5), ("rows", 0), ("metric", "a\nb"), ("sure", True)):
+        path.write_text(json.dumps(record | {"gain": record["gain"] | {name: value}}))
+        with pytest.raises(ExpertError, match=f"gain.{name}"):
+            Expert.load(saved.directory)
+    assert "gain" not in json.loads(
+        (make(adapter).save(tmp_path / "b").directory / LAYOUT.info).read_text()
+    )
 
 
 def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_names(

@@ -191,9 +191,9 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, value: float, replicates: Array) -> Estimate:
-        """`value` with the middle CONFIDENCE of its bootstrap `replicates`."""
-        outside = 100 * (1 - CONFIDENCE) / 2
+    def of(cls, value: float, replicates: Array, confidence: float = CONFIDENCE) -> Estimate:
+        """`value` with the middle `confidence` of its bootstrap `replicates`."""
+        outside = 100 * (1 - confidence) / 2
         low, high = np.percentile(replicates, [outside, 100 - outside])
         return cls(float(value), float(low), float(high))
 
@@ -336,10 +336,10 @@ class SharedMeans:
     def estimate(self, model: str) -> Estimate:
         return Estimate.of(self.value[model], self.drawn[model])
 
-    def gain(self, model: str, over: str) -> Estimate:
+    def gain(self, model: str, over: str, confidence: float = CONFIDENCE) -> Estimate:
         """The difference of two models' means, with its interval in pairs."""
         value = self.value[model] - self.value[over]
-        return Estimate.of(value, self.drawn[model] - self.drawn[over])
+        return Estimate.of(value, self.drawn[model] - self.drawn[over], confidence)
 
 
 def wilson(right: float, n: float) -> Estimate:

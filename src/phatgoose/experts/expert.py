@@ -153,6 +153,33 @@ def warn_of_other_formatting(records: Iterable[Record], formatting: Formatting) 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 Count = Annotated[int, Interval(ge=1, le=1 << 53)]  # which a float holds
 ActsOn = Annotated[Mapping[Literal["tail"], Annotated[int, TAIL]], MinLen(1)]
+Points = Annotated[float, Interval(ge=-1, le=1)]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much an expert scored more than its base alone on solved `rows`, both from 0 to 1.
+
+    `low` to `high` is the 80 % interval of `value`, `metric` in words how rows were scored. Whoever
+    made the expert may have written anything: it is advice.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    value: Points
+    low: Points
+    high: Points
+    rows: Count
+    metric: Text
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the expert is better, and hardly by chance."""
+        return self.low > 0
+
+    def __str__(self) -> str:
+        value, low, high = (f"{100 * share:+.0f}" for share in (self.value, self.low, self.high))
+        return f"{value} points [{low}, {high}] on {self.rows} rows"
 
 
 @dataclass(frozen=True)
@@ -162,7 +189,7 @@ class ExpertInfo:
     `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). `measured_in` is the
     `number_format` of the base that means were measured on. `reader` made the prompt statistics, of
     `prompts_read` prompts; None where these aren't known. `acts_on` is the `tail` of a prompt's
-    last tokens that it acts on, None for experts that act on all tokens.
+    last tokens that it acts on, None for experts that act on all tokens. `gain` is over the base.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -182,6 +209,7 @@ class ExpertInfo:
     reader: ReaderReference | None = None
     prompts_read: Count | None = None
     acts_on: ActsOn | None = None
+    gain: Gain | None = None
 
     @property
     def tail(self) -> int | None:
@@ -209,7 +237,7 @@ def read_info(path: Path) -> ExpertInfo:
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
     content = json.loads(json.dumps(asdict(info)), parse_constant=lambda _: None)
-    for name in ("embedding_form", "measured_in", "reader", "prompts_read", "acts_on"):
+    for name in ("embedding_form", "measured_in", "reader", "prompts_read", "acts_on", "gain"):
         if content[name] is None:
             del content[name]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -312,6 +340,13 @@ class Expert:
     def kind(self) -> str:
         """The name of its kind, a key of `kinds`."""
         return next(iter(self.modules.values())).kind
+
+    @property
+    def seed(self) -> int:
+        """That of its training; 0 where none is recorded."""
+        seed = self.info.hyperparameters.get("seed")
+        # Whoever made the expert may have recorded any.
+        return seed % (1 << 32) if isinstance(seed, int) else 0
 
     @cached_property
     def lora(self) -> Mapping[str, Factors]:

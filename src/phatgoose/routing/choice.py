@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -165,6 +165,7 @@ class ChoosesExperts(Protocol):
 
     name: str
     unserved: str | None  # why a prompt alone isn't enough, as a sentence
+    left: Collection[str]  # experts whose prompts the base answers
 
     def choose(self, prompts: Sequence[str | Sequence[int] | ChatTexts], **known: Any) -> Choice:
         """The experts of each prompt and their weights."""

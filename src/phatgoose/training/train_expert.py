@@ -354,7 +354,7 @@ def measure(
             f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
             f"expert would lose; move that away first."
         )
-    seed = _recorded_seed(expert)
+    seed = expert.seed
     place = expert.directory.resolve()
     has_targets = any(example.target for example in task.train)
     if has_targets or not task.train:
@@ -385,16 +385,10 @@ def written_prompts(expert: Expert, base: Base) -> Task:
     """
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
     with applied(base.model, expert.modules):
-        texts = messages_by(base.model, Encoder.of(base), *WRITTEN, _recorded_seed(expert))
+        texts = messages_by(base.model, Encoder.of(base), *WRITTEN, expert.seed)
     if not any(texts):
         raise TaskError(f"Expert {expert.name!r} writes no prompts; give some.")
     return Task("prompts", tuple(Example(text, "") for text in texts if text))
-
-
-def _recorded_seed(expert: Expert) -> int:
-    seed = expert.info.hyperparameters.get("seed")
-    # Whoever made the expert may have recorded any.
-    return seed % (1 << 32) if isinstance(seed, int) else 0
 
 
 def _with_texts_read(expert: Expert, task: Task, settings: GateTraining, seed: int) -> Expert:

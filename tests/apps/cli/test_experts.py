@@ -91,7 +91,33 @@ def test_stats_takes_prompts_themselves_and_files_of_them(here, phat):
     assert all(torch.equal(again[part], got.prompt_statistics[part]) for part in again)
 
 
-def test_only_means_need_the_base(here, phat):
+def test_stats_records_the_gain_over_the_base(here, phat):
+    before = Expert.load("experts/reviews")
+    write_rows(here / "solved.jsonl", [review(number) for number in range(40, 70)])
+    only = ["--no-means", "--no-readings", *BASE[2:]]
+    outcome = phat("stats", "experts/reviews", "--task", "solved.jsonl", "--gain", *only)
+    after = Expert.load("experts/reviews")
+    gain = after.info.gain
+    assert (outcome.code, outcome.err, gain.rows) == (0, "", 30)
+    assert -1 <= gain.low <= gain.value <= gain.high <= 1
+    assert f", gain over the base: {gain} -> experts/reviews\n" in outcome.out
+    assert f"gain over the base: {gain}\n" in phat("check", "experts/reviews").out
+    assert after.info.vectors_sha256 == before.info.vectors_sha256
+    # It is kept, and measured again by itself where there are rows enough.
+    assert phat("stats", "experts/reviews", "--prompts", "Film 1 is", *BASE[2:]).code == 0
+    assert Expert.load("experts/reviews").info.gain == gain
+    write_rows(here / "more.jsonl", [review(number) for number in range(40, 64)])
+    for flags, rows in ((["--no-gain"], 30), ([], 24)):
+        measured = ["--task", "more.jsonl", "--statistics-examples", 4, *flags, *BASE[2:]]
+        assert phat("stats", "experts/reviews", *measured).code == 0
+        assert Expert.load("experts/reviews").info.gain.rows == rows
+    few = phat("stats", "experts/reviews", "--task", "unseen.jsonl", "--gain", *only)
+    refused(few, "has 6 rows that expert 'reviews' wasn't trained on")
+    prompts = ["--prompts", "Film 1 is", "--gain"]
+    refused(phat("stats", "experts/reviews", *prompts), "--gain works only with --task")
+
+
+def test_only_means_and_gains_need_the_base(here, phat):
     means = Expert.load("experts/reviews").means
     described = here / "experts" / "reviews" / "phatgoose.json"
     record = json.loads(described.read_text())
@@ -108,7 +134,9 @@ def test_only_means_need_the_base(here, phat):
     assert str(got.info.reader) == "minilm:1-1"
     assert got.info.reader.fingerprint == small_reader().reference.fingerprint
     before = described.read_bytes()
-    refused(phat("stats", "experts/reviews", "--task", "reviews.jsonl"), "/gone")
+    task = ["--task", "reviews.jsonl"]
+    refused(phat("stats", "experts/reviews", *task), "/gone")
+    refused(phat("stats", "experts/reviews", *task, "--no-means", "--gain"), "/gone")
     assert described.read_bytes() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -150,6 +151,15 @@ def gate(
     say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
+@dataclass(frozen=True)
+class MeasuringOptions(options.BaseOptions):
+    gain: Annotated[
+        bool | None,
+        "Score the expert and the base alone on solved rows of --task, and record the difference; "
+        "default: if there are 20 rows or more, unless --no-means.",
+    ] = None
+
+
 def stats(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
@@ -161,16 +171,17 @@ def stats(
         "32 prompts that the expert, trained on whole chats, writes itself.",
     ] = None,
     gates: Annotated[GateTraining, "joint", "gate_steps", "gate_learning_rate"],
-    base: options.BaseOptions,
+    base: MeasuringOptions,
     template: options.TemplateOptions,
 ) -> None:
     """Compute statistics for an existing expert, of its task or a few example prompts.
 
-    Seed and formatting are those that the expert was trained with.
+    Rows to score are the task's test split, else those that training set apart, or of other data
+    validation or all. Seed and formatting are those that the expert was trained with.
     """
     if bool(task) == bool(prompts):
         raise ConfigError("Give either the data (--task) or example prompts (--prompts).")
-    options.only_with("with --task", bool(task), vars(template))
+    options.only_with("with --task", bool(task), {**vars(template), "gain": base.gain})
     require_folder(expert, ExpertError)
     options.require_there(base.base)
     from ...tasks.loading import load_prompts
@@ -181,11 +192,15 @@ def stats(
         examples = template.load(task)
     else:
         examples = Task("written") if writes else load_prompts(prompts or ())
+    from ...evaluation.gain import FEWEST_ROWS, gain_over_base, solved_rows
     from ...experts.expert import Expert
     from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
-    needs_base = writes or (bool(task) and gates.means)
+    gain = base.gain
+    if gain is None and task and gates.means:
+        gain = len(solved_rows(loaded, examples)) >= FEWEST_ROWS
+    needs_base = writes or gain or (bool(task) and gates.means)
     opened = base.load(loaded.info.base) if needs_base else None
     if writes and opened is not None:
         examples = written_prompts(loaded, opened)
@@ -195,6 +210,8 @@ def stats(
         )
         for example in examples.train[:3]:
             say(f"  {one_line(example.input, 100)}")
+    if gain and opened is not None:
+        loaded = loaded.with_statistics(gain=gain_over_base(loaded, opened, examples))
     measured = measure(loaded, opened, examples, gates)
     say(f"{_contents(measured)} -> {expert}")
 
@@ -219,6 +236,8 @@ def check(directories: Annotated[list[Path], typer.Argument(help="Expert directo
 def _contents(expert: Expert) -> str:
     parts = ("gates", "means", "prompt_statistics", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
+    if expert.info.gain is not None:
+        answers += f", gain over the base: {expert.info.gain}"
     tail = expert.info.tail
     if tail:
         answers += f", acts on the prompt's last {tail} tokens and the answer"

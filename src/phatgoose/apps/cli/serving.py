@@ -64,6 +64,11 @@ def serve(
             "engine's base.",
         ),
     ] = None,
+    only_better: Annotated[
+        bool,
+        "Leave to the base the prompts of experts that record no sure gain over it (phatgoose "
+        "stats); by name they still answer.",
+    ] = False,
     opening: ServedOptions,
 ) -> None:
     """Serve routed models over HTTP, by OpenAI's protocol, until SIGTERM or Ctrl-C.
@@ -81,6 +86,7 @@ def serve(
         base=opening.base,
         dtype=opening.dtype,
         scores=str(opening.scores) if opening.scores else None,
+        only_better=only_better,
     )
     keys = keys_of(os.environ.get(API_KEYS))
     key = os.environ.get(UPSTREAM_KEY) or None

@@ -49,7 +49,7 @@ from .protocol import (
 from .replies import Builder, EventStream, Reply, headers_of, in_a_line, unless_gone
 from .requests import PreparedRequest, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
-from .settings import API_KEYS
+from .settings import API_KEYS, ServedModel
 from .turns import Deadline, Turns, in_thread
 
 MOST_NAME = 80  # characters of a name that an error repeats
@@ -459,6 +459,25 @@ def numbered(routing: Routing, experts: int) -> Routing:
     """`routing` with the k that results among this many experts; equal ones compare equal."""
     router = router_of(routing)
     return replace(router.routing, k=min(router.k, experts) or None)
+
+
+def left_to_base(settings: ServedModel, pool: Pool) -> tuple[str, ...]:
+    """The experts whose prompts the base answers: those no better than it by their own record.
+
+    They are named in the log, and unless `settings.only_better` they answer all the same.
+    """
+    gains = {expert.name: expert.info.gain for expert in pool.experts}
+    worse = {name: gain for name, gain in gains.items() if gain and not gain.is_sure}
+    if worse:
+        listed = ", ".join(f"{name} ({gain})" for name, gain in worse.items())
+        ending = "the base answers their prompts" if settings.only_better else "see --only-better"
+        log.warning("No better than the base by their own records: %s; %s.", listed, ending)
+    if not settings.only_better:
+        return ()
+    unknown = ", ".join(name for name, gain in gains.items() if gain is None)
+    if unknown:
+        log.warning("No gain over the base is recorded (phatgoose stats) of %s.", unknown)
+    return tuple(worse)
 
 
 class CachedRouting(Generic[R]):

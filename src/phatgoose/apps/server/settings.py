@@ -26,7 +26,8 @@ BASE_PLACE = "{base}"
 class ServedModel:
     """A model to serve as `name`: a routed model's folder, a pool composed by `routing`, a base.
 
-    `keep`, `leave_out` and `scores` are those of `compose`; None means the model's own.
+    `keep`, `leave_out` and `scores` are those of `compose`; None means the model's own. With
+    `only_better` the base answers prompts of experts that are no better by their own record.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ServedModel:
     base: str | None = None
     dtype: str = "auto"
     scores: str | None = None
+    only_better: bool = False
 
 
 @dataclass(frozen=True)

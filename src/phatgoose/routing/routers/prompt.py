@@ -216,6 +216,7 @@ class PromptChooser:
         self.name = router.name
         self.k = router.prompt_k
         self.unserved = router.unserved
+        self.left: Collection[str] = ()  # experts whose prompts the base answers
         self._scores: dict[bytes, Tensor] = {}  # of texts that were read, by their hash
 
     @property
@@ -240,10 +241,9 @@ class PromptChooser:
         """
         limited = self._limited(known, allowed)
         choice = self.router.choose(self, prompts, limited)
-        if "allowed" not in limited:
-            return choice
-        others = ~limited["allowed"]
-        return choice.left_to_base(others[choice.experts.clamp(min=0)])  # whatever the router does
+        acts = torch.tensor([name not in self.left for name in self.experts])
+        acts &= limited.get("allowed", acts)
+        return choice.left_to_base(~acts[choice.experts.clamp(min=0)])  # whatever the router does
 
     def explained(
         self, choice: Choice, prompts: Prompts, allowed: Names = None, **known: Any

@@ -34,7 +34,7 @@ from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
 from ....passes import cache_argument
 from ....routing.choice import NOBODY, Chosen, PromptRouting
-from ....routing.compose import compose, composition_if_any, load
+from ....routing.compose import compose, composition_if_any, composition_of, load
 from ....routing.conversation import ChatTexts
 from ....routing.layers import RoutedLinear
 from ....routing.opening import is_pool, is_routed, require_pool
@@ -50,7 +50,7 @@ from ....tasks.batching import contiguous_head, end_tokens, pad_left, position_i
 from ....tasks.encoding import added_tokens
 from ..protocol import Fields, Weights
 from ..requests import Frame, PreparedRequest
-from ..service import numbered, seen_at
+from ..service import left_to_base, numbered, seen_at
 from ..settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache; transformers has no types for mypy
@@ -313,7 +313,8 @@ class LoadedModel:
         self._opened = opened
         self.seen = seen_at(place)
         is_bare = routing == routing.of_any_model
-        if not is_bare or settings.keep or settings.leave_out or settings.scores:
+        chosen = settings.keep or settings.leave_out or settings.scores or settings.only_better
+        if not is_bare or chosen:
             require_pool(place)
         if routing.router != AUTO:
             check_served(router_of(routing))
@@ -332,6 +333,7 @@ class LoadedModel:
             )
         elif is_pool(place):
             self.pool = self.pool.measured(routing.reader)
+            self.left = left_to_base(settings, self.pool)
             model = self.composed(self.pool, routing).model
         else:
             model = twin(self.base).model
@@ -350,6 +352,12 @@ class LoadedModel:
             self.routing = numbered(parts.routing, len(parts.experts))
             check_served(parts.router)
         self.runner: ModelRunner = ModelRunner(model, self.base.tokenizer)
+        if settings.only_better and not self.runner.frame.looks_prompts_up:
+            raise RoutingError(
+                f"--only-better is for routers that choose for whole prompts, but "
+                f"{settings.name!r} has {self.routing.router}; leave such experts out instead "
+                f"(--leave-out)."
+            )
         self.prompts = self.pool.prompts if is_pool(place) else {}
 
     @cached_property
@@ -372,6 +380,9 @@ class LoadedModel:
         """The model by another routing; it shares what it can with those of `others`."""
         model = compose(pool, twin(self.base), routing=routing, scores=self.settings.scores)
         share_factors(model, [runner.model for runner in others])
+        context = composition_of(model).context
+        if context and context.chooser:
+            context.chooser.left = self.left
         return ModelRunner(model, self.base.tokenizer)
 
     def usual(self, pool: Pool) -> str:

@@ -34,7 +34,7 @@ from ..protocol import (
 )
 from ..replies import Progress, Reply, routing_report
 from ..requests import Frame, PreparedRequest
-from ..service import numbered, seen_at
+from ..service import left_to_base, numbered, seen_at
 from ..settings import ServedModel, Upstream
 from ..turns import FairQueue, Turns
 from .engines import (
@@ -114,6 +114,7 @@ class ChosenPool:
             log.warning("%s act from a prompt's end on, but an engine lets them act on all.", names)
         routing = first_allowed(settings.routing, pool, BY_PROMPT)
         self.routing = numbered(routing, len(pool))
+        self.left = left_to_base(settings, pool)
         self.runner = self.composed(pool, self.routing)
 
     def reopened(self, _: Iterable[ChosenPool]) -> ChosenPool:
@@ -133,7 +134,9 @@ class ChosenPool:
     def composed(
         self, pool: Pool, routing: Routing, others: Sequence[ChooserBesideEngine] = ()
     ) -> ChooserBesideEngine:
-        return ChooserBesideEngine(open_chooser(pool, routing=routing), self)
+        chooser = open_chooser(pool, routing=routing)
+        chooser.left = self.left
+        return ChooserBesideEngine(chooser, self)
 
     def usual(self, pool: Pool) -> str:
         """The router "auto" of these experts."""

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from ...config import KERNEL_POINTS
+from ...entry_points import add_entry_points
 from ...errors import ConfigError
 from ...experts.sums import is_one_call
-from ...entry_points import add_entry_points
 from . import native, plain
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

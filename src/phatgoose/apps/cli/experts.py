@@ -10,7 +10,7 @@ import typer
 from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
-from ...files import one_line, require_free
+from ...files import one_line, require_free, write_text
 from ...names import SMOLLM2, check_name, require_folder
 from ...tasks.task import Sources, refuse_twice
 from ..console import complain, report, say
@@ -158,7 +158,8 @@ def stats(
         list[str] | None,
         "Instead of --task: a prompt like those it is for, or a file of some (.txt, one a line; "
         ".jsonl, …); repeatable. Mean activations, which need targets, are not measured. `self`: "
-        "32 prompts that the expert, trained on whole chats, writes itself.",
+        "32 prompts that the expert, trained on whole chats, writes itself. Prompts that aren't in "
+        "a task's file are kept in prompts.txt, which push publishes.",
     ] = None,
     gates: Annotated[GateTraining, "joint", "gate_steps", "gate_learning_rate"],
     base: options.BaseOptions,
@@ -173,7 +174,7 @@ def stats(
     options.only_with("with --task", bool(task), vars(template))
     require_folder(expert, ExpertError)
     options.require_there(base.base)
-    from ...tasks.loading import load_prompts
+    from ...tasks.loading import TASK_FILES, load_prompts
     from ...tasks.task import Task
 
     writes = prompts == ["self"]
@@ -181,7 +182,7 @@ def stats(
         examples = template.load(task)
     else:
         examples = Task("written") if writes else load_prompts(prompts or ())
-    from ...experts.expert import Expert
+    from ...experts.expert import LAYOUT, Expert
     from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
@@ -196,6 +197,10 @@ def stats(
         for example in examples.train[:3]:
             say(f"  {one_line(example.input, 100)}")
     measured = measure(loaded, opened, examples, gates)
+    is_data = any(Path(place).suffix in TASK_FILES for place in prompts or ())
+    if prompts and not writes and not is_data:  # data may be confidential, and push publishes these
+        lines = (" ".join(example.input.split()) for example in examples.train)
+        write_text(expert / LAYOUT.prompts, "\n".join(lines) + "\n", ExpertError)
     say(f"{_contents(measured)} -> {expert}")
 
 

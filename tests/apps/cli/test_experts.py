@@ -178,6 +178,26 @@ def test_a_reader_of_one_s_own_is_named_wherever_a_pool_s_prompts_are_read(here,
     assert (added.code, added.out) == (0, "3 experts at 14 sites -> routed\n")
 
 
+def test_example_prompts_are_kept_and_checked_and_data_are_not(here, phat):
+    kept = here / "experts" / "reviews" / "prompts.txt"
+    (here / "data.jsonl").write_text(json.dumps({"input": "secret", "target": "x"}))
+    assert phat("stats", "experts/reviews", "--prompts", "data.jsonl").code == 0
+    assert not kept.exists()
+    refused(phat("pool", "experts", "--prompts"), "phatgoose stats EXPERT --prompts")
+    for name in ("reviews", "counting"):
+        prompts = [word for number in range(3) for word in ("--prompts", f"{name}\n {number}")]
+        assert phat("stats", f"experts/{name}", *prompts).code == 0
+    assert kept.read_text() == "reviews 0\nreviews 1\nreviews 2\n"
+    checked = phat("pool", "experts", "--prompts", "--markdown", "check.md", "--json", "check.json")
+    assert (checked.code, checked.err) == (0, "")
+    told = json.loads((here / "check.json").read_text())
+    assert len(told["prompts"]) == 6
+    assert "| expert | prompts | kept |" in (here / "check.md").read_text()
+    failed = phat("pool", "experts", "--prompts", "--check")
+    assert failed.code == int(bool(told["findings"]))
+    assert phat("pool", "experts", "--check").code == 2
+
+
 def test_stats_shows_three_of_the_prompts_that_the_expert_writes(here, phat):
     base = load_base("tiny-base", dtype="float32")
     base.tokenizer.chat_template = "<u>{{ messages[0].content }}</u>"

@@ -11,7 +11,7 @@ import typer
 from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
-from ...files import one_line, require_free
+from ...files import one_line, require_free, write_text
 from ...names import SMOLLM2, check_name, require_folder
 from ...tasks.task import Sources, refuse_twice
 from ..console import complain, report, say
@@ -168,7 +168,8 @@ def stats(
         list[str] | None,
         "Instead of --task: a prompt like those it is for, or a file of some (.txt, one a line; "
         ".jsonl, …); repeatable. Mean activations, which need targets, are not measured. `self`: "
-        "32 prompts that the expert, trained on whole chats, writes itself.",
+        "32 prompts that the expert, trained on whole chats, writes itself. Prompts that aren't in "
+        "a task's file are kept in prompts.txt, which push publishes.",
     ] = None,
     gates: Annotated[GateTraining, "joint", "gate_steps", "gate_learning_rate"],
     base: MeasuringOptions,
@@ -184,7 +185,7 @@ def stats(
     options.only_with("with --task", bool(task), {**vars(template), "gain": base.gain})
     require_folder(expert, ExpertError)
     options.require_there(base.base)
-    from ...tasks.loading import load_prompts
+    from ...tasks.loading import TASK_FILES, load_prompts
     from ...tasks.task import Task
 
     writes = prompts == ["self"]
@@ -193,7 +194,7 @@ def stats(
     else:
         examples = Task("written") if writes else load_prompts(prompts or ())
     from ...evaluation.gain import FEWEST_ROWS, gain_over_base, solved_rows
-    from ...experts.expert import Expert
+    from ...experts.expert import LAYOUT, Expert
     from ...training.train_expert import measure, written_prompts
 
     loaded = Expert.load(expert)
@@ -213,6 +214,10 @@ def stats(
     if gain and opened is not None:
         loaded = loaded.with_statistics(gain=gain_over_base(loaded, opened, examples))
     measured = measure(loaded, opened, examples, gates)
+    is_data = any(Path(place).suffix in TASK_FILES for place in prompts or ())
+    if prompts and not writes and not is_data:  # data may be confidential, and push publishes these
+        lines = (" ".join(example.input.split()) for example in examples.train)
+        write_text(expert / LAYOUT.prompts, "\n".join(lines) + "\n", ExpertError)
     say(f"{_contents(measured)} -> {expert}")
 
 

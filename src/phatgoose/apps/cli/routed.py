@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from ...config import AT_LEAST_1, PromptFormatting, Routing, ScoringSettings
-from ...errors import RoutingError, TaskError
-from ...files import reading, require_free
+from ...errors import ConfigError, RoutingError, TaskError
+from ...files import reading, require_free, write_text
 from ...names import ROUTED_INFO, SMOLLM2, require_folder
 from ...routing.routers.registry import check_known
 from ...tasks.task import check_text, refuse_twice
@@ -21,13 +21,38 @@ from ..console import report, say, show
 from . import options
 
 
-def pool(places: options.PoolArgument, json: options.JsonOption = None) -> None:
-    """List a pool's experts."""
+def pool(
+    *,
+    places: options.PoolArgument,
+    prompts: Annotated[
+        bool, "Check the example prompts: whose each becomes when it is left out of its expert's."
+    ] = False,
+    check: Annotated[bool, "With --prompts: the exit code is 1 with warnings, for CI."] = False,
+    reader: options.ReaderOption = None,
+    markdown: Annotated[Path | None, "With --prompts: write the table as Markdown."] = None,
+    json: options.JsonOption = None,
+) -> int:
+    """List a pool's experts, or check their example prompts."""
+    only: dict[str, object] = {"check": check or None, "reader": reader, "markdown": markdown}
+    options.only_with("with --prompts", prompts, only)
     opened = options.open_pool(places)
-    from ..tables import pool_table
+    from ..tables import drawn, pool_table
+
+    if prompts:
+        from ...analysis.confusions import confusions
+
+        checked = confusions(opened, reader)
+        if markdown:
+            write_text(markdown, checked.table.markdown(), ConfigError)
+        if not report(json, checked.to_dict(), "prompts and warnings"):
+            show(drawn(checked.table), width=140)
+            for line in checked.table.notes:
+                say(line)
+        return int(check and bool(checked.findings))
 
     if not report(json, {"experts": opened.records()}, "experts"):
         show(pool_table(opened))
+    return 0
 
 
 def audit(

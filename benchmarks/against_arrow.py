@@ -23,7 +23,7 @@ from bench import Bench
 from findings import Finding, row
 from measuring import side_by_side
 from phatgoose.base.identity import twin
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from routed_speed import prefill
 
 MOST_ROUNDS = 2  # a pass of PEFT's takes up to a minute

@@ -13,8 +13,8 @@ from bench import Bench
 from findings import Finding, row
 from measuring import side_by_side
 from phatgoose.base.identity import twin
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
 
 PACKED = "packed"
 

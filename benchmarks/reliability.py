@@ -41,8 +41,8 @@ import torch
 from phatgoose.apps import tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.experts import importing  # noqa: F401  loaded before forking
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.compose import load
 from phatgoose.routing.saved import SavedModel, read_saved
 from phatgoose.training import train_expert  # noqa: F401  loaded before forking

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from phatgoose.base.identity import Base
 from phatgoose.base.loading import load_base
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.sites import find_sites
 from tiny import make_model, make_tokenizer, write_expert
 

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from phatgoose.errors import ExpertError, PhatgooseError, TaskError
-from phatgoose.experts.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS
+from phatgoose.experts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS
 from phatgoose.files import new_directory, one_line, reading, regular_file
 from phatgoose.names import check_name
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paths import ROOT
-from phatgoose.experts.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.adapter_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from tiny import make_adapter
 

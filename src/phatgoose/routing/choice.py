@@ -141,12 +141,12 @@ class Chosen:
 
     @property
     def margin(self) -> float | None:
-        """By how much the score of `expert` is above the runner-up's.
+        """By how much the score of `expert` is above the runner-up's; None without either score.
 
         It is negative where a rule decided: an expert may answer with the base a little ahead, and
         a follow-up is for whoever answered before.
         """
-        if self.runner_up is None:
+        if self.runner_up is None or self.expert not in self.scores:
             return None
         return self.scores[self.expert] - self.scores[self.runner_up]
 

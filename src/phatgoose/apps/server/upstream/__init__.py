@@ -302,7 +302,10 @@ class EngineBackend(Backend[ChooserBesideEngine]):
     ) -> None:
         """Put what the engine answers into the reply's events, and an error at the end."""
         try:
-            await self.links.bring(number, prepared, sent, reply.events)
+            name = prepared.request.model
+            is_base = any(name in pool.bases for pool in self.models.values())
+            base = name if is_base and name not in self.models else None
+            await self.links.bring(number, prepared, sent, base, reply.events)
         except ApiError as error:
             await reply.events.put(error)
         except Exception:
@@ -434,13 +437,19 @@ class Links:
                 await asyncio.sleep(self.checking)
 
     async def bring(
-        self, number: int, prepared: PreparedRequest, weights: Weights, events: Events
+        self,
+        number: int,
+        prepared: PreparedRequest,
+        weights: Weights,
+        base: str | None,
+        events: Events,
     ) -> None:
-        """Have an engine with these experts answer; one that gave nothing gives way to the next."""
+        """Have an engine with these experts answer; one that gave nothing gives way to the next.
+
+        Without experts it is the `base`, or the default where the request names none.
+        """
         last = AwayError()
-        left = set(self.links)
-        if not weights:
-            left = self._alone(None if prepared.mixture is None else prepared.request.model)
+        left = set(self.links) if weights else self._alone(base)
         while able := [link for link in self.links if link in left and link.can(weights)]:
             best = best_of(able, weights)
             left.remove(best)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import Formatting, GateTraining, Peft, Training
+from ...config import TASK_FILES, Formatting, GateTraining, Peft, Training
 from ...errors import ConfigError, ExpertError
 from ...experts import kinds
 from ...files import one_line, require_free, write_text
@@ -185,7 +185,7 @@ def stats(
     options.only_with("with --task", bool(task), {**vars(template), "gain": base.gain})
     require_folder(expert, ExpertError)
     options.require_there(base.base)
-    from ...tasks.loading import TASK_FILES, load_prompts
+    from ...tasks.loading import load_prompts
     from ...tasks.task import Task
 
     writes = prompts == ["self"]

@@ -385,6 +385,11 @@ class Serving(Settings):
         "what answered before, or the last message alone.",
     ] = "conversation"
     watch: Annotated[bool, "Open models again when their folder has changed."] = False
+    learn: Annotated[
+        bool,
+        "Take corrections (POST /v1/route/corrections), which stay in the pool's folder, and watch "
+        "it.",
+    ] = False
     shadow: Annotated[
         bool,
         "Answer as requests ask, by the base where they name no expert, and tell in a header, the "

@@ -50,7 +50,7 @@ from .adapter_files import (
 )
 from .lora import Factors
 from .module import Modules
-from .statistics import PARTS, WHOLE, prompt_statistics_of
+from .statistics import PARTS, WHOLE, grown, prompt_statistics_of
 
 Record = Mapping[str, Any]  # as JSON has it
 
@@ -397,6 +397,14 @@ class Expert:
             reader=reader.reference,
             prompts_read=len(texts),
         )
+
+    def with_more_prompts(self, reader: Reader, prompts: Sequence[str]) -> Expert:
+        """The expert with `prompts` among those of its statistics, if their number is known."""
+        count = self.info.prompts_read
+        if not count:
+            return self
+        statistics = grown(self.prompt_statistics, count, reader.states(prompts))
+        return self.with_statistics(prompt_statistics=statistics, prompts_read=count + len(prompts))
 
     @classmethod
     def from_peft(

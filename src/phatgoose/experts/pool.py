@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..errors import ExpertError, PoolError
 from ..files import prefetch
 from ..names import HUB, require_pool_there
 from ..reader import open_reader, usable_reader
+from .corrections import Correction, corrections_in
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
 from .importing import read_adapters
@@ -33,11 +34,14 @@ RECORDED = ("adapter_sha256", "vectors_sha256", "embeddings_sha256", "acts_on", 
 class Pool(Mapping[str, Expert]):
     """Experts that share a base model, by name. Open one with `Pool.open`.
 
+    `corrections` are prompts that `measured` adds to those of experts.
+
     `pool["reviews"]` is the expert of that name, `pool.experts[0]` the first one; `len`, `in`,
     `keys`, `values` and `items` are those of any mapping.
     """
 
     experts: tuple[Expert, ...]
+    corrections: tuple[Correction, ...] = ()
 
     @classmethod
     def open(
@@ -84,7 +88,9 @@ class Pool(Mapping[str, Expert]):
                     f"serve --upstream' takes both."
                 )
             by_name[expert.name] = expert
-        return pool
+        folders = [Path(place) for place in places if isinstance(place, str | Path)]
+        rows = [row for folder in folders for row in corrections_in(folder)]
+        return replace(pool, corrections=tuple(rows))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -155,14 +161,16 @@ class Pool(Mapping[str, Expert]):
         staying = set(kept) - set(dropped)
         if not staying:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
-        return Pool(tuple(expert for expert in self.experts if expert.name in staying))
+        experts = tuple(expert for expert in self.experts if expert.name in staying)
+        return replace(self, experts=experts)
 
     def measured(self, named: str | None = None) -> Pool:
         """The pool in which all prompts have been read, by the reader of its other experts.
 
-        Without others it is the usual one, or the one that the user `named`.
+        Without others it is the usual one, or the one that the user `named`. Corrections join the
+        statistics of their experts; those of experts that aren't here, or have none, are left out.
         """
-        if not self.unread:
+        if not (self.unread or self.corrections):
             return self
         readers = (expert.info.reader for expert in self.experts)
         recorded = next(filter(None, readers), None)
@@ -170,9 +178,12 @@ class Pool(Mapping[str, Expert]):
             reader = open_reader(usable_reader(recorded, named))
         else:
             reader = open_reader(named or READER)
-        experts = list(self.experts)
-        for expert in self.unread:
-            experts[experts.index(expert)] = expert.with_prompts_read(reader)
+        experts = list[Expert]()
+        for expert in self.experts:
+            prompts = [row.prompt for row in self.corrections if row.expert == expert.name]
+            if expert in self.unread:
+                expert = expert.with_prompts_read(reader)
+            experts.append(expert.with_more_prompts(reader, prompts) if prompts else expert)
         return Pool(tuple(experts))
 
     def _unknown(self, name: object) -> str:

@@ -37,6 +37,30 @@ def moments_of(values: Tensor, rank: int = RANK) -> Tensors:
     return {"mean": mean, "factor": factors.float(), "rest": left.clamp(min=0).float()}
 
 
+def grown(statistics: Tensors, count: int, states: Tensor) -> Tensors:
+    """The `statistics` of `count` prompts, and the `states` [prompts, blocks, d] of more, together.
+
+    As if all had been measured at once, but for what the first ones' `rest` left of a covariance.
+    """
+    more = len(states)
+    share = count / (count + more)
+    old = {part: statistics[f"{WHOLE}.{part}"].double() for part in PARTS}
+    mean = states.mean(dim=0).double()
+    away = old["mean"] - mean
+    between = away[:, None] * (share * (1 - share)) ** 0.5
+    centred = (states - mean).transpose(0, 1).double() * ((1 - share) / more) ** 0.5
+    rows = torch.cat([old["factor"] * share**0.5, centred, between], dim=1)
+    rank = old["factor"].shape[1]
+    factors = torch.stack([_strongest(block * len(block) ** 0.5, rank) for block in rows])
+    left = rows.square().sum(dim=1) - factors.square().sum(dim=1)
+    parts = {
+        "mean": mean + share * away,
+        "factor": factors,
+        "rest": left.clamp(min=0) + share * old["rest"],
+    }
+    return {f"{WHOLE}.{part}": tensor.float() for part, tensor in parts.items()}
+
+
 def _strongest(centred: Tensor, rank: int) -> Tensor:
     count, size = centred.shape
     gram = centred @ centred.T if count < size else centred.T @ centred

@@ -47,3 +47,18 @@ def test_what_cannot_be_routed_is_an_error(pool, phat, monkeypatch):
     told = phat("route", pool, TOPICS[0], "--explain")
     assert told.code == 0
     assert "no expert of this pool brings example prompts" in told.err
+
+
+def test_prompts_are_listed_added_and_taken_back(pool, phat):
+    said = "How ripe are the plums?"
+    added = phat("prompts", pool, said, "--expert", "e1")
+    assert added.code == 0, added.err
+    assert added.out.splitlines()[-1] == f" 1 e1: {said}"
+    rows = json.loads(phat("prompts", pool, "--json", "-").out)
+    assert rows["corrections"] == [["e1", said]]
+    assert phat("prompts", pool, said).code == 2
+    unknown = phat("prompts", pool, said, "--expert", "e77")
+    assert (unknown.code, "no expert 'e77'" in unknown.err) == (2, True)
+    gone = phat("prompts", pool, "--take-back", "1", "--json", "-")
+    assert json.loads(gone.out)["corrections"] == []
+    assert "There is no correction 1" in phat("prompts", pool, "--take-back", "1").err

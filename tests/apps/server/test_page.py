@@ -6,8 +6,11 @@ import pytest
 
 import serving
 from browser import browser, page_at
+from discriminants import taught_in
+from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
-from phatgoose.config import Serving
+from phatgoose.config import Routing, Serving
+from phatgoose.experts.corrections import Correction, corrections_in
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.pool import Pool
 from serving import PROMPT, until
@@ -165,3 +168,22 @@ def test_a_key_is_asked_for_where_there_is_one(chromium, pool):
         assert page.locator("#as").input_value() == "chat"
         answer(page)
         assert "".join(pieces(page)).startswith("[user] to be or not")
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_another_expert_can_be_said_to_be_right(chromium, pool_of, tmp_path, learn):
+    place = taught_in(tmp_path / "experts", pool_of("llama"))
+    model = ServedModel("goose", str(place), Routing("discriminant"), dtype="float32")
+    app = create_app([model], Serving(learn=learn))
+    app.state.service.models["goose"].runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
+    with serving.running(app) as address, page_at(chromium, address) as page:
+        assert not page.locator("#correction").is_visible()
+        answer(page)
+        assert page.locator("#right").is_visible()
+        page.select_option("#right", "e3")
+        page.locator("#pane-a .who [title='e3 100 %']").wait_for()
+        if learn:
+            page.get_by_text("kept: e3 is for this").wait_for()
+        until(lambda: page.locator("#panes[aria-busy='false']").count() == 1)
+        assert page.locator("#problem").is_hidden()
+    assert corrections_in(place) == [Correction("e3", PROMPT)] * learn

@@ -1,5 +1,6 @@
 """Choosing without answering, and answering without choosing, on our own server and the gateway."""
 
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -9,10 +10,12 @@ from fake_engine import engine_of, gateway
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError, RoutingError
+from phatgoose.experts.corrections import Correction, corrections_in
 from routed_models import TOPICS
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, client_of, counts_of, error_of
 
 ROUTE = "/v1/route"
+CORRECTIONS = f"{ROUTE}/corrections"
 EXPERTS = "x-phatgoose-experts"
 SHADOW = "x-phatgoose-shadow"
 AUTO = "discriminant"
@@ -135,6 +138,33 @@ def test_routers_by_token_and_bad_bodies_are_refused_in_a_sentence(clients):
         schema = client.get("/openapi.json").json()["paths"][ROUTE]["post"]["requestBody"]
         forms = schema["content"]["application/json"]["schema"]["oneOf"]
         assert len(forms) == 2
+
+
+def test_corrections_are_kept_and_later_choices_know_of_them(pool_of, engine, tmp_path):
+    prompt = f"{TOPICS[0]} of the northern orchards"
+    wrong = {"model": "goose", "expert": "e9", "prompt": prompt}
+    right = {**wrong, "expert": "e3"}
+
+    def scores(client):
+        (choice,) = ask(client, path=ROUTE, model="goose", prompt=prompt)["choices"]
+        return choice["scores"]
+
+    for name, opened in (("own", own), ("gateway", gateway)):
+        place = taught_in(tmp_path / name, pool_of("llama"))
+        where = (place, engine) if name == "gateway" else (place,)
+        with opened(*where, router=AUTO) as client:
+            error = error_of(client, 403, CORRECTIONS, **right)
+            assert error["message"].endswith("wasn't started with --learn.")
+        with opened(*where, Serving(learn=True), router=AUTO) as client:
+            client.app.state.service.looking = 0.05
+            assert error_of(client, path=CORRECTIONS, **wrong)["param"] == "expert"
+            assert error_of(client, path=CORRECTIONS, **{**right, "prompt": " "})["param"]
+            assert scores(client)["e0"] == max(scores(client).values())
+            before = scores(client)["e3"]
+            assert ask(client, path=CORRECTIONS, **right) == {"object": "correction", **right}
+            while scores(client)["e3"] <= before:
+                time.sleep(0.05)  # the test ends in ten minutes
+        assert corrections_in(place) == [Correction("e3", prompt)]
 
 
 def test_keys_hold_and_see_their_experts_alone(place, engine):

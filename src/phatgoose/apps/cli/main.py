@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
         routed.pool,
         routed.audit,
         routed.route,
+        routed.prompts,
         routed.compose,
         sharing.export,
         routed.generate,

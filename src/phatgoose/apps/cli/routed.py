@@ -13,7 +13,7 @@ import typer
 
 from ...config import AT_LEAST_1, PromptFormatting, Routing, ScoringSettings
 from ...errors import ConfigError, RoutingError, TaskError
-from ...files import reading, require_free, write_text
+from ...files import one_line, reading, require_free, write_text
 from ...names import ROUTED_INFO, SMOLLM2, require_folder
 from ...routing.routers.registry import check_known
 from ...tasks.task import check_text, refuse_twice
@@ -152,6 +152,36 @@ def route(
         show(choices_table(inputs, choices))
     if explain and not opened.prompts:
         say("no expert of this pool brings example prompts (prompts.txt)", err=True)
+
+
+def prompts(
+    *,
+    pool: Annotated[Path, typer.Argument(help="A pool's folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="One that --expert should answer.")] = None,
+    expert: Annotated[str | None, "The expert that should answer the prompt."] = None,
+    take_back: Annotated[list[int] | None, "The number of a correction to remove."] = None,
+    json: options.JsonOption = None,
+) -> None:
+    """List a pool's example prompts and corrections; add a correction, or take some back."""
+    if (prompt is None) != (expert is None):
+        raise ConfigError("A correction is a prompt and its --expert; give both.")
+    opened = options.open_pool([pool])
+    from ...experts.corrections import Correction, correct, corrections_in
+    from ...experts.corrections import take_back as take
+
+    if prompt is not None and expert is not None:
+        check_text(prompt)
+        opened.select([expert])
+        correct(pool, Correction(expert, prompt))
+    if take_back:
+        take(pool, take_back)
+    brought = [(name, text) for name, one in opened.items() for text in one.prompts]
+    corrections = [(row.expert, row.prompt) for row in corrections_in(pool)]
+    if not report(json, {"prompts": brought, "corrections": corrections}, "prompts"):
+        for name, text in brought:
+            say(f"   {name}: {one_line(text, 100)}")
+        for number, (name, text) in enumerate(corrections, start=1):
+            say(f"{number:2} {name}: {one_line(text, 100)}")
 
 
 NewTokens = Annotated[int, "Maximum new tokens.", AT_LEAST_1]

@@ -145,6 +145,7 @@ class Page {
     at("stop").addEventListener("click", () => this.running?.abort());
     at("compare").addEventListener("change", () => this.arrange());
     at("model").addEventListener("change", () => this.choose());
+    at("right").addEventListener("change", () => this.correct());
     at("key").addEventListener("submit", (event) => {
       event.preventDefault();
       this.unlock();
@@ -181,6 +182,8 @@ class Page {
     at("as").value = chat ? "chat" : "text";
     at("as").closest("label").hidden = !chat;
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
+    at("right").replaceChildren(new Option("choose", ""), ...experts.map((name) => new Option(name, name)));
+    at("correction").hidden = true;
     at("examples").hidden = !prompts.length;
     at("examples").replaceChildren("Try", ...prompts.map((text) => {
       const button = document.createElement("button");
@@ -237,14 +240,39 @@ class Page {
     await Promise.all(panes.map((pane) => this.fill(pane, path, body, mine.signal)));
     if (this.running !== mine) return;
     this.busy(false);
+    at("kept").textContent = "";
+    at("right").value = "";
+    at("correction").hidden = !this.model.router; // nothing was chosen
     at("panes").dataset.answers = ++this.answers;
   }
 
-  async fill(pane, path, body, signal) {
+  // The named expert answers in the first pane, and the choice is corrected where the server learns.
+  async correct() {
+    const expert = at("right").value;
+    if (!expert) return;
+    const {path, body} = this.request();
+    const model = body.model;
+    const named = model === "auto" ? expert : `${model}:${expert}`;
+    const prompt = at("prompt").value;
+    this.busy(true);
+    this.running = new AbortController();
+    const [pane] = this.panes;
+    await this.fill(pane, path, {...body, model: named}, this.running.signal, {});
+    this.busy(false);
+    if (!this.model.learns) return;
+    try {
+      await this.api.ask("v1/route/corrections", {model, expert, prompt});
+      at("kept").textContent = `kept: ${expert} is for this`;
+    } catch (error) {
+      this.complain(error.message);
+    }
+  }
+
+  async fill(pane, path, body, signal, routing = pane.routing()) {
     pane.begin();
     let end = "stopped";
     try {
-      for await (const chunk of this.api.stream(path, {...body, ...pane.routing()}, signal)) {
+      for await (const chunk of this.api.stream(path, {...body, ...routing}, signal)) {
         if (signal.aborted) return;
         for (const choice of chunk.choices) {
           pane.take(choice);

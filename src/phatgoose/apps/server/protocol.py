@@ -447,6 +447,14 @@ RouteRequest = Annotated[
 ]
 
 
+class CorrectionRequest(Strict):
+    """A request to /v1/route/corrections: the expert that should have answered a prompt."""
+
+    model: Name
+    expert: Name
+    prompt: Annotated[str, Field(pattern=r"\S", max_length=1 << 14)]  # a reader reads no more
+
+
 def check_known(request: AnyRequest) -> None:
     """Raise ApiError for an undeclared field that asks for something."""
     for part, place in request.undeclared():

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Generic, NamedTuple, Self
 
 from fastapi import Request
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import Routing, closest
 from ...errors import ConfigError, PhatgooseError
+from ...experts.corrections import Correction, correct
 from ...experts.pool import Pool
 from ...files import one_line, shortened
 from ...routing.choice import Chosen
@@ -208,6 +210,7 @@ class Service(Generic[R]):
             "router": model.routing.router if is_routed else None,  # None for a base alone
             "k": model.routing.k if is_routed else None,
             "experts": experts,
+            "learns": self.backend.limits.learn,
             "prompts": prompts[:SHOWN],
             "traces": is_routed and not self.backend.upstream,  # they can be asked for
             "context": frame.context,
@@ -287,6 +290,21 @@ class Service(Generic[R]):
         elif prepared.mixture is None:
             self.metrics.count(request.model, chosen or ())
         return reply, headers_of(prepared, chosen, shadow)
+
+    async def correct(self, body: protocol.CorrectionRequest, http: Request) -> Fields:
+        """Keep a correction in the pool's folder, of which later choices know. Raises ApiError."""
+        if not self.backend.limits.learn:
+            raise ApiError(403, "This server takes no corrections: it wasn't started with --learn.")
+        if http.scope[ALLOWED] is not None:
+            raise ApiError(403, "This key is for some experts only, and may not correct choices.")
+        model, _ = self._find(body.model, http)
+        if body.expert not in model.experts:
+            hint = closest(body.expert[:MOST_NAME], model.experts)
+            message = f"{body.model!r} has no expert {shortened(body.expert)}.{hint}"
+            raise bad_request(message, "expert")
+        correction = Correction(body.expert, body.prompt)
+        await in_thread(partial(correct, Path(model.settings.place), correction))
+        return {"object": "correction", **body.model_dump()}
 
     async def _would_choose(
         self, model: Served[R], prepared: PreparedRequest

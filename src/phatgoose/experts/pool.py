@@ -18,6 +18,7 @@ from ..errors import ExpertError, PoolError
 from ..files import prefetch
 from ..names import HUB, require_pool_there
 from ..reader import open_reader, usable_reader
+from .corrections import FILE as CORRECTIONS
 from .corrections import Correction, corrections_in
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
@@ -89,7 +90,8 @@ class Pool(Mapping[str, Expert]):
                 )
             by_name[expert.name] = expert
         folders = [Path(place) for place in places if isinstance(place, str | Path)]
-        rows = [row for folder in folders for row in corrections_in(folder)]
+        corrected = [folder for folder in folders if (folder / CORRECTIONS).exists()]
+        rows = [row for folder in corrected for row in corrections_in(folder)]
         return replace(pool, corrections=tuple(rows))
 
     @cached_property

@@ -45,8 +45,10 @@ def experts(tmp_path_factory):
 class Engine:
     """An engine's server in a process group of its own, which can be killed; `log` has its output.
 
-    `mixes` says whether a request may name several adapters.
+    `mixes` says whether a request may name several adapters; of its base the operator says nothing.
     """
+
+    said = None
 
     def __init__(self, log, mixes):
         with socket.socket() as free:

@@ -48,6 +48,14 @@ def test_a_schema_without_end_is_refused_and_others_are_served(client, schema):
     assert ask(client, **fields)["choices"]
 
 
+@pytest.mark.parametrize("schema", [5, True, "object", []])
+def test_a_schema_that_is_no_object_is_refused(client, schema):
+    error = error_of(client, **GREEDY, **by(schema))
+    assert error["message"].startswith("response_format.json_schema: ")
+    assert "the schema must be an object" in error["message"]
+    assert ask(client, **GREEDY, **by({}))["choices"]
+
+
 @linux
 def test_tools_without_end_are_refused(client):
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": PRIMES}}}

@@ -258,11 +258,19 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(False, description="End with a chunk that counts tokens.")
 
 
+def _with_schema(form: Fields) -> Fields:
+    if not isinstance(form.get("schema", {}), dict | None):
+        raise ValueError("the schema must be an object")
+    return form
+
+
 class ResponseFormat(Strict):
     """The form of an answer: text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Fields | None = Field(None, description="With the schema in it.")
+    json_schema: Annotated[Fields, AfterValidator(_with_schema)] | None = Field(
+        None, description="With the schema in it."
+    )
 
 
 class GenerationRequest(Strict):

@@ -100,7 +100,11 @@ class Measure:
 
     def _scored(self, message: Viewed, scores: Tensor, fitted: Fitted) -> ScoredText:
         views = scores[[self._rows[text] for text in (*message.wholes, *message.parts)]]
-        return ScoredText(views, fitted.allowances, len(message.wholes), fitted.helpers)
+        count = len(message.wholes)
+        wholes = ScoredText(views[:count], fitted.allowances, None, fitted.helpers)
+        if wholes.lead > conversation.MARGIN:  # parts aren't read then
+            return wholes
+        return ScoredText(views, fitted.allowances, count, fitted.helpers)
 
 
 def _flat(messages: Sequence[Viewed]) -> list[str]:

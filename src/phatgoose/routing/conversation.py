@@ -138,20 +138,20 @@ class ScoredText:
     it is nothing else, and `is_helper` whether an interface asks rather than its user.
     """
 
-    view = ""  # the text that `scores` are of
-
     def __init__(
         self,
         views: Tensor,
         allowances: Tensor,
         wholes: int | None = None,
         helpers: float = float("inf"),
+        texts: Sequence[str] = (),
     ) -> None:
         """Of `views` [V, E + classes], or [V, E] without the base's classes.
 
         `allowances` [E] say by how much the base may score more than each expert. The first
         `wholes` of the views are no parts, all of them where it is None. `helpers` is what a text
-        in the middle of the helpers' class scores, infinite where that isn't known.
+        in the middle of the helpers' class scores, infinite where that isn't known. `texts` are
+        what was read.
         """
         experts = len(allowances)
         leads = views[:, :experts]
@@ -160,7 +160,8 @@ class ScoredText:
             leads = leads - rest[:, :-1].amax(dim=1, keepdim=True)
         by_view = leads.amax(dim=1)
         by_view[wholes:] -= 0.0 if wholes is None else MARGIN
-        self.number = view = int(by_view.argmax())
+        view = int(by_view.argmax())
+        self.view = texts[view] if texts else ""  # the text that `scores` are of
         self.scores = views[view]
         self._leads = leads[view]
         self._allowances = allowances

@@ -578,6 +578,25 @@ def test_of_a_long_text_parts_of_both_ends_are_read(count):
         assert views.parts == (*said[:6], *said[-6:])
 
 
+def test_parts_are_read_where_the_whole_is_not_far_ahead(pool):
+    chooser = open_chooser(trained_on(pool), router="discriminant")
+    read = []
+
+    class Noting:
+        def states(self, texts):
+            read.extend(texts)
+            return small_reader().states(texts)
+
+    chooser.ready = chooser.ready._replace(reader=Noting())
+    sure = f"{TOPICS[1]}. {TOPICS[1]}, {TOPICS[1]}"
+    assert chooser.choose([sure]).named(chooser.experts) == [{"e1": 1.0}]
+    assert read == [sure]
+    read.clear()
+    unsure = f"I hope that you are well today. {TOPICS[1]}. Thank you so much for your help."
+    chooser.choose([unsure])
+    assert read == [unsure, *Views.of(unsure).parts]
+
+
 def test_of_a_long_text_the_lines_ends_are_read_first():
     prose = " ".join(f"Sentence number {n} of the prose." for n in range(40))
     parts = Views.of(f"{prose}\nWrite the tests for it, please.\n{prose}").parts

@@ -27,7 +27,7 @@ from ...experts.pool import Pool
 from ...experts.sums import dense_weights
 from ...tasks.encoding import said_in_tokens
 from ..choice import BASE, Choice, Chosen
-from ..conversation import ChatTexts, ScoredText, Views, answer_to
+from ..conversation import MARGIN, ChatTexts, ScoredText, Views, answer_to
 from .router import Router, RouterAtSite, RoutingDecision, Scores, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -311,19 +311,13 @@ class PromptChooser:
         chats = [self._chat(prompt) for prompt in prompts]
         if not chats:
             raise RoutingError(f"Router {self.name} can't choose: there is no prompt.")
-        unbounded = torch.full((len(self.experts),), torch.inf)
-        falls_back = self.router.falls_back
-        allowances = self.router.allowances(self.tables, self.ready) if falls_back else unbounded
-        helpers = self.router.helpers_score(self.ready)
         texts = [[*reversed(chat.messages), *filter(None, [chat.system])] for chat in chats]
         scored = [list[ScoredText]() for _ in chats]
         undecided = [row for row, chat in enumerate(chats) if chat.messages]
         depth = 0
         while undecided:
-            views = [texts[row][depth] for row in undecided]
-            for row, scores, view in zip(undecided, self._read(views, known), views, strict=True):
-                text = ScoredText(scores, allowances, len(view.wholes), helpers)
-                text.view = (view.wholes + view.parts)[text.number]
+            now = self._scored([texts[row][depth] for row in undecided], known)
+            for row, text in zip(undecided, now, strict=True):
                 scored[row].append(text)
             depth += 1
             open_ones = [row for row in undecided if not scored[row][-1].decides]
@@ -335,34 +329,54 @@ class PromptChooser:
             answers.append(Answer(answer, *rows[:1]))
         return answers
 
-    def _read(self, texts: Sequence[Views], known: Known) -> list[Tensor]:
-        """The scores [V, E + classes] of each text's views; a client's distinct ones are read once.
+    def _scored(self, texts: Sequence[Views], known: Known) -> list[ScoredText]:
+        """What each text is most like. Parts are read where they could be ahead of wholes."""
+        falls_back = self.router.falls_back
+        allowances = torch.full((len(self.experts),), torch.inf)
+        if falls_back:
+            allowances = self.router.allowances(self.tables, self.ready)
+        helpers = self.router.helpers_score(self.ready)
+        wholes = self._read([text.wholes for text in texts], known)
+        scored = []
+        unsure = []
+        for row, (text, scores) in enumerate(zip(texts, wholes, strict=True)):
+            scored.append(ScoredText(scores, allowances, None, helpers, text.wholes))
+            is_sure = falls_back and scored[row].lead > MARGIN
+            if text.parts and not is_sure:
+                unsure.append(row)
+        parts = self._read([texts[row].parts for row in unsure], known)
+        for row, scores in zip(unsure, parts, strict=True):
+            views = texts[row].wholes + texts[row].parts
+            every = torch.cat([wholes[row], scores])
+            scored[row] = ScoredText(every, allowances, len(wholes[row]), helpers, views)
+        return scored
 
-        Those of others are read again: the time would tell what they asked.
+    def _read(self, texts: Sequence[Sequence[str]], known: Known) -> list[Tensor]:
+        """The scores [V, E + classes] of the views of each of `texts`.
+
+        A client's distinct ones are read once. Those of others are read again: the time would tell
+        what they asked.
         """
+        if not texts:
+            return []
         client = known.get("client")
         scored = self._scores
-        views = [view for text in texts for view in (*text.wholes, *text.parts)]
+        views = list(itertools.chain.from_iterable(texts))
         keys = [hashlib.sha256(repr((client, view)).encode()).digest() for view in views]
         new = {key: view for key, view in zip(keys, views, strict=True) if key not in scored}
         fresh = dict[bytes, Tensor]()
         if new:
             scores = self.router.score(self, list(new.values()))
             fresh = dict(zip(new, scores, strict=True))
-        every = iter([fresh[key] if key in fresh else scored[key] for key in keys])
-        read = [
-            torch.stack(list(itertools.islice(every, len(text.wholes) + len(text.parts))))
-            for text in texts
-        ]
+        rows = torch.stack([fresh[key] if key in fresh else scored[key] for key in keys])
         scored.update(fresh)
-        if len(scored) * (AROUND + read[0][0].numel()) > REMEMBERED:
+        if len(scored) * (AROUND + rows.shape[1]) > REMEMBERED:
             self._scores = {}
         allowed = known.get("allowed")
-        if allowed is None:
-            return read
-        others = torch.ones(read[0].shape[-1] - len(allowed), dtype=torch.bool)
-        mask = torch.cat([allowed, others])
-        return [scores.where(mask, -torch.inf) for scores in read]
+        if allowed is not None:
+            others = torch.ones(rows.shape[1] - len(allowed), dtype=torch.bool)
+            rows = rows.where(torch.cat([allowed, others]), -torch.inf)
+        return list(torch.split(rows, [len(text) for text in texts]))
 
     def _chat(self, prompt: Prompt) -> ChatTexts:
         if isinstance(prompt, ChatTexts):

@@ -394,6 +394,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--hand", type=int, default=2, choices=(2,), help="3 is for reports once")
     parser.add_argument("--most", type=int, default=8, help="prompts of each skill of the hand")
+    parser.add_argument("--clients", action="store_true", help="no attacker, only such clients")
     given = parser.parse_args()
     torch.set_num_threads(1)
     reader = open_reader("e5")
@@ -403,7 +404,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pools = Pools(reader, load_hand(given.hand), Path(folder), given.most)
         for prompts in given.prompts:
-            for in_other_words in (False, True):
+            for in_other_words in () if given.clients else (False, True):
                 results = defaultdict[str, list[dict[str, Any]]](list)
                 for draw in range(given.draws):
                     for title, outcome in pools.with_attackers(prompts, draw, in_other_words):

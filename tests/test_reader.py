@@ -31,7 +31,7 @@ from phatgoose.routing.opening import open_chooser
 from routed_models import TOPICS
 from tiny import make_tokenizer, small_reader
 
-TEXTS = ("Plums or apples?", "x", "WHO? " * 40, "12 + 7 is nineteen, says the clerk.", "¿Qué? 今天")
+TEXTS = ("Plums or apples?", "x", "Who? " * 40, "12 + 7 is nineteen, says the clerk.", "¿Qué? 今天")
 
 
 @cache
@@ -103,8 +103,15 @@ def test_of_a_huge_text_both_ends_are_read():
     start, end = "plums " * 1365 + "pl", "pears " * 1365 + "or"
     assert len(start) == len(end) == 8192
     wanted = reader.states([f"{start} {end}"])
-    assert torch.equal(reader.states([start + "WHO? " * 100_000 + end]), wanted)
+    assert torch.equal(reader.states([start + "Who? " * 100_000 + end]), wanted)
     assert not torch.equal(reader.states([start + end[2:]]), wanted)
+
+
+def test_a_shouted_text_is_read_in_small_letters(base_folders):
+    reader = open_reader(f"{base_folders['llama']}:0-1")
+    shouted, said, quiet = reader.states(["WHO ATE IT? 12", "Who ate it? 12", "who ate it? 12"])
+    assert torch.equal(shouted, quiet)
+    assert not torch.equal(said, quiet)
 
 
 def test_threads_read_what_is_theirs():

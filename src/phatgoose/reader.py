@@ -122,7 +122,7 @@ class Reader:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         half = MOST_CHARACTERS // 2
         fitted = [t if len(t) <= MOST_CHARACTERS else f"{t[:half]} {t[-half:]}" for t in texts]
-        rows = [self._tokens_of(text) for text in fitted]
+        rows = [self._tokens_of(in_small_letters(text)) for text in fitted]
         if not rows or not all(rows) or not all(map(str.strip, texts)):
             raise ConfigError("A reader can't read an empty prompt, or none.")
         return rows
@@ -181,6 +181,11 @@ def reference_of(name: str) -> ReaderReference:
         )
     identity = place if place in KNOWN else recorded_id(place)
     return ReaderReference(identity, int(first), int(last))
+
+
+def in_small_letters(text: str) -> str:
+    """`text`, in small letters if it is SHOUTED: readers know few words in capitals."""
+    return text.lower() if text.isupper() else text
 
 
 def usable_reader(recorded: ReaderReference, named: str | None = None) -> ReaderReference:

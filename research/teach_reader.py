@@ -20,7 +20,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -37,22 +37,23 @@ from phatgoose.tasks.batching import pad_right
 
 TEXTS = Path(__file__).parent / "reader"
 SKILLS_A_STEP = 24
-GENERAL_A_STEP = 5  # pairs of a general text in two manners, beside a pair of two such texts
+GENERAL_A_STEP = 4  # pairs of a general text in two manners
+GENERAL_APART = 3  # pairs of two general texts, which are made alike
 MOST_TOKENS = 128
 TEMPERATURE = 0.1
 WARM_UP = 10
 RANK = 16
 # How often a prompt comes in which manner.
 MANNERS: Mapping[str, float] = {
-    "plain": 0.34,
+    "plain": 0.3,
     "light": 0.1,
     "medium": 0.1,
     "heavy": 0.1,
     "typos": 0.08,
     "lower": 0.04,
-    "upper": 0.04,
+    "upper": 0.06,
     "short": 0.1,
-    "code": 0.03,
+    "code": 0.05,
     "frame": 0.05,
     "corrections": 0.02,
 }
@@ -73,23 +74,31 @@ class Texts:
 
     skills: Mapping[str, Sequence[str]]
     parts: Mapping[str, Sequence[str]]
+    manners: Mapping[str, float] = field(default_factory=lambda: MANNERS)
 
     @classmethod
     def load(cls) -> Texts:
+        words = tomllib.loads((TEXTS / "words.toml").read_text(encoding="utf-8"))
         skills = dict[str, list[str]]()
         parts = dict[str, list[str]]()
-        for path in sorted(TEXTS.glob("*.toml")):
+        for path in sorted(TEXTS.glob("[!w]*.toml")):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
             if not path.stem.startswith("skills-"):
                 parts |= content
                 continue
             for name, skill in content.items():
-                skills[f"{path.stem}/{name}"] = [*skill["prompts"], *skill["other"].values()]
+                owner = f"{path.stem}/{name}"
+                skills[owner] = [*skill["prompts"], *skill["other"].values(), *words[owner]]
         return cls(skills, parts)
+
+    def some(self, count: int, rng: random.Random) -> Texts:
+        """`count` of the skills."""
+        kept = rng.sample(list(self.skills), count)
+        return replace(self, skills={name: self.skills[name] for name in kept})
 
     def in_manner(self, prompt: str, rng: random.Random) -> str:
         """`prompt` in a manner that is drawn."""
-        kind = rng.choices(list(MANNERS), list(MANNERS.values()))[0]
+        kind = rng.choices(list(self.manners), list(self.manners.values()))[0]
         if kind == "plain":
             return prompt
         if kind == "typos":
@@ -120,13 +129,13 @@ class Texts:
     def batch(self, rng: random.Random) -> list[Row]:
         """The rows of a step: each label twice, one after the other."""
         rows = list[Row]()
-        for skill in rng.sample(list(self.skills), SKILLS_A_STEP):
+        for skill in rng.sample(list(self.skills), min(SKILLS_A_STEP, len(self.skills))):
             for prompt in rng.sample(self.skills[skill], 2):
                 rows.append(Row(self.in_manner(prompt, rng), skill))
         general = self.parts[GENERAL]
         for text in rng.sample(general, GENERAL_A_STEP):
             rows += [Row(self.in_manner(text, rng), f"{GENERAL}/{text}") for _ in range(2)]
-        for text in rng.sample(general, 2):
+        for text in rng.sample(general, 2 * GENERAL_APART):
             rows.append(Row(self.in_manner(text, rng), GENERAL))
         for name in CLASSES:
             rows += [Row(self.of_class(name, rng), name) for _ in range(2)]
@@ -193,10 +202,16 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=50)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skills", type=int, help="this many of them, drawn by the seed")
+    parser.add_argument("--plain", action="store_true", help="prompts as they are, in no manner")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(given.seed)
     texts = Texts.load()
+    if given.skills:
+        texts = texts.some(given.skills, random.Random(given.seed))
+    if given.plain:
+        texts = replace(texts, manners={"plain": 1.0})
     taught = tuple(range(given.last - 2 * (given.read - 1), given.last + 1, 2))
     kept = sorted((int(path.name) for path in given.out.glob("[0-9]*")), reverse=True)
     done = kept[0] if kept else 0

@@ -27,7 +27,7 @@ from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken, beginning_of
 from ..requests import Answer, Decoding
 from .json_form import Calls, JsonForm, calls_begin
-from .runner import Cache, ModelRunner, Prefix, PrefixStore, Reader, begin_with, joined
+from .runner import Cache, ModelRunner, Prefix, PrefixScope, PrefixStore, begin_with, joined
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
@@ -138,8 +138,8 @@ class ActiveSequence:
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
     @property
-    def reader(self) -> Reader:
-        return self.runner.reader_of(self.prompt, self.routed, self.client)
+    def prefix_scope(self) -> PrefixScope:
+        return self.runner.prefix_scope(self.prompt, self.routed, self.client)
 
     @property
     def is_over(self) -> bool:
@@ -237,12 +237,12 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
         groups.setdefault(_reading_of(sequence), []).append(sequence)
     firsts = [group[0] for group in groups.values()]
     runner.use([first.routed for first in firsts])
-    readers = [first.reader for first in firsts]
+    scopes = [first.prefix_scope for first in firsts]
     known: list[tuple[Prefix | None, int]] = []
-    for first, reader in zip(firsts, readers, strict=True):
+    for first, scope in zip(firsts, scopes, strict=True):
         # Whoever wants the routing of the prompt's tokens wants them to be read.
         reads_all = first.decoding.routing
-        known.append((None, 0) if reads_all else prefixes.find(reader, first.prompt))
+        known.append((None, 0) if reads_all else prefixes.find(scope, first.prompt))
     # As many tokens of every row: windows and ALiBi count columns, so none may be padding between
     # what is known and what is read.
     pairs = zip(firsts, known, strict=True)
@@ -256,8 +256,8 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
     mask = mask.to(runner.device)
     keeper = keeper_for(sequences)
     logits = runner.decode(ids, mask, cache, keeper)
-    for row, (first, reader) in enumerate(zip(firsts, readers, strict=True)):
-        prefixes.keep(reader, first.prompt, cache, row, mask[row])
+    for row, (first, scope) in enumerate(zip(firsts, scopes, strict=True)):
+        prefixes.keep(scope, first.prompt, cache, row, mask[row])
     if keeper is not None:
         _report_prompts(list(groups.values()), keeper, ids.shape[1])
     row_of = {reading: row for row, reading in enumerate(groups)}
@@ -384,8 +384,8 @@ class Batch:
     def _keep(self, row: int, sequence: ActiveSequence) -> None:
         # The next turn of a conversation begins with this answer too, whose last token never passed
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
-        reader = sequence.reader
-        if reader.limit == len(sequence.prompt):
+        scope = sequence.prefix_scope
+        if scope.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
-            reader = Reader(reader.key, len(tokens))
-            self._prefixes.keep(reader, tokens, self._cache, row, self._mask[row])
+            scope = PrefixScope(scope.key, len(tokens))
+            self._prefixes.keep(scope, tokens, self._cache, row, self._mask[row])

@@ -151,7 +151,7 @@ class Reporter:
     def __call__(self, progress: Progress) -> Fields | None:
         if not progress.routing:
             return None
-        number = progress.choice
+        number = progress.number
         parts = composition_of(self._runner.model)
         allowed = self._prepared.experts
         names = [name if name in allowed else f"#{z}" for z, name in enumerate(parts.experts)]

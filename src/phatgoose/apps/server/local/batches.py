@@ -101,9 +101,9 @@ class Sampler:
 class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
-    `deliver` is called from the engine's thread. `client` is who has asked, `routed` what the
-    model's context found for the prompt, `form` what an answer in JSON keeps to, `calls` those that
-    may be in it.
+    `deliver` is called from the engine's thread. `client` is who has asked, `routed` the experts of
+    the prompt, `traces` what those of each token were, if the request wants that reported. `form`
+    is what an answer in JSON keeps to, `calls` those that may be in it.
     """
 
     form: JsonForm | None = None
@@ -118,7 +118,7 @@ class ActiveSequence:
         routed: PromptRouting | None = None,
     ) -> None:
         self.runner = runner
-        self.choice = answer.number
+        self.number = answer.number
         self.decoding = answer.decoding
         self.prompt = answer.prompt.tokens
         self.most_tokens = len(self.prompt) + self.decoding.max_tokens
@@ -129,7 +129,7 @@ class ActiveSequence:
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
-        self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
+        self.traces: list[TraceStream] = []  # of tokens that passed the model, for the next event
         self._ends = () if self.decoding.ignores_end else runner.ends
         self._sampler = Sampler(self.decoding, runner.device, self.prompt)
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
@@ -211,16 +211,16 @@ class ActiveSequence:
         self._unsent = self._unsent[len(ready) :]
         text = self._text[self._sent : safe] if ready or self.finish else ""
         self._sent += len(text)
-        if self.finish and self.routing and self.shown:
+        if self.finish and self.traces and self.shown:
             # Each token passes the model one step after it was chosen, so the last one never does.
-            self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
-        routing = tuple(self.routing)
-        self.routing = []
-        is_news = text or ready or routing or self.finish
+            self.traces.append(self.traces[-1].without_experts(self.shown[-1], ANSWER))
+        traces = tuple(self.traces)
+        self.traces = []
+        is_news = text or ready or traces or self.finish
         if is_news and not self.is_cancelled:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)
-            new = Progress(self.choice, text, tokens, routing, self.finish, generated)
+            new = Progress(self.number, text, tokens, traces, self.finish, generated)
             if self.calls and self.finish:
                 new = self.calls.parsed(new)
             self.deliver(new)
@@ -283,7 +283,7 @@ def _report_prompts(
         for stream in keeper.streams().values():
             part = stream.some(slice(end - count, end), shown, [PROMPT] * count)
             for sequence in group:
-                sequence.routing.append(part)
+                sequence.traces.append(part)
 
 
 def _reading_of(sequence: ActiveSequence) -> object:
@@ -353,7 +353,7 @@ class Batch:
             for row, sequence in enumerate(sequences):
                 if sequence.decoding.routing:
                     last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
-                    sequence.routing.append(last)
+                    sequence.traces.append(last)
         for sequence, scores in zip(sequences, logits[:, -1].float(), strict=True):
             sequence.advance(scores)
 

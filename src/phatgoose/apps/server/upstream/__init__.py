@@ -495,7 +495,7 @@ def _report(
     """What is reported of the routing: an engine's pieces stand for tokens."""
     if not prepared.request.routing:
         return None
-    row = prepared.answers[progress.choice].row
+    row = prepared.answers[progress.number].row
     acting = _rounded(sent[row].weights)
     experts = _rounded(chosen[row].weights)
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": acting}

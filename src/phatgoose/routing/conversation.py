@@ -42,7 +42,7 @@ HELPS = 0.7  # by how much it must be ahead of all else
 
 @cache
 def base_texts() -> Mapping[str, Sequence[str]]:
-    """The texts of each of the base's classes; follow-ups come last."""
+    """The texts of each of the base's classes, in the order of scores: follow-ups come last."""
     content = (files(__package__) / "base_texts.toml").read_text(encoding="utf-8")
     return tomllib.loads(content)
 

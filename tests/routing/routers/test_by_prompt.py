@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -20,7 +23,7 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import prompt_statistics_of
+from phatgoose.experts.statistics import PARTS, prompt_statistics_of
 from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, detach, load, routing_for, save
@@ -35,6 +38,7 @@ from phatgoose.routing.conversation import (
     helpers_class,
 )
 from phatgoose.routing.opening import open_chooser
+from phatgoose.routing.routers import base_classes
 from phatgoose.routing.routers.discriminant import Discriminant, Lines, Ready, line_of, room_of
 from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
@@ -467,6 +471,14 @@ def test_scores_by_hand_have_the_base_s_classes():
     assert CLASSES[helpers_class()] == "helpers"
 
 
+def test_the_shipped_statistics_of_the_base_s_classes_are_those_of_the_texts():
+    """After a change: python -m phatgoose.routing.routers.base_classes e5, then this digest."""
+    digest = hashlib.sha256(repr(base_texts()).encode()).hexdigest()
+    assert digest[:16] == "2f53f60596bfcd40"
+    shipped = load_file(Path(base_classes.__file__).with_name("base_classes") / "e5.safetensors")
+    assert [len(shipped[part]) for part in PARTS] == [len(CLASSES)] * len(PARTS)
+
+
 @pytest.mark.parametrize("chat", CHATS)
 def test_who_answers_a_chat(chat):
     system, messages, wanted = CHATS[chat]
@@ -489,7 +501,9 @@ def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
     for (system, messages), answer in zip(chats, answers, strict=True):
         first = [scored(system, allowances)] if system else []
         wanted = answer_to([scored(message, allowances) for message in messages], *first)
-        assert torch.equal(answer, wanted.scores if wanted else torch.full((8,), -torch.inf))
+        assert torch.equal(
+            answer, wanted.scores if wanted else torch.full((2 + len(CLASSES),), -torch.inf)
+        )
 
 
 def test_prompts_are_left_to_the_base_whatever_is_in_a_batch():

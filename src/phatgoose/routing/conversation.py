@@ -140,29 +140,31 @@ class ScoredText:
 
     def __init__(
         self,
-        views: Tensor,
+        scores: Tensor,
         allowances: Tensor,
-        wholes: int | None = None,
+        whole_count: int | None = None,
         helpers: float = float("inf"),
         texts: Sequence[str] = (),
     ) -> None:
-        """Of `views` [V, E + classes], or [V, E] without the base's classes.
+        """By the `scores` of its views, [V, E + classes], or [V, E] without the base's classes.
 
         `allowances` [E] say by how much the base may score more than each expert. The first
-        `wholes` of the views are no parts, all of them where it is None. `helpers` is what a text
-        in the middle of the helpers' class scores, infinite where that isn't known. `texts` are
-        what was read.
+        `whole_count` of the views are no parts, all of them where it is None. `helpers` is what a
+        text in the middle of the helpers' class scores, infinite where that isn't known. `texts`
+        are what was read.
         """
         experts = len(allowances)
-        leads = views[:, :experts]
-        rest = views[:, experts:]
-        if rest.numel():
-            leads = leads - rest[:, :-1].amax(dim=1, keepdim=True)
+        leads = scores[:, :experts]
+        classes = scores[:, experts:]
+        if classes.numel():
+            # The last class, follow-ups, isn't the base's to answer.
+            leads = leads - classes[:, :-1].amax(dim=1, keepdim=True)
         by_view = leads.amax(dim=1)
-        by_view[wholes:] -= 0.0 if wholes is None else MARGIN
+        if whole_count is not None:
+            by_view[whole_count:] -= MARGIN
         view = int(by_view.argmax())
         self.view = texts[view] if texts else ""  # the text that `scores` are of
-        self.scores = views[view]
+        self.scores = scores[view]
         self._leads = leads[view]
         self._allowances = allowances
         self.expert = int(self._leads.argmax())
@@ -170,16 +172,18 @@ class ScoredText:
         self.follows = False
         self.only_follows = False
         self.is_helper = False
-        if rest.numel():
-            whole = views[0]
-            ahead = float(whole[-1] - whole[:-1].max())
-            self.follows = ahead > -FOLLOWS
-            self.only_follows = ahead > ONLY_FOLLOWS
-            helper = experts + helpers_class()
-            others = whole[:-1].clone()
-            others[helper] = float("-inf")
-            is_like = whole[helper] > LIKE_HELPERS * helpers
-            self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)
+        if classes.numel():
+            self._recognise(scores[0], experts + helpers_class(), helpers)
+
+    def _recognise(self, whole: Tensor, helper: int, helpers: float) -> None:
+        """Whether the `whole` [E + classes] is a follow-up, or scores at `helper` as helpers do."""
+        ahead = float(whole[-1] - whole[:-1].max())
+        self.follows = ahead > -FOLLOWS
+        self.only_follows = ahead > ONLY_FOLLOWS
+        others = whole[:-1].clone()
+        others[helper] = float("-inf")
+        is_like = whole[helper] > LIKE_HELPERS * helpers
+        self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)
 
     def fits(self, expert: int, least: float = 0.0) -> bool:
         """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
@@ -191,22 +195,24 @@ class ScoredText:
         return self.is_helper or (self.fits(self.expert) and not self.follows)
 
 
-def answer_to(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
+def deciding_text(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
     """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
+
+    The messages are in the order of the chat, the system prompt behind them if there is one.
 
     A follow-up is answered as what it follows, and what an interface asks by the base. The system
     prompt comes first: it chooses if an expert is ahead of the base there. Of other messages it is
     enough that one fits, and of the expert that answered before that the base isn't ahead by more
     than KEPT.
     """
-    answer = next((text for text in system if text.lead > 0), None)
+    deciding = next((text for text in system if text.lead > 0), None)
     for text in messages:
         if text.is_helper:
-            answer = None
-        elif text.follows and (answer or text.only_follows):
+            deciding = None
+        elif text.follows and (deciding or text.only_follows):
             continue
         elif text.fits(text.expert):
-            answer = text
-        elif answer and not text.fits(answer.expert, KEPT):
-            answer = None
-    return answer
+            deciding = text
+        elif deciding and not text.fits(deciding.expert, KEPT):
+            deciding = None
+    return deciding

@@ -33,8 +33,8 @@ from phatgoose.routing.conversation import (
     ChatTexts,
     ScoredText,
     Views,
-    answer_to,
     base_texts,
+    deciding_text,
     helpers_class,
 )
 from phatgoose.routing.opening import open_chooser
@@ -496,11 +496,11 @@ some_texts = st.lists(some_views, min_size=1, max_size=4)
 
 @given(st.lists(st.tuples(st.none() | some_views, some_texts), min_size=1, max_size=3))
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
-    answers = written_chooser().answers([chat_of(*chat) for chat in chats], {})
+    answers = written_chooser().deciding_scores([chat_of(*chat) for chat in chats], {})
     allowances = torch.tensor([0.1, 0.1])
     for (system, messages), answer in zip(chats, answers, strict=True):
         first = [scored(system, allowances)] if system else []
-        wanted = answer_to([scored(message, allowances) for message in messages], *first)
+        wanted = deciding_text([scored(message, allowances) for message in messages], *first)
         assert torch.equal(
             answer, wanted.scores if wanted else torch.full((2 + len(CLASSES),), -torch.inf)
         )

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...analysis.traces import TraceStream
 from ...base.detokenising import UNFINISHED
-from ...routing.choice import ALONE, Chosen
+from ...routing.choice import BASE_ALONE, Chosen
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
 from .requests import PreparedRequest
 from .turns import Deadline
@@ -56,7 +56,7 @@ def in_a_line(choices: Sequence[Chosen]) -> str:
     """The experts of two prompts as reviews=0.71, trivia=0.29; base=1."""
     prompts = []
     for chosen in choices:
-        best_first = sorted((chosen.weights or ALONE).items(), key=lambda pair: -pair[1])
+        best_first = sorted((chosen.weights or BASE_ALONE).items(), key=lambda pair: -pair[1])
         prompts.append(", ".join(f"{name}={weight:.4g}" for name, weight in best_first))
     return "; ".join(prompts)
 

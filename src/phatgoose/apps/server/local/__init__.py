@@ -19,7 +19,7 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....routing.choice import ALONE, Chosen, PromptRouting
+from ....routing.choice import BASE_ALONE, Chosen, PromptRouting
 from ....routing.compose import composition_of
 from ..backend import Backend, Served, State
 from ..guards import Metrics
@@ -171,7 +171,7 @@ class Reporter:
         summary = {name: round(total / count, 4) for name, total in sums.most_common()}
         row = self._prepared.answers[number].row
         if self._chosen and not self._chosen[row].weights:
-            summary = summary or ALONE
+            summary = summary or BASE_ALONE
         router = parts.router.text
         shown = [name for name in names if name in allowed]
         report = routing_report(router, parts.router.k or None, shown, tokens, summary)

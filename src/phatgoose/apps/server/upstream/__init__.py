@@ -15,7 +15,7 @@ import httpx2
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
-from ....routing.choice import ALONE, Chosen
+from ....routing.choice import BASE_ALONE, Chosen
 from ....routing.opening import open_chooser
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
@@ -500,7 +500,7 @@ def _report(
     experts = _rounded(chosen[row].weights)
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": acting}
     tokens = [token] if progress.text else []
-    report = routing_report(router, len(experts) or None, experts, tokens, acting or ALONE)
+    report = routing_report(router, len(experts) or None, experts, tokens, acting or BASE_ALONE)
     if experts != acting:
         report["chosen"] = experts
     return report

@@ -39,8 +39,10 @@ Result = TypeVar("Result")
 
 
 class _Present(threading.local):
+    """What a context knows in one thread."""
+
     routing = PromptRouting()  # of the rows of passes
-    announced = False  # by somebody, rather than read
+    announced = False  # by `use`, rather than read of a pass
     ends: PromptEnds | None = None  # of the prompts of the pass under way
     depth = 0  # of calls inside calls of the model
 
@@ -138,7 +140,7 @@ class RoutingContext:
             )
         return self._present.ends.active(tails, device)
 
-    def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
+    def choice_by_token(self, u: Tensor, sees_all: bool = True) -> Choice:
         """The experts of each token of u [T, n], as [T, k]: T / rows tokens in turn.
 
         `sees_all` False: u holds some rows' tokens only, or tokens in another order, so all rows
@@ -146,6 +148,7 @@ class RoutingContext:
         Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
         """
         # Outside of a pass a layer is computed again, and other prompts may have been read since.
+        # Without hooks passes are never seen, and what was announced is all that there is.
         is_known = self._present.depth or self._present.announced or not self._handles
         choice = self.choice
         if choice is None or not is_known:
@@ -321,18 +324,18 @@ class RoutingContext:
         is_text = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
         has_rows = mask is None or mask.dim() == 2
         is_read = is_text and has_rows and not present.announced
-        if not is_read:
-            mask = None
         cached = cached_tokens(kwargs)
         before = None
         if _is_cache(cache) and cached != 0:
             before = self._sources.get(cache)
-        if is_read and mask is None:
-            configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
-            mask = _inferred_mask(ids, kwargs, configs)
-        routing = present.routing
         if is_read:
+            if mask is None:
+                configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
+                mask = _inferred_mask(ids, kwargs, configs)
             routing = before or self._routing_of_rows(ids, mask)
+        else:
+            mask = None
+            routing = present.routing
         is_fixed = present.announced and routing.lengths is None  # the same for all tokens
         if cached and not before and not is_fixed:
             self.check_unread(cached, routing.lengths, mask)

@@ -185,7 +185,7 @@ def choice_at(u: Tensor, at_site: RouterAtSite) -> Choice:
         raise RoutingError(
             "This layer is in no routed model, so nothing was chosen for its inputs."
         )
-    return context.of_each(u, at_site.sees_all)
+    return context.choice_by_token(u, at_site.sees_all)
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:

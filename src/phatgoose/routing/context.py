@@ -301,8 +301,7 @@ class RoutingContext:
         if lengths is None or positions is None:
             return None
         # A cache of states alone doesn't tell its length, but its prompt has been read whole.
-        cache = cache_of(call)
-        if cache in self._sources and cached_tokens(call) is None:
+        if cache_of(call) in self._sources and cached_tokens(call) is None:
             positions = torch.full_like(positions, IN_ANSWER)
         return PromptEnds(positions, lengths)
 

@@ -34,7 +34,6 @@ MARGIN = 0.2  # by how much more a part must lead than a whole text
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
 FOLLOWS = 0.3  # by how much others may be ahead of follow-ups
 ONLY_FOLLOWS = 0.6  # by how much follow-ups must be ahead where nothing was before
-HELPERS = "helpers"
 # In units of what a text in the middle of its class scores, which shrinks as pools grow:
 LIKE_HELPERS = 0.75  # what an interface's request must score
 HELPS = 0.7  # by how much it must be ahead of all else
@@ -49,7 +48,7 @@ def base_texts() -> Mapping[str, Sequence[str]]:
 
 @cache
 def helpers_class() -> int:
-    return list(base_texts()).index(HELPERS)
+    return list(base_texts()).index("helpers")
 
 
 class Views(NamedTuple):
@@ -138,6 +137,10 @@ class ScoredText:
     it is nothing else, and `is_helper` whether an interface asks rather than its user.
     """
 
+    follows = False
+    only_follows = False
+    is_helper = False
+
     def __init__(
         self,
         scores: Tensor,
@@ -169,18 +172,15 @@ class ScoredText:
         self._allowances = allowances
         self.expert = int(self._leads.argmax())
         self.lead = float(by_view[view])
-        self.follows = False
-        self.only_follows = False
-        self.is_helper = False
         if classes.numel():
             self._recognise(scores[0], experts + helpers_class(), helpers)
 
     def _recognise(self, whole: Tensor, helper: int, helpers: float) -> None:
         """Whether the `whole` [E + classes] is a follow-up, or scores at `helper` as helpers do."""
-        ahead = float(whole[-1] - whole[:-1].max())
+        others = whole[:-1].clone()
+        ahead = float(whole[-1] - others.max())
         self.follows = ahead > -FOLLOWS
         self.only_follows = ahead > ONLY_FOLLOWS
-        others = whole[:-1].clone()
         others[helper] = float("-inf")
         is_like = whole[helper] > LIKE_HELPERS * helpers
         self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)

@@ -53,7 +53,6 @@ def main() -> None:
     for name in sys.argv[1:]:
         reader = open_reader(name)
         place = Path(__file__).parent / SHIPPED / f"{name}.safetensors"
-        place.parent.mkdir(exist_ok=True)
         save_file(dict(moments_read(reader)), place, marks_of(reader))
 
 

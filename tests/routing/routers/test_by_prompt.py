@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn.functional import pad
@@ -28,6 +28,7 @@ from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, detach, load, routing_for, save
 from phatgoose.routing.conversation import (
+    MARGIN,
     MOST_LINES,
     MOST_SENTENCES,
     ChatTexts,
@@ -463,6 +464,9 @@ def chat_of(system, messages) -> ChatTexts:
 
 def scored(message, allowances: torch.Tensor) -> ScoredText:
     wholes, parts = message if isinstance(message, tuple) else (message, [])
+    alone = ScoredText(torch.tensor(wholes), allowances, None, 0.5)
+    if alone.lead > MARGIN:  # parts aren't read then
+        return alone
     return ScoredText(torch.tensor([*wholes, *parts]), allowances, len(wholes), 0.5)
 
 
@@ -494,7 +498,11 @@ some_views = st.tuples(
 some_texts = st.lists(some_views, min_size=1, max_size=4)
 
 
+FAR_AHEAD = ([scores(0.1, -0.9, general=-0.9)], [scores(-0.4, 0.9)])  # the part by far more
+
+
 @given(st.lists(st.tuples(st.none() | some_views, some_texts), min_size=1, max_size=3))
+@example([(None, [FAR_AHEAD])])
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
     answers = written_chooser().deciding_scores([chat_of(*chat) for chat in chats], {})
     allowances = torch.tensor([0.1, 0.1])

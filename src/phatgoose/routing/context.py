@@ -64,7 +64,7 @@ class RoutingContext:
     def __init__(self, chooser: ChoosesExperts | None, tails: Tails = ()) -> None:
         self.chooser = chooser
         self._some_always_act = None in tails
-        self._longest = max((tail for tail in tails if tail), default=0)
+        self._longest = max(filter(None, tails), default=0)
         self._model: PreTrainedModel | None = None
         self._handles: list[RemovableHandle] = []
         self._begin_anew()

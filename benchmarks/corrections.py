@@ -25,7 +25,7 @@ from people import drawn
 from people_cases import load_hand
 from phatgoose import reader
 from phatgoose.experts.statistics import PARTS, WHOLE, grown, prompt_statistics_of
-from phatgoose.routing.conversation import ScoredText, Views, answer_to, base_texts
+from phatgoose.routing.conversation import ScoredText, Views, base_texts, deciding_text
 from phatgoose.routing.routers.discriminant import (
     COUNTS,
     Discriminant,
@@ -104,7 +104,7 @@ class Chooser:
         views = Views.of(prompt)
         scores = scores_by(self._lines, self._read.states((*views.wholes, *views.parts)))
         text = ScoredText(scores, self._allowances, len(views.wholes), self._helpers)
-        answer = answer_to([text])
+        answer = deciding_text([text])
         return self.names[answer.expert] if answer else None
 
     def right(self, prompts: Mapping[str, Sequence[str]]) -> dict[str, float]:

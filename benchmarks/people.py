@@ -34,7 +34,7 @@ from people_cases import SEED, Case, Hand, cases, load_hand
 from people_readers import Reader
 from people_rules import MAKERS, Fitted, Rule, Viewed, in_medians, viewed
 from phatgoose.routing import conversation
-from phatgoose.routing.conversation import ScoredText, answer_to, base_texts
+from phatgoose.routing.conversation import ScoredText, base_texts, deciding_text
 
 RESAMPLES = 1000
 MARKS = "osD^v"
@@ -93,7 +93,7 @@ class Measure:
         for case, messages in zip(self._cases, self._views[rule.views], strict=True):
             if case.owner in pool or case.owner not in self._pools.skills:
                 scored = [self._scored(each, scores, fitted) for each in messages]
-                answer = answer_to(scored)
+                answer = deciding_text(scored)
                 name = names[answer.expert] if answer else None
                 is_right = name in case.wanted if case.wanted else name is None
                 yield Answer(case.manner, case.owner, is_right, name is None)

@@ -109,7 +109,7 @@ def routed(pool: Pool, chats: Sequence[Turns], router: str, reader: str) -> list
     stand = cast("Experts", Stand(tuple(pool.prompts), tuple(experts)))
     chosen = cast("ByPrompt", router_of(Routing(router=router)))
     chooser = PromptChooser(chosen, chosen.tables(stand))
-    answers = chooser.answers([ChatTexts.of(chat) for chat in chats], {})
+    answers = chooser.deciding_scores([ChatTexts.of(chat) for chat in chats], {})
     return [_best(scores[: len(stand)], stand.names) for scores in answers]
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from phatgoose.experts.statistics import prompt_statistics_of
 from phatgoose.reader import ReaderReference, open_reader
-from phatgoose.routing.conversation import ScoredText, answer_to
+from phatgoose.routing.conversation import ScoredText, deciding_text
 from phatgoose.routing.routers.discriminant import COUNTS, Discriminant
 from phatgoose.routing.routers.prompt import PromptChooser, Tables
 from phatgoose.tasks.loading import load_task
@@ -111,7 +111,7 @@ def chosen(chooser: PromptChooser, features: Tensor) -> list[str | None]:
     """The expert for each prompt, None for the base."""
     allowances = chooser.router.allowances(chooser.tables, chooser.ready)
     scores = chooser.router.prompt_scores(features, chooser.ready)
-    answers = [answer_to([ScoredText(each[None], allowances)]) for each in scores]
+    answers = [deciding_text([ScoredText(each[None], allowances)]) for each in scores]
     return [each and chooser.experts[each.expert] for each in answers]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.detokenising import texts_of
-from ..routing.choice import ALONE, Choice
+from ..routing.choice import BASE_ALONE, Choice
 from ..routing.compose import Composition, composition_of
 from ..routing.recording import SitePass
 from ..routing.routers.router import highest
@@ -163,7 +163,7 @@ def chosen_for_whole(parts: Composition, choice: Choice | None) -> tuple[tuple[s
     """A trace's `whole`, where the model's context has this `choice` for one text."""
     chosen = list[tuple[str, float]]()
     for weights in chosen_for_prompts(parts, choice):
-        chosen += (weights or ALONE).items()
+        chosen += (weights or BASE_ALONE).items()
     return tuple(chosen)
 
 

@@ -15,7 +15,7 @@ from ..analysis.traces import Trace, TraceStream, trace
 from ..base.identity import Base
 from ..config import Formatting, PromptFormatting
 from ..experts.expert import chats_recorded
-from ..routing.choice import ALONE
+from ..routing.choice import BASE_ALONE
 from ..routing.compose import composition_if_any, routing_for
 from ..routing.recording import summary_of
 from ..routing.routers.router import check_served
@@ -99,7 +99,7 @@ class Explanation:
     def summary(self) -> dict[str, float]:
         """Each expert's share of the tokens, or the base's."""
         shares = np.concatenate([shares for _, shares in self._shares()])
-        return summary_of(self.trace.experts, torch.from_numpy(shares)) or ALONE
+        return summary_of(self.trace.experts, torch.from_numpy(shares)) or BASE_ALONE
 
     def to_dict(self) -> dict[str, object]:
         return {"summary": self.summary, "trace": self.trace.to_dict()}

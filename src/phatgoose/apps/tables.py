@@ -18,7 +18,7 @@ from ..evaluation.results import Table
 from ..experts import kinds
 from ..experts.pool import Pool
 from ..files import one_line
-from ..routing.choice import ALONE, Chosen
+from ..routing.choice import BASE_ALONE, Chosen
 
 CELL = 60  # characters of a prompt
 
@@ -56,7 +56,7 @@ def choices_table(prompts: Sequence[str], choices: Sequence[Chosen]) -> rich.Tab
     """A row for each prompt: who answers, by how much, before whom, and by which text."""
     rows = []
     for prompt, chosen in zip(prompts, choices, strict=True):
-        weights = chosen.weights or ALONE
+        weights = chosen.weights or BASE_ALONE
         experts = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
         margin = "" if chosen.margin is None else f"{chosen.margin:.2f}"
         view = "" if chosen.view == prompt else one_line(chosen.view, CELL)

@@ -14,7 +14,7 @@ from .conversation import ChatTexts
 
 NOBODY = -1  # stands among experts for none: the base's own output
 BASE = "base"
-ALONE = {BASE: 1.0}  # is reported where no expert acts
+BASE_ALONE = {BASE: 1.0}  # is reported where no expert acts
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Chosen:
     @property
     def runner_up(self) -> str | None:
         """Whose score is best of those that don't answer; None where nobody else could."""
-        answering = self.weights or ALONE
+        answering = self.weights or BASE_ALONE
         return next((name for name in self.scores if name not in answering), None)
 
     @property

@@ -39,8 +39,10 @@ Result = TypeVar("Result")
 
 
 class _Present(threading.local):
+    """What a context knows in one thread."""
+
     routing = PromptRouting()  # of the rows of passes
-    announced = False  # by somebody, rather than read
+    announced = False  # by `use`, rather than read of a pass
     ends: PromptEnds | None = None  # of the prompts of the pass under way
     depth = 0  # of calls inside calls of the model
 
@@ -62,7 +64,7 @@ class RoutingContext:
     def __init__(self, chooser: ChoosesExperts | None, tails: Tails = ()) -> None:
         self.chooser = chooser
         self._some_always_act = None in tails
-        self._longest = max((tail for tail in tails if tail), default=0)
+        self._longest = max(filter(None, tails), default=0)
         self._model: PreTrainedModel | None = None
         self._handles: list[RemovableHandle] = []
         self._begin_anew()
@@ -138,7 +140,7 @@ class RoutingContext:
             )
         return self._present.ends.active(tails, device)
 
-    def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
+    def choice_by_token(self, u: Tensor, sees_all: bool = True) -> Choice:
         """The experts of each token of u [T, n], as [T, k]: T / rows tokens in turn.
 
         `sees_all` False: u holds some rows' tokens only, or tokens in another order, so all rows
@@ -146,6 +148,7 @@ class RoutingContext:
         Raises RoutingError when no expert is known, T is no multiple of the rows, or rows differ.
         """
         # Outside of a pass a layer is computed again, and other prompts may have been read since.
+        # Without hooks passes are never seen, and what was announced is all that there is.
         is_known = self._present.depth or self._present.announced or not self._handles
         choice = self.choice
         if choice is None or not is_known:
@@ -298,8 +301,7 @@ class RoutingContext:
         if lengths is None or positions is None:
             return None
         # A cache of states alone doesn't tell its length, but its prompt has been read whole.
-        cache = cache_of(call)
-        if cache in self._sources and cached_tokens(call) is None:
+        if cache_of(call) in self._sources and cached_tokens(call) is None:
             positions = torch.full_like(positions, IN_ANSWER)
         return PromptEnds(positions, lengths)
 
@@ -321,18 +323,18 @@ class RoutingContext:
         is_text = isinstance(ids, Tensor) and ids.dim() == 2 and kwargs.get("inputs_embeds") is None
         has_rows = mask is None or mask.dim() == 2
         is_read = is_text and has_rows and not present.announced
-        if not is_read:
-            mask = None
         cached = cached_tokens(kwargs)
         before = None
         if _is_cache(cache) and cached != 0:
             before = self._sources.get(cache)
-        if is_read and mask is None:
-            configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
-            mask = _inferred_mask(ids, kwargs, configs)
-        routing = present.routing
         if is_read:
+            if mask is None:
+                configs = [model.generation_config, kwargs.get("generation_config"), *args[:1]]
+                mask = _inferred_mask(ids, kwargs, configs)
             routing = before or self._routing_of_rows(ids, mask)
+        else:
+            mask = None
+            routing = present.routing
         is_fixed = present.announced and routing.lengths is None  # the same for all tokens
         if cached and not before and not is_fixed:
             self.check_unread(cached, routing.lengths, mask)

@@ -34,7 +34,6 @@ MARGIN = 0.2  # by how much more a part must lead than a whole text
 KEPT = 0.3  # by how much the base may be ahead of an expert that answered before
 FOLLOWS = 0.3  # by how much others may be ahead of follow-ups
 ONLY_FOLLOWS = 0.6  # by how much follow-ups must be ahead where nothing was before
-HELPERS = "helpers"
 # In units of what a text in the middle of its class scores, which shrinks as pools grow:
 LIKE_HELPERS = 0.75  # what an interface's request must score
 HELPS = 0.7  # by how much it must be ahead of all else
@@ -42,14 +41,14 @@ HELPS = 0.7  # by how much it must be ahead of all else
 
 @cache
 def base_texts() -> Mapping[str, Sequence[str]]:
-    """The texts of each of the base's classes; follow-ups come last."""
+    """The texts of each of the base's classes, in the order of scores: follow-ups come last."""
     content = (files(__package__) / "base_texts.toml").read_text(encoding="utf-8")
     return tomllib.loads(content)
 
 
 @cache
 def helpers_class() -> int:
-    return list(base_texts()).index(HELPERS)
+    return list(base_texts()).index("helpers")
 
 
 class Views(NamedTuple):
@@ -138,48 +137,53 @@ class ScoredText:
     it is nothing else, and `is_helper` whether an interface asks rather than its user.
     """
 
+    follows = False
+    only_follows = False
+    is_helper = False
+
     def __init__(
         self,
-        views: Tensor,
+        scores: Tensor,
         allowances: Tensor,
-        wholes: int | None = None,
+        whole_count: int | None = None,
         helpers: float = float("inf"),
         texts: Sequence[str] = (),
     ) -> None:
-        """Of `views` [V, E + classes], or [V, E] without the base's classes.
+        """By the `scores` of its views, [V, E + classes], or [V, E] without the base's classes.
 
         `allowances` [E] say by how much the base may score more than each expert. The first
-        `wholes` of the views are no parts, all of them where it is None. `helpers` is what a text
-        in the middle of the helpers' class scores, infinite where that isn't known. `texts` are
-        what was read.
+        `whole_count` of the views are no parts, all of them where it is None. `helpers` is what a
+        text in the middle of the helpers' class scores, infinite where that isn't known. `texts`
+        are what was read.
         """
         experts = len(allowances)
-        leads = views[:, :experts]
-        rest = views[:, experts:]
-        if rest.numel():
-            leads = leads - rest[:, :-1].amax(dim=1, keepdim=True)
+        leads = scores[:, :experts]
+        classes = scores[:, experts:]
+        if classes.numel():
+            # The last class, follow-ups, isn't the base's to answer.
+            leads = leads - classes[:, :-1].amax(dim=1, keepdim=True)
         by_view = leads.amax(dim=1)
-        by_view[wholes:] -= 0.0 if wholes is None else MARGIN
+        if whole_count is not None:
+            by_view[whole_count:] -= MARGIN
         view = int(by_view.argmax())
         self.view = texts[view] if texts else ""  # the text that `scores` are of
-        self.scores = views[view]
+        self.scores = scores[view]
         self._leads = leads[view]
         self._allowances = allowances
         self.expert = int(self._leads.argmax())
         self.lead = float(by_view[view])
-        self.follows = False
-        self.only_follows = False
-        self.is_helper = False
-        if rest.numel():
-            whole = views[0]
-            ahead = float(whole[-1] - whole[:-1].max())
-            self.follows = ahead > -FOLLOWS
-            self.only_follows = ahead > ONLY_FOLLOWS
-            helper = experts + helpers_class()
-            others = whole[:-1].clone()
-            others[helper] = float("-inf")
-            is_like = whole[helper] > LIKE_HELPERS * helpers
-            self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)
+        if classes.numel():
+            self._recognise(scores[0], experts + helpers_class(), helpers)
+
+    def _recognise(self, whole: Tensor, helper: int, helpers: float) -> None:
+        """Whether the `whole` [E + classes] is a follow-up, or scores at `helper` as helpers do."""
+        others = whole[:-1].clone()
+        ahead = float(whole[-1] - others.max())
+        self.follows = ahead > -FOLLOWS
+        self.only_follows = ahead > ONLY_FOLLOWS
+        others[helper] = float("-inf")
+        is_like = whole[helper] > LIKE_HELPERS * helpers
+        self.is_helper = bool(is_like and whole[helper] > others.max() + HELPS * helpers)
 
     def fits(self, expert: int, least: float = 0.0) -> bool:
         """Whether the base isn't ahead of `expert` by more than `least` and its allowance."""
@@ -191,22 +195,24 @@ class ScoredText:
         return self.is_helper or (self.fits(self.expert) and not self.follows)
 
 
-def answer_to(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
+def deciding_text(messages: Sequence[ScoredText], *system: ScoredText) -> ScoredText | None:
     """The text by which the experts for the last of a chat's `messages` are chosen; None: the base.
+
+    The messages are in the order of the chat, the system prompt behind them if there is one.
 
     A follow-up is answered as what it follows, and what an interface asks by the base. The system
     prompt comes first: it chooses if an expert is ahead of the base there. Of other messages it is
     enough that one fits, and of the expert that answered before that the base isn't ahead by more
     than KEPT.
     """
-    answer = next((text for text in system if text.lead > 0), None)
+    deciding = next((text for text in system if text.lead > 0), None)
     for text in messages:
         if text.is_helper:
-            answer = None
-        elif text.follows and (answer or text.only_follows):
+            deciding = None
+        elif text.follows and (deciding or text.only_follows):
             continue
         elif text.fits(text.expert):
-            answer = text
-        elif answer and not text.fits(answer.expert, KEPT):
-            answer = None
-    return answer
+            deciding = text
+        elif deciding and not text.fits(deciding.expert, KEPT):
+            deciding = None
+    return deciding

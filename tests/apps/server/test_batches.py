@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.local import FAILED, GenerationEngine
 from phatgoose.apps.server.local.batches import ActiveSequence, Batch, Sampler
-from phatgoose.apps.server.local.runner import ModelRunner, PrefixStore, Reader
+from phatgoose.apps.server.local.runner import ModelRunner, PrefixScope, PrefixStore
 from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.replies import beginning_of
 from phatgoose.apps.server.requests import Answer, Decoding, RequestPrompt
@@ -361,18 +361,18 @@ def test_the_body_that_the_base_read_serves_all_experts_that_act_from_the_end_on
 
 
 def test_a_store_keeps_to_its_bytes_and_drops_what_was_not_used_for_longest():
-    def keep(reader, tokens=20):
+    def keep(key, tokens=20):
         cache = DynamicCache()
         cache.update(torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 4), 0)
-        store.keep(Reader(reader, 99), list(range(tokens)), cache, 0, torch.ones(tokens))
+        store.keep(PrefixScope(key, 99), list(range(tokens)), cache, 0, torch.ones(tokens))
 
-    def has(reader):
-        return store.find(Reader(reader, 99), list(range(20)))[0] is not None
+    def has(key):
+        return store.find(PrefixScope(key, 99), list(range(20)))[0] is not None
 
     most = 3 * 2 * 2 * 4 * 4 * 20  # three of two sides, heads, columns, bytes and tokens
     store = PrefixStore(most)
-    for reader in "abc":
-        keep(reader)
+    for key in "abc":
+        keep(key)
     assert store.bytes == most
     assert has("a")
     keep("d")

@@ -314,7 +314,9 @@ def test_prompts_are_read_by_the_reader_of_the_experts_and_nothing_of_a_base_is_
         for prompt in PROMPTS:
             chosen = chosen_by(place, prompt, router)
             assert text_of(client, **{**ASK, "prompt": prompt}).split()[0] == name_of(chosen)
-        assert not client.app.state.service.texts  # no process for a template, or a tokenizer
+        assert (
+            not client.app.state.service.text_processes
+        )  # no process for a template, or a tokenizer
         assert client.get("/v1/models/goose").json()["chat"]
     config.write_text(json.dumps(record | {"reader": None}))
     with (

@@ -389,7 +389,7 @@ def two_bases(pool_of, template, **limits):
     places = {"goose": folder_of(pool_of("llama")), "other": folder_of(pool_of("gpt2"))}
     app = create_app([ServedModel(n, str(p), dtype="float32") for n, p in places.items()])
     app.state.service.models["goose"].runner.tokenizer.chat_template = template
-    for texts in app.state.service.texts:
+    for texts in app.state.service.text_processes:
         vars(texts).update(limits)
     return client_of(app)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -20,21 +23,23 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.statistics import prompt_statistics_of
+from phatgoose.experts.statistics import PARTS, prompt_statistics_of
 from phatgoose.reader import Reader, open_reader
 from phatgoose.routing.choice import Choice
 from phatgoose.routing.compose import compose, detach, load, routing_for, save
 from phatgoose.routing.conversation import (
+    MARGIN,
     MOST_LINES,
     MOST_SENTENCES,
     ChatTexts,
     ScoredText,
     Views,
-    answer_to,
     base_texts,
+    deciding_text,
     helpers_class,
 )
 from phatgoose.routing.opening import open_chooser
+from phatgoose.routing.routers import base_classes
 from phatgoose.routing.routers.discriminant import Discriminant, Lines, Ready, line_of, room_of
 from phatgoose.routing.routers.prompt import ByPrompt, Fallback, PromptChooser, Tables
 from phatgoose.routing.routers.retrieval import Retrieval
@@ -459,12 +464,23 @@ def chat_of(system, messages) -> ChatTexts:
 
 def scored(message, allowances: torch.Tensor) -> ScoredText:
     wholes, parts = message if isinstance(message, tuple) else (message, [])
+    alone = ScoredText(torch.tensor(wholes), allowances, None, 0.5)
+    if alone.lead > MARGIN:  # parts aren't read then
+        return alone
     return ScoredText(torch.tensor([*wholes, *parts]), allowances, len(wholes), 0.5)
 
 
 def test_scores_by_hand_have_the_base_s_classes():
     assert tuple(base_texts()) == CLASSES
     assert CLASSES[helpers_class()] == "helpers"
+
+
+def test_the_shipped_statistics_of_the_base_s_classes_are_those_of_the_texts():
+    """After a change: python -m phatgoose.routing.routers.base_classes e5, then this digest."""
+    digest = hashlib.sha256(repr(base_texts()).encode()).hexdigest()
+    assert digest[:16] == "2f53f60596bfcd40"
+    shipped = load_file(Path(base_classes.__file__).with_name("base_classes") / "e5.safetensors")
+    assert [len(shipped[part]) for part in PARTS] == [len(CLASSES)] * len(PARTS)
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -482,14 +498,20 @@ some_views = st.tuples(
 some_texts = st.lists(some_views, min_size=1, max_size=4)
 
 
+FAR_AHEAD = ([scores(0.1, -0.9, general=-0.9)], [scores(-0.4, 0.9)])  # the part by far more
+
+
 @given(st.lists(st.tuples(st.none() | some_views, some_texts), min_size=1, max_size=3))
+@example([(None, [FAR_AHEAD])])
 def test_a_chat_read_backwards_is_answered_as_one_read_whole(chats):
-    answers = written_chooser().answers([chat_of(*chat) for chat in chats], {})
+    answers = written_chooser().deciding_scores([chat_of(*chat) for chat in chats], {})
     allowances = torch.tensor([0.1, 0.1])
     for (system, messages), answer in zip(chats, answers, strict=True):
         first = [scored(system, allowances)] if system else []
-        wanted = answer_to([scored(message, allowances) for message in messages], *first)
-        assert torch.equal(answer, wanted.scores if wanted else torch.full((8,), -torch.inf))
+        wanted = deciding_text([scored(message, allowances) for message in messages], *first)
+        assert torch.equal(
+            answer, wanted.scores if wanted else torch.full((2 + len(CLASSES),), -torch.inf)
+        )
 
 
 def test_prompts_are_left_to_the_base_whatever_is_in_a_batch():

@@ -177,7 +177,7 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     ConfigError where no engine has an expert's base.
     """
     service = app.state.service
-    for process in service.texts:  # now, since uvicorn would show a traceback
+    for process in service.text_processes:  # now, since uvicorn would show a traceback
         process.start()
     if service.backend.upstream:
         asyncio.run(service.backend.links.require_bases())

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ...analysis.traces import TraceStream
 from ...base.detokenising import UNFINISHED
-from ...routing.choice import ALONE, Chosen
+from ...routing.choice import BASE_ALONE, Chosen
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
 from .requests import PreparedRequest
 from .turns import Deadline
@@ -56,7 +56,7 @@ def in_a_line(choices: Sequence[Chosen]) -> str:
     """The experts of two prompts as reviews=0.71, trivia=0.29; base=1."""
     prompts = []
     for chosen in choices:
-        best_first = sorted((chosen.weights or ALONE).items(), key=lambda pair: -pair[1])
+        best_first = sorted((chosen.weights or BASE_ALONE).items(), key=lambda pair: -pair[1])
         prompts.append(", ".join(f"{name}={weight:.4g}" for name, weight in best_first))
     return "; ".join(prompts)
 
@@ -77,14 +77,14 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is new of answer number `choice`.
+    """What is new of a request's answer `number`.
 
     `routing` is what its backend reports of the new tokens' experts. `finish` is None while more is
     to come. `generated` counts all tokens so far. What only its engine knows are fields of the
     `message`, `beside` it in its choice, and of the whole `reply` (its `usage` too).
     """
 
-    choice: int
+    number: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     routing: tuple[TraceStream, ...] = ()
@@ -213,10 +213,10 @@ class Builder:
         return [error.body]
 
     def _count(self, progress: Progress) -> None:
-        self._generated[progress.choice] = progress.generated
+        self._generated[progress.number] = progress.generated
         counted = progress.reply.get("usage", {})
         self._counted |= counted
-        row = self._rows[progress.choice]
+        row = self._rows[progress.number]
         self._prompt_tokens[row] = counted.get("prompt_tokens", self._prompt_tokens[row])
 
     def _chunk(self, *choices: Fields, usage: Fields | None = None) -> Fields:
@@ -242,7 +242,7 @@ class Builder:
     def _choice(self, progress: Progress, name: str, message: Fields) -> Fields:
         """One of a reply's choices; a chat's has the `message` under this name."""
         return {
-            "index": progress.choice,
+            "index": progress.number,
             "finish_reason": progress.finish,
             "routing": self._report(progress),
             **({name: message} if self.is_chat else {"text": progress.text}),
@@ -342,7 +342,7 @@ class Reply:
         """All answers at once, as JSON."""
         events: list[list[Progress]] = [[] for _ in range(self.builder.answers)]
         async for progress in self.progress():
-            events[progress.choice].append(progress)
+            events[progress.number].append(progress)
         return await run_in_threadpool(lambda: written(self.builder.whole(events)))
 
     async def as_events(self) -> AsyncIterator[str]:

@@ -71,8 +71,12 @@ class Texts(NamedTuple):
 
 
 class Service(Generic[R]):
-    """Public methods that take a request are the routes'.
+    """Public methods that take a request are the routes', which `app.routes_of` lists.
 
+    The OpenAPI schema shows their names and docstrings.
+
+    A key may be for some experts only (`guards.ALLOWED`). So whatever names experts or depends on
+    them goes through `usable`, and models are found by `_find` and `_models_for`.
     `looking` is how many seconds are between two looks at whether files have changed, and `again`
     after how many a change that couldn't be taken over is tried again.
     """
@@ -116,16 +120,16 @@ class Service(Generic[R]):
             )
 
     @property
-    def texts(self) -> list[UntrustedText]:
+    def text_processes(self) -> list[UntrustedText]:
         return [texts.process for texts in self._texts.values() if texts.process is not None]
 
     def start(self) -> None:
         self.backend.start()
-        for process in self.texts:
+        for process in self.text_processes:
             process.start()
 
     async def close(self) -> None:
-        for process in self.texts:
+        for process in self.text_processes:
             process.close()
         await self.backend.close()
 

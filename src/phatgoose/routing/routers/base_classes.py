@@ -1,8 +1,8 @@
 """The statistics of the base's classes of texts, by reader.
 
-Those of some known readers come with the package, so that nothing is read at start; another reader
-reads the texts once a process. `python -m phatgoose.routing.routers.base_classes minilm` makes
-them anew, when the texts or a reader change.
+Those of reader e5 come with the package, so that nothing is read at start; another reader reads the
+texts once a process. A shipped file doesn't know the texts that it was made of. So when these or
+e5 change, make it again: `python -m phatgoose.routing.routers.base_classes e5`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def main() -> None:
     for name in sys.argv[1:]:
         reader = open_reader(name)
         place = Path(__file__).parent / SHIPPED / f"{name}.safetensors"
-        place.parent.mkdir(exist_ok=True)
         save_file(dict(moments_read(reader)), place, marks_of(reader))
 
 

@@ -171,7 +171,7 @@ def middle_of_helpers(lines: Lines, means: Tensor) -> float:
 
 def room_of(lines: Lines, means: Tensor) -> float:
     """By how much the middle of the general class is ahead of all experts, beyond ROOM."""
-    general = len(means) - len(base_texts())
+    general = len(means) - len(base_texts())  # the first class, behind all experts
     scores = scores_by(lines, means[general][None])[0]
     ahead = float(scores[general] - scores[:general].max())
     return max(ahead - ROOM, 0.0)

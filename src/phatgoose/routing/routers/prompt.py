@@ -27,7 +27,7 @@ from ...experts.pool import Pool
 from ...experts.sums import dense_weights
 from ...tasks.encoding import said_in_tokens
 from ..choice import BASE, Choice, Chosen
-from ..conversation import MARGIN, ChatTexts, ScoredText, Views, answer_to
+from ..conversation import MARGIN, ChatTexts, ScoredText, Views, deciding_text
 from .router import Router, RouterAtSite, RoutingDecision, Scores, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -156,8 +156,8 @@ class ByPrompt(Router):
 
     def choose(self, chooser: PromptChooser, prompts: Prompts, known: Known) -> Choice:
         """The choice for each prompt; evaluations say what else is `known` of them."""
-        answers = chooser.answers(prompts, known)
-        scores = torch.stack([scores[: len(chooser.experts)] for scores in answers])
+        deciding = chooser.deciding_scores(prompts, known)
+        scores = torch.stack([scores[: len(chooser.experts)] for scores in deciding])
         return self.choice(scores).left_to_base(scores.isneginf().all(dim=1))
 
     # At a site: the experts that the context has for each row, as it weighs them.
@@ -185,7 +185,7 @@ def choice_at(u: Tensor, at_site: RouterAtSite) -> Choice:
         raise RoutingError(
             "This layer is in no routed model, so nothing was chosen for its inputs."
         )
-    return context.of_each(u, at_site.sees_all)
+    return context.choice_by_token(u, at_site.sees_all)
 
 
 def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
@@ -194,7 +194,7 @@ def best_of(scores: Tensor, k: int, temperature: float = 1.0) -> Choice:
     return Choice(experts, (scores.gather(-1, experts).float() / temperature).softmax(dim=-1))
 
 
-class Answer(NamedTuple):
+class Deciding(NamedTuple):
     """The text by which a prompt gets experts, None for the base, and the last that was said."""
 
     text: ScoredText | None
@@ -253,11 +253,11 @@ class PromptChooser:
         Routers that read no prompts have neither.
         """
         chosen = []
-        answers = [Answer(None)] * len(choice)
+        deciding = [Deciding(None)] * len(choice)
         if self.router.per_input:
-            answers = self._answers(prompts, self._limited(known, allowed))
-        for weights, answer in zip(choice.named(self.experts), answers, strict=True):
-            text = answer.text or answer.last
+            deciding = self._deciding(prompts, self._limited(known, allowed))
+        for weights, decided in zip(choice.named(self.experts), deciding, strict=True):
+            text = decided.text or decided.last
             if text is None:
                 chosen.append(Chosen(weights))
                 continue
@@ -287,23 +287,23 @@ class PromptChooser:
         mask = torch.tensor([name in allowed for name in self.experts])
         return {**known, "allowed": mask}
 
-    def answers(self, prompts: Prompts, known: Known) -> list[Tensor]:
+    def deciding_scores(self, prompts: Prompts, known: Known) -> list[Tensor]:
         """The scores [E + classes] by which each prompt gets experts; all are -inf for the base.
 
         Where nobody says anything the base answers, by [E].
         """
         nobody = torch.full((len(self.experts),), -torch.inf)
-        answers = []
-        for answer in self._answers(prompts, known):
-            if answer.text is not None:
-                answers.append(answer.text.scores)
-            elif answer.last is not None:
-                answers.append(torch.full_like(answer.last.scores, -torch.inf))
+        scores = []
+        for text, last in self._deciding(prompts, known):
+            if text is not None:
+                scores.append(text.scores)
+            elif last is not None:
+                scores.append(torch.full_like(last.scores, -torch.inf))
             else:
-                answers.append(nobody)
-        return answers
+                scores.append(nobody)
+        return scores
 
-    def _answers(self, prompts: Prompts, known: Known) -> list[Answer]:
+    def _deciding(self, prompts: Prompts, known: Known) -> list[Deciding]:
         """The text by which each prompt gets experts.
 
         A chat's texts are read from the last one backwards, until one is decided by itself.
@@ -322,12 +322,13 @@ class PromptChooser:
             depth += 1
             open_ones = [row for row in undecided if not scored[row][-1].decides]
             undecided = [row for row in open_ones if depth < len(texts[row])]
-        answers = []
-        for chat, rows in zip(chats, scored, strict=True):
+        deciding = []
+        for chat, newest_first in zip(chats, scored, strict=True):
             count = len(chat.messages)
-            answer = answer_to(rows[count - 1 :: -1], *rows[count:])
-            answers.append(Answer(answer, *rows[:1]))
-        return answers
+            messages = newest_first[count - 1 :: -1]
+            by = deciding_text(messages, *newest_first[count:])
+            deciding.append(Deciding(by, *newest_first[:1]))
+        return deciding
 
     def _scored(self, texts: Sequence[Views], known: Known) -> list[ScoredText]:
         """What each text is most like. Parts are read where they could be ahead of wholes."""

@@ -19,7 +19,7 @@ from ....analysis.measures import heaviest
 from ....analysis.traces import Trace, chosen_for_whole, join_streams
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....routing.choice import ALONE, Chosen, PromptRouting
+from ....routing.choice import BASE_ALONE, Chosen, PromptRouting
 from ....routing.compose import composition_of
 from ..backend import Backend, Served, State
 from ..guards import Metrics
@@ -151,7 +151,7 @@ class Reporter:
     def __call__(self, progress: Progress) -> Fields | None:
         if not progress.routing:
             return None
-        number = progress.choice
+        number = progress.number
         parts = composition_of(self._runner.model)
         allowed = self._prepared.experts
         names = [name if name in allowed else f"#{z}" for z, name in enumerate(parts.experts)]
@@ -171,7 +171,7 @@ class Reporter:
         summary = {name: round(total / count, 4) for name, total in sums.most_common()}
         row = self._prepared.answers[number].row
         if self._chosen and not self._chosen[row].weights:
-            summary = summary or ALONE
+            summary = summary or BASE_ALONE
         router = parts.router.text
         shown = [name for name in names if name in allowed]
         report = routing_report(router, parts.router.k or None, shown, tokens, summary)
@@ -185,13 +185,15 @@ class GenerationEngine:
     """Computes sequences in batches, each of one model and routing.
 
     Sequences wait in one queue for all models, and clients take turns. One is admitted while the
-    tokens that all batches will hold stay within the limit. `count` is told the rows of each pass.
-    Methods but `admit` may be called from any thread.
+    tokens that all batches will hold stay within the limit (`_next`). `observe_rows` is called with
+    the rows of each pass. Methods but `admit` may be called from any thread.
     """
 
-    def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
+    def __init__(
+        self, limits: Serving, observe_rows: Callable[[int], object] = lambda rows: None
+    ) -> None:
         self._limits = limits
-        self._count = count
+        self._observe_rows = observe_rows
         self.prefixes = PrefixStore(limits.prefix_cache * MIB)
         self._queue = FairQueue[ActiveSequence]()
         self.batches: list[Batch] = []
@@ -265,12 +267,13 @@ class GenerationEngine:
             return not self._stopping
 
     def admit(self) -> None:
-        left = MOST_READ
-        while left > 0:
-            group = self._next_group(left)
+        """Let sequences join, in groups whose prompts are read together; in the engine's thread."""
+        unread = MOST_READ
+        while unread > 0:
+            group = self._next_group(unread)
             if not group:
                 return
-            left -= _padded_tokens(group)
+            unread -= _padded_tokens(group)
             batch = self._batch_for(group[0].runner)
             if batch not in self.batches:
                 self.batches.append(batch)
@@ -285,24 +288,27 @@ class GenerationEngine:
         return group
 
     def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
-        # While a sequence doesn't fit, clients with running ones get no more, and if its client has
-        # none, nobody does: it would be passed over for ever.
+        """The sequence that joins a `group` next, of the clients' first ones in turn; None if none.
+
+        While one doesn't fit, clients with running ones get no more, and if its client has none,
+        no one does: it would be passed over for ever.
+        """
         is_short = False
         for client, head in self._queue.heads():
             together = [*group, head]
             is_of_group = head.runner is together[0].runner
             if group and not (is_of_group and _padded_tokens(together) <= most_read):
-                continue
+                continue  # it may begin the next group
             running = [*self.running, *group]
-            taken = sum(row.most_tokens for row in running if row.client == client)
-            if taken and is_short:
+            clients_tokens = sum(row.most_tokens for row in running if row.client == client)
+            if clients_tokens and is_short:
                 continue
             free = self._free_with(together)
             if free < 0:
-                if not taken:
+                if not clients_tokens:
                     return None
                 is_short = True
-            elif not taken or taken + head.most_tokens <= SHARE * free:
+            elif not clients_tokens or clients_tokens + head.most_tokens <= SHARE * free:
                 return head
         return None
 
@@ -323,7 +329,7 @@ class GenerationEngine:
     ) -> None:
         concerned = [*batch.running, *joining]
         if concerned:
-            self._count(len(concerned))
+            self._observe_rows(len(concerned))
         try:
             work()
         except Exception as error:

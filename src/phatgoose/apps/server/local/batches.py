@@ -27,7 +27,7 @@ from ..protocol import ApiError, Finish, bad_request
 from ..replies import Progress, ScoredToken, beginning_of
 from ..requests import Answer, Decoding
 from .json_form import Calls, JsonForm, calls_begin
-from .runner import Cache, ModelRunner, Prefix, PrefixStore, Reader, begin_with, joined
+from .runner import Cache, ModelRunner, Prefix, PrefixScope, PrefixStore, begin_with, joined
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
@@ -101,9 +101,9 @@ class Sampler:
 class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
-    `deliver` is called from the engine's thread. `client` is who has asked, `routed` what the
-    model's context found for the prompt, `form` what an answer in JSON keeps to, `calls` those that
-    may be in it.
+    `deliver` is called from the engine's thread. `client` is who has asked, `routed` the experts of
+    the prompt, `traces` what those of each token were, if the request wants that reported. `form`
+    is what an answer in JSON keeps to, `calls` those that may be in it.
     """
 
     form: JsonForm | None = None
@@ -118,7 +118,7 @@ class ActiveSequence:
         routed: PromptRouting | None = None,
     ) -> None:
         self.runner = runner
-        self.choice = answer.number
+        self.number = answer.number
         self.decoding = answer.decoding
         self.prompt = answer.prompt.tokens
         self.most_tokens = len(self.prompt) + self.decoding.max_tokens
@@ -129,7 +129,7 @@ class ActiveSequence:
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
-        self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
+        self.traces: list[TraceStream] = []  # of tokens that passed the model, for the next event
         self._ends = () if self.decoding.ignores_end else runner.ends
         self._sampler = Sampler(self.decoding, runner.device, self.prompt)
         self._detokeniser = Detokeniser(runner.tokenizer, self.prompt)
@@ -138,8 +138,8 @@ class ActiveSequence:
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
     @property
-    def reader(self) -> Reader:
-        return self.runner.reader_of(self.prompt, self.routed, self.client)
+    def prefix_scope(self) -> PrefixScope:
+        return self.runner.prefix_scope(self.prompt, self.routed, self.client)
 
     @property
     def is_over(self) -> bool:
@@ -211,16 +211,16 @@ class ActiveSequence:
         self._unsent = self._unsent[len(ready) :]
         text = self._text[self._sent : safe] if ready or self.finish else ""
         self._sent += len(text)
-        if self.finish and self.routing and self.shown:
+        if self.finish and self.traces and self.shown:
             # Each token passes the model one step after it was chosen, so the last one never does.
-            self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
-        routing = tuple(self.routing)
-        self.routing = []
-        is_news = text or ready or routing or self.finish
+            self.traces.append(self.traces[-1].without_experts(self.shown[-1], ANSWER))
+        traces = tuple(self.traces)
+        self.traces = []
+        is_news = text or ready or traces or self.finish
         if is_news and not self.is_cancelled:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)
-            new = Progress(self.choice, text, tokens, routing, self.finish, generated)
+            new = Progress(self.number, text, tokens, traces, self.finish, generated)
             if self.calls and self.finish:
                 new = self.calls.parsed(new)
             self.deliver(new)
@@ -237,12 +237,12 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
         groups.setdefault(_reading_of(sequence), []).append(sequence)
     firsts = [group[0] for group in groups.values()]
     runner.use([first.routed for first in firsts])
-    readers = [first.reader for first in firsts]
+    scopes = [first.prefix_scope for first in firsts]
     known: list[tuple[Prefix | None, int]] = []
-    for first, reader in zip(firsts, readers, strict=True):
+    for first, scope in zip(firsts, scopes, strict=True):
         # Whoever wants the routing of the prompt's tokens wants them to be read.
         reads_all = first.decoding.routing
-        known.append((None, 0) if reads_all else prefixes.find(reader, first.prompt))
+        known.append((None, 0) if reads_all else prefixes.find(scope, first.prompt))
     # As many tokens of every row: windows and ALiBi count columns, so none may be padding between
     # what is known and what is read.
     pairs = zip(firsts, known, strict=True)
@@ -256,8 +256,8 @@ def prefill(sequences: Sequence[ActiveSequence], prefixes: PrefixStore) -> tuple
     mask = mask.to(runner.device)
     keeper = keeper_for(sequences)
     logits = runner.decode(ids, mask, cache, keeper)
-    for row, (first, reader) in enumerate(zip(firsts, readers, strict=True)):
-        prefixes.keep(reader, first.prompt, cache, row, mask[row])
+    for row, (first, scope) in enumerate(zip(firsts, scopes, strict=True)):
+        prefixes.keep(scope, first.prompt, cache, row, mask[row])
     if keeper is not None:
         _report_prompts(list(groups.values()), keeper, ids.shape[1])
     row_of = {reading: row for row, reading in enumerate(groups)}
@@ -283,7 +283,7 @@ def _report_prompts(
         for stream in keeper.streams().values():
             part = stream.some(slice(end - count, end), shown, [PROMPT] * count)
             for sequence in group:
-                sequence.routing.append(part)
+                sequence.traces.append(part)
 
 
 def _reading_of(sequence: ActiveSequence) -> object:
@@ -353,7 +353,7 @@ class Batch:
             for row, sequence in enumerate(sequences):
                 if sequence.decoding.routing:
                     last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
-                    sequence.routing.append(last)
+                    sequence.traces.append(last)
         for sequence, scores in zip(sequences, logits[:, -1].float(), strict=True):
             sequence.advance(scores)
 
@@ -384,8 +384,8 @@ class Batch:
     def _keep(self, row: int, sequence: ActiveSequence) -> None:
         # The next turn of a conversation begins with this answer too, whose last token never passed
         # the model. To experts that act from a prompt's end on it will be a body, as to the base.
-        reader = sequence.reader
-        if reader.limit == len(sequence.prompt):
+        scope = sequence.prefix_scope
+        if scope.limit == len(sequence.prompt):
             tokens = (*sequence.prompt, *sequence.generated[:-1])
-            reader = Reader(reader.key, len(tokens))
-            self._prefixes.keep(reader, tokens, self._cache, row, self._mask[row])
+            scope = PrefixScope(scope.key, len(tokens))
+            self._prefixes.keep(scope, tokens, self._cache, row, self._mask[row])

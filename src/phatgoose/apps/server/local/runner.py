@@ -62,11 +62,11 @@ BATCHED = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Who reads a prompt: equal tokens have equal keys and values for equal `key`s, up to `limit`.
+class PrefixScope:
+    """What prefixes a prompt may share: those of its `key`, over its first `limit` tokens.
 
-    `limit` is how many of the prompt's tokens this holds for. The client that may share them is
-    part of the key.
+    Equal tokens have equal keys and values there. The key has the client, and what reads the
+    tokens: the base alone, or some experts by one routing.
     """
 
     key: Hashable
@@ -77,7 +77,7 @@ class Reader:
 class Prefix:
     """A prompt's first tokens [n] and each layer's keys and values, [heads, n, d] each.
 
-    Only readers of its `key` may use it.
+    Only prompts whose scope has its `key` may use it.
     """
 
     key: Hashable
@@ -104,16 +104,16 @@ class PrefixStore:
         self._prefixes: list[Prefix] = []  # the most recently used last
         self._lock = threading.Lock()
 
-    def find(self, reader: Reader, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
+    def find(self, scope: PrefixScope, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
         """The prefix that shares most of the first tokens, and how many; none for hardly any.
 
         One token is left to be read, since its logits are wanted.
         """
-        tokens = torch.tensor(prompt[: min(reader.limit, len(prompt) - 1)])
+        tokens = torch.tensor(prompt[: min(scope.limit, len(prompt) - 1)])
         with self._lock:
             best: Prefix | None = None
             count = SHORTEST - 1
-            for prefix in self._of(reader):
+            for prefix in self._of(scope):
                 shared = prefix.shared(tokens)
                 if shared > count:
                     best = prefix
@@ -125,17 +125,17 @@ class PrefixStore:
         return best, count
 
     def keep(
-        self, reader: Reader, tokens: Sequence[int], cache: Cache, row: int, mask: Tensor
+        self, scope: PrefixScope, tokens: Sequence[int], cache: Cache, row: int, mask: Tensor
     ) -> None:
         """Keep the first of `tokens`; `mask` [columns] is 1 at theirs in a row of `cache`."""
-        count = min(reader.limit, len(tokens))
+        count = min(scope.limit, len(tokens))
         if not self.most_bytes or count < SHORTEST:
             return
         kept = torch.tensor(tokens[:count])
         columns = mask.nonzero()[:count, 0]
         with self._lock:
             shorter = []
-            for prefix in self._of(reader):
+            for prefix in self._of(scope):
                 shared = prefix.shared(kept)
                 if shared == count:
                     return
@@ -145,7 +145,7 @@ class PrefixStore:
             for layer in cache.layers:
                 keys = layer.keys[row].index_select(1, columns)
                 layers.append((keys, layer.values[row].index_select(1, columns)))
-            new = Prefix(reader.key, kept, tuple(layers))
+            new = Prefix(scope.key, kept, tuple(layers))
             if new.nbytes > self.most_bytes:
                 return
             for prefix in shorter:  # it is in the new one
@@ -156,8 +156,8 @@ class PrefixStore:
             while self.bytes > self.most_bytes:
                 self.bytes -= self._prefixes.pop(0).nbytes
 
-    def _of(self, reader: Reader) -> list[Prefix]:
-        return [prefix for prefix in self._prefixes if prefix.key == reader.key]
+    def _of(self, scope: PrefixScope) -> list[Prefix]:
+        return [prefix for prefix in self._prefixes if prefix.key == scope.key]
 
 
 def joined(*parts: Tensor) -> Tensor:
@@ -281,8 +281,10 @@ class ModelRunner:
     def choose(self, prepared: PreparedRequest) -> list[Chosen]:
         return self.routed(prepared)[1] or []
 
-    def reader_of(self, prompt: Sequence[int], routed: PromptRouting | None, client: str) -> Reader:
-        """Who reads a client's prompt first: the base, where no expert acts, or this routing."""
+    def prefix_scope(
+        self, prompt: Sequence[int], routed: PromptRouting | None, client: str
+    ) -> PrefixScope:
+        """What a client's prompt may share: where no expert acts, what the base read for it."""
         # Twins of one base have the very same weights.
         weights = self.model.get_input_embeddings().weight.data_ptr()
         choice = None if routed is None else routed.choice
@@ -291,8 +293,8 @@ class ModelRunner:
             tails = [tails[z] for z in set(choice.experts.flatten().tolist()) if z != NOBODY]
         limit = max(0, len(prompt) - max(filter(None, tails), default=0))
         if all(tails):
-            return Reader((client, ("base", weights)), limit)
-        return Reader((client, self._number, choice and choice.key), limit)
+            return PrefixScope((client, ("base", weights)), limit)
+        return PrefixScope((client, self._number, choice and choice.key), limit)
 
     def use(self, routed: Sequence[PromptRouting | None]) -> None:
         if self._context is not None:

@@ -15,7 +15,7 @@ import httpx2
 from ....config import Routing, Serving
 from ....errors import ConfigError
 from ....experts.pool import Pool
-from ....routing.choice import ALONE, Chosen
+from ....routing.choice import BASE_ALONE, Chosen
 from ....routing.opening import open_chooser
 from ....routing.routers.auto import BY_PROMPT, first_allowed
 from ....routing.routers.prompt import PromptChooser
@@ -495,12 +495,12 @@ def _report(
     """What is reported of the routing: an engine's pieces stand for tokens."""
     if not prepared.request.routing:
         return None
-    row = prepared.answers[progress.choice].row
+    row = prepared.answers[progress.number].row
     acting = _rounded(sent[row].weights)
     experts = _rounded(chosen[row].weights)
     token = {"token": progress.text, "part": "answer", "stream": "decoder", "experts": acting}
     tokens = [token] if progress.text else []
-    report = routing_report(router, len(experts) or None, experts, tokens, acting or ALONE)
+    report = routing_report(router, len(experts) or None, experts, tokens, acting or BASE_ALONE)
     if experts != acting:
         report["chosen"] = experts
     return report

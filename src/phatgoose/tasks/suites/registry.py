@@ -41,11 +41,12 @@ for _name in ("bbh", "bbl", "bbh-23", "bbl-24"):
     SUITES[_name] = SuiteRecord(partial(bigbench.suite, _name))
 
 
-@cache  # looking for entry points takes a while, and adds them to SUITES once
+@cache  # looking for entry points takes a while
 def known_suites() -> Mapping[str, SuiteRecord]:
     """All suites, with those of installed packages."""
-    add_entry_points(GROUP, SUITES, SuiteRecord)
-    return SUITES
+    suites = dict(SUITES)
+    add_entry_points(GROUP, suites, SuiteRecord)
+    return suites
 
 
 def open_suite(name_or_path: str | Path) -> Suite:

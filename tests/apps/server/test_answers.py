@@ -214,8 +214,9 @@ def test_forms_that_cannot_be_are_refused(client, schema):
     assert "The JSON can't be written" in error["message"]
 
 
-def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):
-    monkeypatch.setattr(json_form, "LLMatcher", None)
+def test_without_the_library_it_is_refused_with_what_to_do(client_with):
+    client = client_with()
+    client.app.state.service.backend.forms.lacks_library = True
     error = error_of(client, **GREEDY, response_format={"type": "json_object"})
     assert "pip install 'phatgoose[json]'" in error["message"]
     assert error["param"] == "response_format"

@@ -209,8 +209,8 @@ def open_tasks(
     origin: Origin
     tasks = []
     for name in names:
-        if name.startswith(HUB) or name.endswith(TASK_FILES):
-            origin = "hub" if name.startswith(HUB) else "file"
+        origin = "hub" if name.startswith(HUB) else "file"
+        if origin == "hub" or name.endswith(TASK_FILES):
             read = partial(_read, name, template, choices)
             entry = Entry(default_name(name), read, source=name)
             tasks.append(TrainingTask(entry, name, origin, sources))
@@ -222,7 +222,6 @@ def open_tasks(
         parent, _, dataset = name.rpartition("/")
         is_one = parent in suites or parent.endswith(".toml")
         place = parent if is_one else name.rstrip("/")
-        origin = "file"
         if place in suites:
             origin = "hub" if sources.data is None else "copy"
             if not suites[place].trainable:

@@ -22,6 +22,7 @@ from phatgoose.reader import (
     KNOWN,
     Reader,
     ReaderReference,
+    _loaded,
     open_reader,
     reference_of,
     usable_reader,
@@ -270,7 +271,7 @@ HOSTILE = (
 
 
 @pytest.fixture
-def strangers_pool(llama_pool, tmp_path, monkeypatch):
+def strangers_pool(llama_pool, tmp_path):
     """A function that writes a pool whose first experts' files name a reader; none is loaded."""
 
     def written(count: int, **fields: object) -> Path:
@@ -282,14 +283,11 @@ def strangers_pool(llama_pool, tmp_path, monkeypatch):
                 info = json.loads(path.read_text())
                 info["reader"] |= fields
                 path.write_text(json.dumps(info))
-
-        def load(*_: object) -> None:
-            raise AssertionError("it was loaded")
-
-        monkeypatch.setattr("phatgoose.reader._loaded", load)
         return place
 
-    return written
+    loaded = _loaded.cache_info()
+    yield written
+    assert _loaded.cache_info() == loaded
 
 
 @pytest.mark.parametrize("count", [1, 4])

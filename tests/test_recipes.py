@@ -10,7 +10,7 @@ import pytest
 from paths import ROOT
 from phatgoose.apps.cli.options import ABOVE_TABLES, RECIPE_TABLES, read_recipe
 from phatgoose.experts.expert import Expert
-from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
+from phatgoose.tasks.suites.registry import known_suites, open_suite, open_tasks
 from phatgoose.tasks.task import Suite
 from toy_embedders import use_toy_embedder
 
@@ -79,8 +79,8 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     suite, _, names = THE_PAPERS[name]
     for each, few in ((suite, names), ("t0ho", ("rte",))):
         small = Suite(each, tuple(open_suite(each).entry(task) for task in few))
-        record = replace(SUITES[each], open=lambda small=small: small)
-        monkeypatch.setitem(SUITES, each, record)
+        record = replace(known_suites()[each], open=lambda small=small: small)
+        monkeypatch.setitem(known_suites(), each, record)
     content = (RECIPES / name).read_text(encoding="utf-8").replace(T5_XL, str(base_folders["t5"]))
     places = f'data = "{hub_copies.data}"\ntemplates = "{hub_copies.templates}"\n'
     Path(name).write_text(places + content, encoding="utf-8")

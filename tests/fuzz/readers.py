@@ -65,11 +65,12 @@ def folder_of(parts: dict[str, bytes]) -> Iterator[Path]:
         yield Path(place)
 
 
-def refuse(error: Exception) -> None:
-    """Nothing, where `error` is one printable line."""
+def refuse(error: Exception) -> str:
+    """The message of `error`, where that is one printable line."""
     message = str(error)
     if not message or not message.isprintable() or len(message) > MOST_CHARACTERS:
         raise AssertionError(f"a message that isn't one short line: {message[:2000]!r}") from error
+    return message
 
 
 def require(holds: bool, what: str) -> None:
@@ -77,7 +78,7 @@ def require(holds: bool, what: str) -> None:
         raise AssertionError(what)
 
 
-def strict_json(data: bytes) -> None:
+def strict_json(data: bytes) -> str | None:
     """What is read is what json reads."""
     with folder_of({"a.json": data}) as folder:
         try:
@@ -87,7 +88,7 @@ def strict_json(data: bytes) -> None:
     return require(content == json.loads(data.decode()), "json reads something else")
 
 
-def tensor_file(data: bytes) -> None:
+def tensor_file(data: bytes) -> str | None:
     """Tensors are those that safetensors reads, and finite when they are said to be."""
     with folder_of({"a.safetensors": data}) as folder:
         try:
@@ -113,7 +114,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def expert(data: bytes) -> None:
+def expert(data: bytes) -> str | None:
     """A folder whose hashes are right, so that the fuzzer gets behind them."""
     parts = dict(zip(EXPERT_PARTS, data.split(PARTS), strict=False))
     parts = {name: part for name, part in parts.items() if part}
@@ -134,7 +135,7 @@ def expert(data: bytes) -> None:
     return None
 
 
-def saved(data: bytes) -> None:
+def saved(data: bytes) -> str | None:
     """A saved model whose hash is right."""
     described, _, file = data.partition(PARTS)
     content = parsed(described)
@@ -162,7 +163,7 @@ def parsed(data: bytes) -> Any:
         return None
 
 
-def patterns(data: bytes) -> None:
+def patterns(data: bytes) -> str | None:
     """What passes matches in RE2 what it matches in Python: short ones, which Python can finish."""
     pattern = data[:24].decode("utf-8", "ignore")
     try:
@@ -184,7 +185,7 @@ def patterns(data: bytes) -> None:
     return None
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], str | None]] = {  # each returns the refusal, if any
     target.__name__: target for target in (strict_json, tensor_file, expert, saved, patterns)
 }
 

@@ -18,7 +18,7 @@ from phatgoose.experts.lora import DoraFactors, Factors
 from phatgoose.experts.pool import Pool
 from phatgoose.sites import find_sites
 from phatgoose.training.train_expert import placed_sites
-from tiny import make_adapter, make_prompt_statistics
+from tiny import make_adapter, write_expert
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
@@ -97,19 +97,8 @@ MAKERS = {
 
 
 def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: object) -> Expert:
-    """A random expert of one of MAKERS with gates, means and prompt statistics, below `folder`."""
-    name = f"{kind}{seed}"
-    adapter = MAKERS[kind](base, folder / "adapters" / name, seed=seed, **options)
-    bare = Expert.from_peft(adapter, {}, name=name, base=base)
-    generator = torch.Generator().manual_seed(seed + 1000)
-    sites = find_sites(base.model)
-    gates, means = (
-        {s: torch.randn(sites[s].in_features, generator=generator) for s in bare.modules}
-        for _ in range(2)
-    )
-    shared = {"means": means, **make_prompt_statistics(generator)}
-    expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
-    return expert.save(folder / "experts" / name)
+    """A random expert of one of MAKERS with all statistics but embeddings, below `folder`."""
+    return write_expert(base, folder, f"{kind}{seed}", seed=seed, make=MAKERS[kind], **options)
 
 
 def mixed_pool_for(base: Base, folder: Path) -> Pool:

@@ -19,6 +19,7 @@ from odd_files import KEPT
 from paths import GOLDEN
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.kernels import native
 from routed_models import uneven_pool, with_embeddings
 from suite_data import write_hub
 from tiny import KINDS, make_model, make_tokenizer, write_expert
@@ -120,6 +121,15 @@ def uneven(loaded_bases, tmp_path_factory):
 @pytest.fixture
 def toy_embedder(monkeypatch):
     use_toy_embedder(monkeypatch)
+
+
+@pytest.fixture
+def no_native(monkeypatch):
+    """No native kernel serves, as on a machine without a compiler."""
+    monkeypatch.setenv("PHATGOOSE_NATIVE", "0")
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """Tiny bases, tokenizers, experts and their logits: random weights, no network."""
 
 import copy
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -134,21 +133,30 @@ def _written_by_peft(
 
 
 def write_expert(
-    base: Base, folder: Path, name: str, *, seed: int = 0, **options: object
+    base: Base,
+    folder: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    make: Callable[..., Path] | None = None,
+    **options: object,
 ) -> Expert:
-    """A random expert of `make_adapter` with all statistics but embeddings, below `folder`."""
-    adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
+    """A random expert with all statistics but embeddings, below `folder`.
+
+    Its adapter is one of `make_adapter`, or what `make` writes.
+    """
+    adapter = (make or make_adapter)(base, folder / "adapters" / name, seed=seed, **options)
+    bare = Expert.from_peft(adapter, {}, name=name, base=base)
     generator = torch.Generator().manual_seed(seed + 1000)
-    acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-    sites = {
-        site: found.in_features
-        for site, found in find_sites(base.model).items()
-        if any(site == target or site.endswith(f".{target}") for target in acts)
-    }
+    sites = find_sites(base.model)
+    acting = bare.modules if make else [site for site in sites if site in bare.modules]
     gates, means = (
-        {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
+        {site: torch.randn(sites[site].in_features, generator=generator) for site in acting}
+        for _ in range(2)
     )
-    shared = {"means": means, **make_prompt_statistics(generator)}
+    states = torch.randn((5, 1, 384), generator=generator)
+    told = {"reader": small_reader().reference, "prompts_read": 5}
+    shared = {"means": means, "prompt_statistics": prompt_statistics_of(states), **told}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
@@ -157,13 +165,6 @@ def write_expert(
 def small_reader() -> Reader:
     """A reader of one block, that is loaded on a record's word."""
     return open_reader(ReaderReference("minilm", 1, 1))
-
-
-def make_prompt_statistics(generator: torch.Generator) -> dict[str, object]:
-    """Random statistics of five prompts, and the fields about them."""
-    states = torch.randn((5, 1, 384), generator=generator)
-    reader = small_reader().reference
-    return {"prompt_statistics": prompt_statistics_of(states), "reader": reader, "prompts_read": 5}
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

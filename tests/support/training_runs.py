@@ -40,7 +40,7 @@ def target_nll(model, base, examples) -> Tensor:
     losses = []
     for example in examples:
         prompt = base.tokenizer(example.input)["input_ids"]
-        space = "" if base.is_encoder_decoder else " "
+        space = "" if base.is_encoder_decoder or example.input.endswith(" ") else " "
         target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
         if base.is_encoder_decoder:
             shifted = torch.tensor([[0, *target[:-1]]])

@@ -23,9 +23,8 @@ EXPERTS = 50
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _forget_graphs(no_native: None) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

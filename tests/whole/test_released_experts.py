@@ -103,7 +103,7 @@ def in_this_process(script, monkeypatch):
             code = script.main(list(map(str, command[2:])))
         return SimpleNamespace(returncode=code, stderr=told.getvalue())
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from command_line import BASE, TRAIN
 from phatgoose.errors import EngineError, ExpertError, TaskError, TrainingError
+from phatgoose.tasks.suites.registry import SuiteRecord, known_suites
 
 
 @pytest.mark.parametrize(
@@ -51,17 +52,18 @@ def test_results_are_json_on_request(here, phat):
     ],
 )
 def test_wrong_use_ends_with_2_and_failure_with_1_in_one_line(phat, monkeypatch, error, code, said):
-    def fail(*_):
+    def fail():
         raise error
 
-    def fail_because(*_):
+    def fail_because():
         raise ExpertError("It can't be done.") from error
 
-    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail)
-    outcome = phat("pool", ".")
+    words = ["train", "theirs", "--base", "x", "--out", "y"]
+    monkeypatch.setitem(known_suites(), "theirs", SuiteRecord(fail, trainable=True))
+    outcome = phat(*words)
     assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err.startswith(said)
     assert outcome.err.count("\n") == 1
     if isinstance(error, Exception):
-        monkeypatch.setattr("phatgoose.experts.pool.Pool.open", fail_because)
-        assert phat("pool", ".").code == code
+        monkeypatch.setitem(known_suites(), "theirs", SuiteRecord(fail_because, trainable=True))
+        assert phat(*words).code == code

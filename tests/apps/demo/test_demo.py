@@ -36,7 +36,7 @@ def small(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_it_stopped(
-    base_folders, phat, tmp_path, monkeypatch
+    base_folders, phat, tmp_path
 ):
     out = tmp_path / "demo"
     words = ("demo", "--base", base_folders["llama"], "--out", out)
@@ -44,8 +44,9 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     comparison = json.loads((out / "comparison.json").read_text())
     no_examples = {"retrieval", "centroid"}  # not embedded
     assert set(METHODS) - set(comparison["rows"]) == no_examples
-    monkeypatch.setattr("phatgoose.evaluation.compare.score", None)  # all is there already
+    scored = (out / "results.jsonl").read_bytes()
     outcome = phat(*words)
+    assert (out / "results.jsonl").read_bytes() == scored  # all was there already
     assert outcome.code == 0
     for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "over sentiment", "Done"):
         assert part in outcome.out

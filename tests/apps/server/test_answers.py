@@ -10,7 +10,6 @@ import serving
 from phatgoose.apps.server import create_app, served_models
 from phatgoose.apps.server.local import json_form
 from phatgoose.base.loading import load_base
-from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, save
 from serving import CHAT_TEMPLATE, CHATS, GREEDY, PROMPT, ask, chunks_of, error_of, text_of
 
@@ -143,7 +142,7 @@ def test_routing_tells_each_tokens_experts_in_a_stream_piece_by_piece(client, to
 
 
 def test_saved_models_and_bases_are_served_too_and_what_the_first_name_is_opened_for_nobody(
-    pool, tmp_path, tokenizer, monkeypatch
+    pool, tmp_path, tokenizer, hub
 ):
     """A saved model may come from a stranger, and who asks to reroute it may be one."""
     base = load_base(pool.base.id, dtype="float32")
@@ -155,8 +154,6 @@ def test_saved_models_and_bases_are_served_too_and_what_the_first_name_is_opened
     app = create_app(served_models(places, dtype="float32"))
     wanted = tokenizer.decode(generated(pool, k=1)[1], skip_special_tokens=True)
     with serving.client_of(app) as client:
-        opened = []
-        monkeypatch.setattr(Pool, "open", opened.append)
         saved, alone = {**GREEDY, "model": "routed"}, {**GREEDY, "model": "base"}
         assert text_of(client, **saved) == wanted != text_of(client, **alone)
         for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "auto"}):
@@ -164,7 +161,7 @@ def test_saved_models_and_bases_are_served_too_and_what_the_first_name_is_opened
         assert "base model alone" in error_of(client, **alone, routing=True)["message"]
         assert "can't be changed" in error_of(client, **alone, k=1)["message"]
         assert client.get("/v1/models/base").json()["router"] is None
-    assert opened == []
+    assert hub.requests == []
 
 
 def test_mixtures_of_several_sizes_share_a_batch(client):
@@ -217,8 +214,9 @@ def test_forms_that_cannot_be_are_refused(client, schema):
     assert "The JSON can't be written" in error["message"]
 
 
-def test_without_the_library_it_is_refused_with_what_to_do(client, monkeypatch):
-    monkeypatch.setattr(json_form, "LLMatcher", None)
+def test_without_the_library_it_is_refused_with_what_to_do(client_with):
+    client = client_with()
+    client.app.state.service.backend.forms.lacks_library = True
     error = error_of(client, **GREEDY, response_format={"type": "json_object"})
     assert "pip install 'phatgoose[json]'" in error["message"]
     assert error["param"] == "response_format"

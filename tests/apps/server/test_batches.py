@@ -164,10 +164,10 @@ def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
             assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
 
 
-def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of, monkeypatch):
-    runner = runner_of()
+def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
+    runner = ModelRunner(runner_of().model, runner_of().tokenizer)
     whole = by_generate(runner, prompt_of(1))
-    monkeypatch.setattr(runner, "ends", frozenset([whole[3]]))
+    runner.ends = frozenset([whole[3]])
     wishes = replace(GREEDY, logprobs=0), replace(GREEDY, ignores_end=True)
     row, ignoring = finished(runner, [row_of(runner, prompt_of(1), wish) for wish in wishes])
     assert ignoring.generated == whole
@@ -282,19 +282,17 @@ def test_a_penalised_row_is_generates_and_changes_no_other(runner_of):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_a_row_whose_numbers_overflow_fails_alone(runner_of, monkeypatch, temperature, number):
+def test_a_row_whose_numbers_overflow_fails_alone(runner_of, temperature, number):
     """As one's own weights for experts of a float16 base may, in a batch with others'."""
-    runner, decode = runner_of(), runner_of().decode
+    runner = runner_of()
     wanted, wish = by_generate(runner, prompt_of(2)), replace(GREEDY, temperature=temperature)
 
-    def overflowing(ids, *rest):
-        logits = decode(ids, *rest)
-        logits[: len(ids) - 1, -1, 3] = number
-        return logits
+    def overflow(head, inputs, logits):
+        logits[:-1, -1, 3] = number
 
-    monkeypatch.setattr(runner, "decode", overflowing)
     rows = [row_of(runner, prompt_of(n), how) for n, how in ((1, wish), (2, GREEDY))]
-    failed, other = finished(runner, rows)
+    with runner.model.lm_head.register_forward_hook(overflow):
+        failed, other = finished(runner, rows)
     assert "overflow" in failed.deliver.events[0].detail
     assert other.generated == wanted
 
@@ -521,15 +519,15 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
     ("error", "told"),
     [(RoutingError("no"), "no"), (ValueError("a secret"), FAILED)],
 )
-def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypatch, error, told):
+def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, error, told):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(runner_of("llama", "arrow"), "decode", fail)
     rows = [row_of(runner_of("llama", router), prompt_of(1)) for router in ("arrow", "phatgoose")]
-    for row in rows:
-        engine.submit([row])
-    failed, other = ended(rows)
+    with runner_of("llama", "arrow").model.register_forward_pre_hook(fail):
+        for row in rows:
+            engine.submit([row])
+        failed, other = ended(rows)
     assert failed.deliver.events[0].detail == told
     assert other.finish == "length"
 

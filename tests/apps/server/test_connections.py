@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -188,11 +189,11 @@ def test_the_command_serves_and_ends_in_peace(pool, taken):
         process.kill()
 
 
-def test_a_port_that_is_taken_is_told_before_models_are_loaded(taken, monkeypatch, capsys):
-    monkeypatch.setattr("phatgoose.apps.server.create_app", lambda *_: pytest.fail("loaded"))
+def test_a_port_that_is_taken_is_told_before_models_are_loaded(taken, tmp_path, capsys):
+    (tmp_path / "experts").mkdir()  # which would be refused
     port = str(taken.getsockname()[1])
     with pytest.raises(SystemExit, match="2"):
-        main(["serve", "experts", "--port", port])
+        main(["serve", str(tmp_path / "experts"), "--port", port])
     told = capsys.readouterr().err
     assert told.startswith(f"error: Port {port} of 127.0.0.1 can't be used: Address already in use")
     assert "another --port" in told
@@ -200,6 +201,6 @@ def test_a_port_that_is_taken_is_told_before_models_are_loaded(taken, monkeypatc
 
 
 def test_what_cannot_start_is_an_error_before_anything_is_served(pool, monkeypatch):
-    monkeypatch.setattr("phatgoose.untrusted_text.START", "# %s")
+    monkeypatch.setattr("sys.executable", shutil.which("true"))
     with pytest.raises(EngineError, match=r"The tokenizer's new process .* ended at once"):
         run(serving.app_of(pool), "127.0.0.1", 0, Serving())

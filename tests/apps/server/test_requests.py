@@ -425,9 +425,12 @@ def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of)
 # What is told of it.
 
 
-def test_what_breaks_inside_is_not_told(client, monkeypatch):
-    monkeypatch.setattr(client.app.state.service, "begun", object())  # which no JSON holds
-    reply = client.get("/v1/models")
+def test_what_breaks_inside_is_not_told(client):
+    def fail(_):
+        raise ValueError("a secret")
+
+    client.app.add_route("/v1/broken", fail)
+    reply = client.get("/v1/broken")
     assert reply.status_code == 500
     assert reply.json()["error"]["message"] == "The server failed; its log says more."
 

@@ -13,6 +13,7 @@ from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.corrections import Correction, corrections_in
 from routed_models import TOPICS
 from serving import CHAT_TEMPLATE, CHATS, PATH, ask, client_of, counts_of, error_of
+from tiny import small_reader
 
 ROUTE = "/v1/route"
 CORRECTIONS = f"{ROUTE}/corrections"
@@ -226,14 +227,12 @@ def test_in_the_shadow_the_base_answers_as_it_does_alone(place, pool_of):
     assert told["routing"]["summary"] == {"base": 1.0}
 
 
-def test_a_choice_that_fails_harms_no_answer_in_the_shadow(place, monkeypatch):
-    with own(place, Serving(shadow=True)) as client:
-        runner = client.app.state.service.models["goose"].runner
+def test_a_choice_that_fails_harms_no_answer_in_the_shadow(place):
+    def fail(*_):
+        raise RoutingError("no")
 
-        def fail(*_, **__):
-            raise RoutingError("no")
-
-        monkeypatch.setattr(runner.chooser, "choose", fail)
+    reads = small_reader()._model.register_forward_pre_hook(fail)
+    with own(place, Serving(shadow=True)) as client, reads:
         reply = client.post(PATH, json={"model": "goose", "prompt": "hi", "max_tokens": 2})
         assert reply.status_code == 200
         assert SHADOW not in reply.headers

@@ -9,7 +9,6 @@ import pytest
 from architectures import make_tiny
 from fake_engine import NAMES
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
-from phatgoose.apps.server.local.runner import LoadedModel
 from phatgoose.apps.server.protocol import RoutingOverride
 from phatgoose.apps.server.replies import Progress, Reply
 from phatgoose.apps.server.turns import Deadline, Turns, in_thread
@@ -31,25 +30,23 @@ from tiny import make_tokenizer
 from topic_prompts import PROMPTS
 
 
-def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
+def test_others_are_served_while_a_routing_is_composed(guarded):
     routings, go_on = guarded.app.state.service.routings, threading.Event()
-    called, composed = threading.Event(), LoadedModel.composed
 
-    def waits(*arguments):
-        called.set()
-        assert go_on.wait(30)
-        return composed(*arguments)
+    async def compose_another():
+        return await routings.turns.run("third", Deadline(60), lambda _: go_on.wait(30))
 
     def status(key, **change):
         headers = {"Authorization": f"Bearer {key}"}
         return guarded.post(PATH, json={**GREEDY, **change}, headers=headers).status_code
 
-    monkeypatch.setattr(LoadedModel, "composed", waits)
+    composing = guarded.portal.start_task_soon(compose_another)
+    until(lambda: not routings.turns.free)
     begun = [beside(status, "secret", k=k) for k in (1, 1, 3)]
-    assert called.wait(30)
-    until(lambda: len(routings.turns) == 2)
+    until(lambda: len(routings.turns) == 3)
     assert (status("other"), status("secret")) == (200, 200)
     go_on.set()
+    assert composing.result()
     assert [each.result() for each in begun] == [200] * 3
     until(lambda: not any(each.requests for each in routings.cached.values()))
     assert len(routings.cached) == 2

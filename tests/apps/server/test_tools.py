@@ -236,8 +236,9 @@ def test_tools_that_cannot_be_are_refused(chat, change, param, said):
     assert error["param"] == param
 
 
-def test_without_the_library_a_forced_call_is_refused_with_what_to_do(chat, monkeypatch):
-    monkeypatch.setattr(json_form, "LLMatcher", None)
+def test_without_the_library_a_forced_call_is_refused_with_what_to_do(client_with):
+    chat = client_with(template=CHAT_TEMPLATE)
+    chat.app.state.service.backend.forms.lacks_library = True
     error = error_of(chat, path=CHATS, **CHAT, tools=[CLOCK], tool_choice="required")
     assert "pip install 'phatgoose[json]'" in error["message"]
     assert error["param"] == "tools"

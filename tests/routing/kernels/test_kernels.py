@@ -97,11 +97,11 @@ def test_an_expert_nobody_chose_adds_nothing_and_gets_no_gradient(name):
     ("tokens", "experts", "name"),
     [(1, 100, "gather"), (512, 8, "concat"), (32, 100, "concat"), (512, 100, "grouped")],
 )
-def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monkeypatch):
+def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name):
     p = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
     if runs_natively(p.u, p.A):
         assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is KERNELS["native"]
-    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
+    p.u.requires_grad_()  # which the native one can't have
     assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is KERNELS[name]
 
 
@@ -109,12 +109,12 @@ def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monke
     ("tokens", "experts", "name"),
     [(1, 100, "gather"), (512, 8, "concat"), (32, 100, "concat"), (512, 100, "concat")],
 )
-def test_auto_on_a_gpu_takes_torch_s_and_reads_no_counts_back(tokens, experts, name, monkeypatch):
-    monkeypatch.setattr("phatgoose.routing.kernels.outside_kernels", dict)
+def test_auto_on_a_gpu_takes_torch_s_and_reads_no_counts_back(tokens, experts, name):
     p = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
     with FakeTensorMode():
-        u = torch.empty(p.u.shape, device="cuda")
-        stacks = [torch.empty(part.shape, device="cuda") for part in (p.experts, p.A, p.B)]
+        # No other package's kernels are for this kind.
+        u = torch.empty(p.u.shape, device="xpu")
+        stacks = [torch.empty(part.shape, device="xpu") for part in (p.experts, p.A, p.B)]
         assert choose_kernel("auto", u, *stacks) is KERNELS[name]
         if (tokens, experts) == (512, 100):  # bfloat16 has a product that reads none
             stacks = [part.bfloat16() for part in stacks]
@@ -142,11 +142,10 @@ KERNEL = OutsideKernel(made, takes=lambda u, A, B: u.is_cpu, runs_on=lambda *ten
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def made(no_native, tmp_path, monkeypatch):
     """A kernel of another package, on a machine without a native one; `odd` can't be loaded."""
     points = {"made": "made_kernels:KERNEL", "odd": "made_kernels:made"}
     install(tmp_path, monkeypatch, "made_kernels", MADE, {"phatgoose.kernels": points})
-    monkeypatch.setattr("phatgoose.routing.kernels.native.runs_natively", lambda *_: False)
     outside_kernels.cache_clear()
     with pytest.warns(UserWarning, match="odd of made-kernels is left out"):
         yield outside_kernels()["made"]

@@ -12,6 +12,7 @@ from importlib.util import module_from_spec
 import pytest
 
 from fake_packages import install
+from forked import forked, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
@@ -108,14 +109,20 @@ class Clash(Merged):
 """
 
 
+@needs_fork
 @pytest.mark.filterwarnings("ignore:phatgoose.routers")
 def test_routers_of_another_package_are_like_ours_and_what_is_broken_is_named(
     llama, llama_pool, tmp_path, monkeypatch
 ):
     names = {"first": "First", "short": "Short", "lost": "Lost", "arrow": "Clash"}
     points = {name: f"their_code:{each}" for name, each in names.items()}
-    monkeypatch.setattr(Router, "defined", {})  # another process's
     install(tmp_path, monkeypatch, "their_code", THEIRS, {registry.ENTRY_POINTS: points})
+    assert forked(lambda: they_are(llama, llama_pool, tmp_path)) == 0
+
+
+def they_are(llama, llama_pool, tmp_path):
+    """In a process of its own, since its routers are there for good, and "arrow" is another."""
+    Router.defined.clear()
     assert {"first", "lost"} <= set(registry.known_names())
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
         assert all_routers()["first"].listed().summary == "The first expert"
@@ -135,7 +142,7 @@ def test_routers_of_another_package_are_like_ours_and_what_is_broken_is_named(
     with pytest.raises(ExpertError, match=r"router short: vectors is \(1, .*; wanted \(4, "):
         compose(llama_pool, load_base(llama.id), router="short")
     Router.defined.clear()
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: [])
+    (tmp_path / "their_code-1.0.dist-info" / "entry_points.txt").unlink()
     with pytest.raises(RoutingError, match=r"routed\.json is not valid: router is 'first:share"):
         load(tmp_path / "routed")
 

@@ -1,5 +1,6 @@
 """The suites of the papers: their lists, templates, prompts, right answers and divisions."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -12,8 +13,8 @@ from paths import ROOT, SHARED
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.files import read_table
-from phatgoose.tasks.suites import bigbench, p3, t0
-from phatgoose.tasks.suites import flan as suites_flan
+from phatgoose.tasks.suites import bigbench, t0
+from phatgoose.tasks.suites.flan import _split as division
 from phatgoose.tasks.suites.flan import flan
 from phatgoose.tasks.suites.p3 import P3Dataset, PromptTemplate, read_templates
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
@@ -137,14 +138,20 @@ def entry_of(name):
     return (t0_held_in() if name in t0_held_in().names else t0_held_out()).entry(name)
 
 
+def read_copy(folder, table, templates=None, **splits):
+    """A dataset of T0, as its `table` has it, read from a copy of these rows in `folder`."""
+    save_copy(folder, table["hub"], table.get("config", ""), **splits)
+    return entry_of(table["name"]).read(Sources(folder, templates or folder))
+
+
 @pytest.fixture
-def read(tmp_path, monkeypatch):
+def read(tmp_path):
     """Reads one of T0's datasets: its name, the place of its templates, these, its rows."""
 
     def task(name, path, *templates, **splits):
         save_templates(tmp_path, path, *templates)
-        monkeypatch.setattr(p3, "read_rows", lambda *request: splits[request[-1]])
-        return entry_of(name).read(Sources(templates=tmp_path))
+        (table,) = (each for each in itertools.chain(*TABLES.values()) if each["name"] == name)
+        return read_copy(tmp_path, table, **splits)
 
     return task
 
@@ -228,17 +235,17 @@ def test_pairs_left_out_are_counted_in_one_warning(read):
 
 
 @pytest.mark.parametrize(
-    ("jinja", "rows", "reason"),
+    ("jinja", "original", "reason"),
     [
-        ("{{premise}} ||| {{label}}", 1, "rte: 1 of 1 pairs"),
-        ("{{text}} ||| no", 1, "has no field text, which the template 't' needs; .* label"),
-        ("a ||| b", 0, "0 of 0 pairs"),
+        ("{{premise}} ||| {{label}}", True, "rte: 1 of 1 pairs"),
+        ("{{text}} ||| no", True, "has no field text, which the template 't' needs; .* label"),
+        ("a ||| b", False, "0 of 0 pairs"),
     ],
 )
-def test_datasets_without_examples_are_refused(read, jinja, rows, reason):
-    validation = [{"premise": "p", "label": 0}] * rows
+def test_datasets_without_examples_are_refused(read, jinja, original, reason):
+    validation = [{"premise": "p", "label": 0}]
     with pytest.raises(TaskError, match=reason):
-        read("rte", "super_glue/rte", ("t", jinja, "yes|||no", True), validation=validation)
+        read("rte", "super_glue/rte", ("t", jinja, "yes|||no", original), validation=validation)
 
 
 # The real templates, on made-up records
@@ -253,12 +260,12 @@ TABLES = read_table(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
 @pytest.mark.skipif(not P3.is_dir(), reason=f"no P3 templates in {P3}")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("table", TABLES["held_in"], ids=lambda table: table["name"])
-def test_real_held_in_tasks(table, monkeypatch):
+def test_real_held_in_tasks(table, tmp_path):
     name = "/".join(filter(None, (table["hub"].split("/")[-1], table.get("config"))))
     record = TREC if "prompt" in table else RECORDS[name]
     rows = [record] * (10_013 if table.get("set_apart") else 13)
-    monkeypatch.setattr(p3, "read_rows", lambda *request: rows)
-    task = entry_of(table["name"]).read(Sources(templates=P3))
+    splits = dict.fromkeys(("train", table.get("validation", "validation")), rows)
+    task = read_copy(tmp_path, table, P3, **splits)
     for example in task.validation:
         assert bool(example.choices) == (task.metrics == ("accuracy",))
     fields = ("name", "hub", "config", "ignored", "prompt", "prompt_choices")
@@ -308,18 +315,17 @@ def test_only_zero_shot_rows_with_input_and_target_are_kept_as_they_are(tmp_path
     assert (task.validation, task.test) == ((), ())  # a tenth of three is none
 
 
-def test_the_division_is_that_of_the_papers_code(tmp_path, monkeypatch):
+def test_the_division_is_that_of_the_papers_code(tmp_path):
     task = irony(tmp_path / "small", [row(i) for i in range(57)])
     order = np.random.RandomState(1234).choice(57, size=57, replace=False)  # its src/data/flat.py
     assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:5]]
     assert [example.input for example in task.train] == [f"Q{i}" for i in order[5:]]
     assert task.validation_origin == "5 of 57 examples, seed 1234"
-    monkeypatch.setattr(suites_flan, "VALIDATION_MOST", 3)  # as if the dataset was large
-    monkeypatch.setattr(suites_flan, "TRAIN_MOST", 20)
-    task = irony(tmp_path / "large", [row(i) for i in range(57)])
-    drawn = np.random.default_rng(42).choice(54, size=20, replace=False)
-    assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:3]]
-    assert [example.input for example in task.train] == [f"Q{i}" for i in order[3:][drawn]]
+    task = division(task, range(520_000))  # numbers for the examples of a large dataset
+    order = np.random.RandomState(1234).choice(520_000, size=520_000, replace=False)
+    drawn = np.random.default_rng(42).choice(510_000, size=500_000, replace=False)
+    assert task.validation == tuple(order[:10_000])
+    assert task.train == tuple(order[10_000:][drawn])
 
 
 GENERATED = {"auto_debugging": 31, "conlang_translation": 63, "linguistics_puzzles": 127}

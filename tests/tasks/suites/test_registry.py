@@ -108,7 +108,6 @@ def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
     code += "MINE = SuiteRecord(lambda: Suite('mine', ()), trainable=True)\n"
     points = {registry.GROUP: {"theirs": "their_suites:MINE", "t0ho": "their_suites:MINE"}}
     install(tmp_path, monkeypatch, "their_suites", code, points)
-    monkeypatch.setattr(registry, "SUITES", dict(registry.SUITES))
     registry.known_suites.cache_clear()
     with pytest.warns(UserWarning, match="t0ho of their-suites is left out"):
         assert open_suite("theirs").name == "mine"

@@ -71,9 +71,12 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Pa
     return libraries
 
 
-def load_shipped(source: Path) -> ctypes.CDLL | None:
-    """The best library for this processor beside `source`, None where none is or can be loaded."""
-    for level in _levels_here():
+def load_shipped(source: Path, processors: Path = PROCESSORS) -> ctypes.CDLL | None:
+    """The best library for this processor beside `source`, None where none is or can be loaded.
+
+    Linux tells in the file `processors` what this one can.
+    """
+    for level in _levels_of(processors):
         place = source.with_name(_name(source, level))
         if place.is_file():
             with suppress(OSError):
@@ -85,13 +88,12 @@ def _name(source: Path, level: Level) -> str:
     return f"{source.stem}-{level.name}.so"
 
 
-def _levels_here() -> Iterator[Level]:
+def _levels_of(processors: Path) -> Iterator[Level]:
     can: set[str] = set()
     with suppress(OSError):
-        for line in PROCESSORS.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "flags":
-                can = set(value.split())
+        for line in processors.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("flags"):
+                can = set(line.split())
                 break
     return (level for level in LEVELS if level.needs <= can)
 

@@ -201,8 +201,6 @@ class P3Dataset:
         self, split: str, templates: Iterable[PromptTemplate], sources: Sources
     ) -> Sequence[Row]:
         rows = read_rows(sources, self.hub, self.config, split)
-        if not len(rows):
-            return rows
         names = {old: new for old, new in self.rename.items() if old in rows[0]}
         if names:
             rows = cast(Any, rows).rename_columns(names)

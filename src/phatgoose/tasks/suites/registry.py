@@ -41,11 +41,12 @@ for _name in ("bbh", "bbl", "bbh-23", "bbl-24"):
     SUITES[_name] = SuiteRecord(partial(bigbench.suite, _name))
 
 
-@cache  # looking for entry points takes a while, and adds them to SUITES once
+@cache  # looking for entry points takes a while
 def known_suites() -> Mapping[str, SuiteRecord]:
     """All suites, with those of installed packages."""
-    add_entry_points(GROUP, SUITES, SuiteRecord)
-    return SUITES
+    suites = dict(SUITES)
+    add_entry_points(GROUP, suites, SuiteRecord)
+    return suites
 
 
 def open_suite(name_or_path: str | Path) -> Suite:
@@ -208,8 +209,8 @@ def open_tasks(
     origin: Origin
     tasks = []
     for name in names:
-        if name.startswith(HUB) or name.endswith(TASK_FILES):
-            origin = "hub" if name.startswith(HUB) else "file"
+        origin = "hub" if name.startswith(HUB) else "file"
+        if origin == "hub" or name.endswith(TASK_FILES):
             read = partial(_read, name, template, choices)
             entry = Entry(default_name(name), read, source=name)
             tasks.append(TrainingTask(entry, name, origin, sources))
@@ -221,7 +222,6 @@ def open_tasks(
         parent, _, dataset = name.rpartition("/")
         is_one = parent in suites or parent.endswith(".toml")
         place = parent if is_one else name.rstrip("/")
-        origin = "file"
         if place in suites:
             origin = "hub" if sources.data is None else "copy"
             if not suites[place].trainable:

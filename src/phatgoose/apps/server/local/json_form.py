@@ -41,14 +41,14 @@ try:
     from llguidance import LLMatcher, LLParserLimits
     from llguidance.hf import from_tokenizer
 except ImportError:
-    LLMatcher = LLParserLimits = from_tokenizer = None
+    LLMatcher = None
 
 # As Python's json writes it: a small model that may write spaces writes nothing else.
 WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 UNWRITABLE = "The JSON can't be written: {}"
 AT_ONCE = 2  # grammars that are proven, and as many that are compiled
 
-_tokenizers: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any] = weakref.WeakKeyDictionary()
+_tokenizers = weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Any]()
 _reading = threading.Lock()
 
 
@@ -119,6 +119,7 @@ class Forms:
         """As many requests as `waiting` may wait."""
         self.limits = Limits()
         self.prove = proven
+        self.lacks_library = LLMatcher is None
         self._proving = Turns(AT_ONCE, waiting)
         self._compiling = Turns(AT_ONCE, waiting)
         self.proofs: dict[bytes, Proof] = {}  # by the grammar's hash, the last used last
@@ -134,7 +135,7 @@ class Forms:
         request = prepared.request
         if request.schema_of_answers is None and not (calls and calls.are_bound):
             return None
-        if LLMatcher is None:
+        if self.lacks_library:
             raise _refusal(
                 request, calls, "this server lacks llguidance (pip install 'phatgoose[json]')"
             )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from phatgoose.tasks.task import Example, Task
-from tiny import logits_of
+from training_runs import target_nll
 
 CHOICE_TASK = Task(
     "choose",
@@ -25,20 +25,9 @@ CHOICE_TASK = Task(
 
 def naive_scores(model, base, example: Example) -> list[float]:
     """The mean log-likelihood per target token, </s> included: one whole pass per choice."""
-    scores = []
-    prompt = base.tokenizer(example.input)["input_ids"]
-    for choice in example.choices:
-        if base.is_encoder_decoder:
-            target = [*base.tokenizer(choice, add_special_tokens=False)["input_ids"], 1]
-            decoded = torch.tensor([[0, *target[:-1]]])
-            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=decoded)[0]
-        else:
-            space = "" if example.input.endswith(" ") else " "
-            target = [*base.tokenizer(space + choice)["input_ids"], 1]
-            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
-        rows = logits.log_softmax(dim=-1)
-        scores.append(sum(rows[t, token].item() for t, token in enumerate(target)) / len(target))
-    return scores
+    with torch.no_grad():
+        losses = [target_nll(model, base, [replace(example, target=c)]) for c in example.choices]
+    return [-loss.mean().item() for loss in losses]
 
 
 def greedy_text(model, base, text: str, tokens: int) -> str:

@@ -24,7 +24,7 @@ from phatgoose import reader
 from phatgoose.base.loading import load_base
 from phatgoose.e5 import Tokens, load_e5
 from phatgoose.names import MINILM, SMOLLM2, package_folder
-from phatgoose.sites import prompt_stack
+from phatgoose.sites import prompt_stack, stack_of
 
 KEPT = Path(__file__).parent / ".people"  # states, and bases that research/bases.py made
 SHARD = 256  # texts whose states are kept in one file
@@ -102,18 +102,19 @@ class Reader:
 
     @cached_property
     def _package_reader(self) -> reader.Reader:
-        tokens, stack, _ = self.loaded
+        tokens, model, _ = self.loaded
         if self.adapter:
-            PeftModel.from_pretrained(stack, self.adapter).merge_and_unload()
+            PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
         reference = reader.ReaderReference(self.name, self.first, self.last)
+        stack = model.stack if self.place == "e5" else stack_of(model)
         return reader.Reader(stack, tokens, reference)
 
     @cached_property
     def loaded(self) -> tuple[Tokens, Any, list[nn.Module]]:
         """What makes tokens, the model without the blocks that aren't needed, and those to read."""
         if self.place == "e5":
-            model, tokens = load_e5(is_taught=self.name == "taught")
-            return tokens, model.eval(), self._cut(model.encoder, "layer")
+            model, tokens = load_e5(self.last + 1, is_taught=self.name == "taught")
+            return tokens, model.eval(), list(model.blocks[self.first :])
         if self.is_bert:
             package = package_folder(MINILM)
             if package is None:

@@ -168,9 +168,15 @@ class Pupil:
         self.tokens = reader.tokens
         self.taught = taught
         stack.float()
-        blocks: Sequence[nn.Module] = stack.encoder.layer if reader.is_bert else stack.layers
-        names = ["query", "value", "dense"] if reader.is_bert else None
-        names = names or ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        if reader.place == "e5":
+            blocks: Sequence[nn.Module] = stack.blocks
+            names = ["q", "v", "ao", "fi", "fo"]
+        elif reader.is_bert:
+            blocks = stack.encoder.layer
+            names = ["query", "value", "dense"]
+        else:
+            blocks = stack.layers
+            names = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names)
         if adapter:
             self.model = PeftModel.from_pretrained(stack, adapter, is_trainable=True)

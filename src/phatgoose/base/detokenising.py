@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
 LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is

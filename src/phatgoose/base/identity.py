@@ -11,17 +11,19 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from annotated_types import Predicate
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import WrongBaseError
 from ..files import shortened
 from ..names import SMOLLM2, is_hub_id
 from ..sites import FLOATS, Tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEP = r"\w[\w+-]*(\.[\w+-]+)*"
 # A branch, tag or commit. huggingface_hub makes a path of it, so none may lead anywhere else.
@@ -143,7 +145,7 @@ CONFIG_FIELDS = (
 )
 
 
-def fingerprint(model: PreTrainedModel, parameters: Iterable[Tensor] | None = None) -> str:
+def fingerprint(model: nn.Module, parameters: Iterable[Tensor] | None = None) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
     `parameters` are read in place of its own. The same for every name, parameter naming

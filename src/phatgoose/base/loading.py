@@ -1,4 +1,7 @@
-"""Loading bases, whole or in part; nothing of theirs is run or unpickled."""
+"""Loading bases, whole or in part; nothing of theirs is run or unpickled.
+
+A gateway loads none, so transformers, which takes seconds, is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from ..config import FOUR_BITS
 from ..errors import BaseModelError, PhatgooseError
@@ -34,6 +23,9 @@ from ..names import SMOLLM2, require_base, unloadable
 from . import NO_CODE
 from .identity import Base, dtype_name, fingerprint, fingerprint_of_files, recorded_id
 from .smollm2 import smollm2_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PACKS_AGAIN = "support_avx512bf16_for_cpu"  # of bitsandbytes' linears
@@ -67,6 +59,8 @@ def load_base(
     found or loaded, needs code of its own, has pickled weights only, lacks some of its weights,
     reads padding as text, or is neither a causal nor a sequence-to-sequence language model.
     """
+    from transformers import AutoConfig
+
     torch_dtype = choose_dtype(dtype, device)
     place = device or _default_device()
     require_base(name, revision)  # transformers would try again for half a minute
@@ -116,6 +110,9 @@ def fingerprint_here(name: str, *, revision: str | None = None) -> str | None:
     Here is this machine: a folder, or huggingface_hub's cache. None too for files that transformers
     takes apart as it loads them, or that are quantised.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     with loading(name) as place, suppress(LocalEntryNotFoundError, HFValidationError):
         folder = Path(place)
         if not folder.is_dir():
@@ -134,6 +131,8 @@ def load_skeleton(
     name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
 ) -> PreTrainedModel:
     """The base `name`, or that of a config, without weights; `offline` downloads no config."""
+    from transformers import AutoConfig
+
     with loading(name if isinstance(name, str) else type(name).__name__) as place:
         config = name
         if isinstance(name, str):
@@ -148,6 +147,8 @@ def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the base `name`; without a padding token its end of text stands in."""
+    from transformers import AutoTokenizer
+
     with loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
@@ -184,6 +185,8 @@ def settled_dtype(dtype: str, device: str | torch.device | None = None) -> str:
 
 
 def _four_bits(computed: torch.dtype, device: str | torch.device) -> dict[str, object]:
+    from transformers import BitsAndBytesConfig
+
     # transformers says what to install where bitsandbytes is missing.
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -201,6 +204,8 @@ def _default_device() -> torch.device:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' warnings and progress bars."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     has_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -250,12 +255,16 @@ def check_heeds_masks(config: PreTrainedConfig) -> None:
 
 
 def _class_for(config: PreTrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     check_heeds_masks(config)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def check_weight_files(place: str, config: PreTrainedConfig, revision: str | None) -> None:
     """Raise BaseModelError where the base at `place` has weights that are pickles, or elsewhere."""
+    from transformers.utils import cached_file
+
     # transformers would load pickles that an index names, or the config in place of an index.
     named = getattr(config, "transformers_weights", None)
     files = [] if named is None else [named]

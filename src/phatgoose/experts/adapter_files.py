@@ -18,16 +18,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import re2
 import torch
 from annotated_types import Ge, Le
-from peft import IA3Config, LoraConfig, PeftConfig
 from pydantic import BaseModel, create_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..base.identity import Base
 from ..errors import ExpertError
 from ..files import JsonObject, TensorFile, one_line, read_json, shortened
-from ..sites import FLOATS, Tensors
+from ..sites import FLOATS, Tensors, is_conv1d
 
 Item = TypeVar("Item")
 ByField = Mapping[str, str]  # letters for a tensor's sizes, or how its name ends
@@ -114,7 +112,7 @@ PICKLED_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
 
 # PEFT's types that are routed as they are.
-CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
+EXACT = ("LORA", "IA3")
 
 # PEFT's types that update linear layers, so that its convert_to_lora can approximate them.
 CONVERTIBLE = (
@@ -202,13 +200,13 @@ class PeftFiles(AdapterFiles):
             **super().about(base, layer),
             "revision": base.revision,
             "task_type": "SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
-            "fan_in_fan_out": isinstance(layer, Conv1D),
+            "fan_in_fan_out": is_conv1d(layer),
         }
 
     def checked(self, config: JsonObject, directory: Path) -> JsonObject:
         """`config`, which `directory` holds; ExpertError where it is no plain LoRA or (IA)³."""
         kind = config.get("peft_type")
-        if kind not in CONFIGS:
+        if kind not in EXACT:
             lossy = ""
             if kind in CONVERTIBLE:
                 lossy = ", or 'phatgoose import --allow-loss' approximates it by a LoRA"
@@ -216,10 +214,10 @@ class PeftFiles(AdapterFiles):
                 f"{directory} holds a PEFT adapter of type {shortened(kind, 40)}; wanted LORA or "
                 f"IA3{lossy}."
             )
-        usual = vars(CONFIGS[kind]())
-        for key, value in config.items():
-            is_set = value and value != usual.get(key)
-            if is_set and key not in (*ACTING, *HARMLESS):
+        others = [key for key in config if config[key] and key not in (*ACTING, *HARMLESS)]
+        usual = _usual(kind) if others else {}
+        for key in others:
+            if config[key] != usual.get(key):
                 raise ExpertError(
                     f"{directory} uses {shortened(key)}, which can't be routed: only updates of "
                     f"linear layers at all tokens can (docs/imports.md)."
@@ -232,6 +230,13 @@ class PeftFiles(AdapterFiles):
             )
         check_config(config, str(directory / ADAPTER_CONFIG))
         return config
+
+
+def _usual(kind: str) -> dict[str, object]:
+    """PEFT's usual options of that type."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds, and few adapters need it
+
+    return dict(vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind]()))
 
 
 PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")

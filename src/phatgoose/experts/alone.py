@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..base.identity import Base
 from ..config import Peft
 from ..sites import Sites, Tensors, WrappedLinear, dtype_at, find_sites, replaced
 from ..tasks.batching import where_active
 from .module import Modules, SiteModule, check_fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Settings = TypeVar("Settings", bound=Peft)
 

@@ -22,13 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from ..config import ACTIVATIONS, INIT_STD, Bottleneck
 from ..sites import Sites, Tensors
@@ -37,6 +36,9 @@ from .alone import NewModules
 from .module import SiteModule
 from .stack import Part, Product, scaled, stacked
 from .sums import dense_weights, expert_products, weighted_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ACTIVATION = {name: getattr(functional, name) for name in ACTIVATIONS}
 LARGEST_SCALE = 1e9

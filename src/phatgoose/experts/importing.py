@@ -52,7 +52,6 @@ from .adapter_files import (
     ACTING,
     ADAPTER_CONFIG,
     BY_PATTERN,
-    CONFIGS,
     CONVERTIBLE,
     LISTS_OF_NAMES,
     PEFT_FILES,
@@ -311,7 +310,9 @@ def _resolve(base: BaseReference, kind: str, options: str) -> tuple[PeftModel, M
     sites = find_sites(model)
     plain = _spelled_out(json.loads(options), model)
     with torch.device("meta"):  # PEFT says where and how, and no number is made, whatever the rank
-        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
+        adapted = get_peft_model(
+            model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**plain, **UNINITIALISED[kind])
+        )
     layers = {}
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, LoraLayer | IA3Layer):

@@ -24,22 +24,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mode
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..config import INIT_STD, Lora
 from ..files import JsonObject
-from ..sites import Sites, Tensors
+from ..sites import Sites, Tensors, is_conv1d
 from .adapter_files import PEFT_FILES, ByField, OwnFiles, value_at
 from .alone import NewModules
 from .module import Modules, SiteModule
 from .stack import Constant, Part, Product, factor_of, scaled, stacked
 from .sums import weighted_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENDINGS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "bias": ".lora_B.bias"}  # in PEFT's files
 
@@ -241,7 +242,7 @@ class DoraFactors(Factors):
 @torch.no_grad()
 def row_norms(layer: Any, A: Tensor, B: Tensor) -> Tensor:
     """‖W + B A‖ of each output [d], float32, and infinity for 0."""
-    W = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    W = layer.weight.T if is_conv1d(layer) else layer.weight
     norms = torch.linalg.vector_norm(W.float() + B.float() @ A.float(), dim=1)
     return torch.where(norms > 0, norms, torch.inf)
 

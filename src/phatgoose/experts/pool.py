@@ -22,7 +22,6 @@ from .corrections import FILE as CORRECTIONS
 from .corrections import Correction, corrections_in
 from .expert import FORM, LAYOUT, Expert, adapters_in
 from .hub import HubReference, fetch, reference_of
-from .importing import read_adapters
 
 TABLE = ".toml"  # of names and prompts alone, for a gateway
 MOST_NAMED = 8  # experts in the repr of a pool
@@ -263,6 +262,8 @@ def _experts_at(place: Expert | str | Path) -> Sequence[Expert | Path]:
     if has_experts:
         refused |= dict.fromkeys(map(str, adapters), "it is an adapter among experts; import it")
     else:
+        from .importing import read_adapters  # loads transformers and PEFT, for seconds
+
         read = read_adapters(adapters)
         experts += read.experts
         refused |= read.refused

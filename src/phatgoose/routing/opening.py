@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Unpack
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Unpack
 
 from ..base.identity import Base
-from ..base.loading import load_base
 from ..config import Routing, RoutingSettings, from_mapping
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import TABLE, Pool
 from ..names import CONFIG, ROUTED_INFO, closest_beside
-from .compose import compose, composition_of, load, resolve_base
 from .routers.auto import BY_PROMPT, first_allowed
 from .routers.prompt import ByPrompt, PromptChooser
 from .routers.router import Scores, check_routing, check_served, router_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def is_routed(place: str | Path) -> bool:
@@ -63,6 +62,10 @@ def open_model(
     embedder. Raises ConfigError when another place is given scores, and what loading or composing
     does.
     """
+    # A chooser needs nothing of these, which take seconds.
+    from ..base.loading import load_base
+    from .compose import compose, composition_of, load, resolve_base
+
     if isinstance(place, Pool) or is_pool(place):
         pool = Pool.open(place)
         loaded = resolve_base(base, pool.base, dtype)

@@ -11,17 +11,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import one_line
 from ..passes import in_context, watching
 from ..sites import Site, headless
 from .encoding import Encoder, TokenPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 PAIR_TOKENS = 4096  # the same with targets
@@ -438,6 +440,8 @@ def continued(
     `mask` is 0 at padding. Of the model's generation_config only the tokens that begin and end
     answers count; `options` are other settings of transformers' GenerationConfig.
     """
+    from transformers import GenerationConfig
+
     usual = model.generation_config
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

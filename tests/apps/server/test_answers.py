@@ -1,10 +1,12 @@
 """Answers of models here: completions, chats, routing and JSON, of models of each kind."""
 
+import inspect
 import itertools
 import json
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import serving
 from phatgoose.apps.server import create_app, served_models
@@ -88,7 +90,8 @@ def test_effort_and_variables_are_the_template_s_to_use(client_with):
     )
     longer = [count - plain for count in others]
     assert longer == [len("[low]"), 0, 0, len("<>"), len("[high]<>")]
-    for name in ("messages", "tools", "add_generation_prompt", "texts", "self"):
+    of_transformers = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in ("messages", "texts", *of_transformers):
         error = error_of(chat, path=CHATS, **serving.CHAT, chat_template_kwargs={name: 1})
         assert error["message"].startswith(f"chat_template_kwargs: {name} is not a variable")
         assert error["param"] == "chat_template_kwargs"

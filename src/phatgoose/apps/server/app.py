@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -28,16 +28,17 @@ from ...analysis.page import EXPLORER_CSS, EXPLORER_JS, asset, render
 from ...config import Serving
 from ...errors import PhatgooseError
 from .guards import OPEN, PATIENCE, AccessControl, Metrics, RequestGuard
-from .local import LocalBackend
-from .local.runner import ModelRunner, load_models
 from .protocol import REQUESTABLE_ROUTERS, ApiError, Fields, for_clients
 from .requests import invalid
 from .service import Service
 from .settings import ServedModel, Upstream
 from .upstream import ChooserBesideEngine, EngineBackend, Links
 
+if TYPE_CHECKING:
+    from .local.runner import ModelRunner
+
 FOLDER = Path(__file__).parent
-AnyService = Service[ModelRunner] | Service[ChooserBesideEngine]
+AnyService: TypeAlias = "Service[ModelRunner] | Service[ChooserBesideEngine]"
 
 # The page at / is one self-contained file that asks the API for everything it shows of the models.
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
@@ -129,6 +130,9 @@ def create_app(
         links = Links(upstreams, metrics, are_shared=len(api_keys) > 1)
         service = Service(EngineBackend(models, links, limits), metrics)
     else:
+        from .local import LocalBackend  # loads transformers
+        from .local.runner import load_models
+
         service = Service(LocalBackend(load_models(models), limits, metrics), metrics)
     access = AccessControl(hosts, api_keys)
     service.check_allowed(access.experts.values())

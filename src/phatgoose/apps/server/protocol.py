@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from transformers import PreTrainedTokenizerBase
 
 from ...config import closest
 from ...errors import ConfigError
@@ -34,6 +33,9 @@ from ...files import one_line, shortened
 from ...routing.routers.registry import AUTO, MOST_WEIGHT
 from ...routing.routers.router import all_routers, canonical
 from ...untrusted_text import UntrustedText
+
+if TYPE_CHECKING:
+    pass
 
 MOST_SHOWN = 500  # characters of an error
 SHOWN = 60  # characters of a field's name that an error repeats
@@ -149,9 +151,27 @@ Biases = Annotated[dict[TokenId, Bias], Field(max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # What gives a template its chat: a client's would be read in place of the one that was routed.
-RENDERS = PreTrainedTokenizerBase.apply_chat_template, UntrustedText.read
-_parameters = [inspect.signature(render).parameters for render in RENDERS]
-NOT_VARIABLES = {"messages"}.union(*_parameters)
+NOT_VARIABLES = {
+    "messages",
+    *inspect.signature(UntrustedText.read).parameters,
+    # Those of transformers' apply_chat_template.
+    "conversation",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "kwargs",
+}
 
 
 def _without_chats(variables: Fields) -> Fields:

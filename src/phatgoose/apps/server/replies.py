@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -20,12 +20,14 @@ from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from ...analysis.traces import TraceStream
 from ...base.detokenising import UNFINISHED
 from ...routing.choice import BASE_ALONE, Chosen
 from .protocol import CLIENT_GONE, ApiError, ChatRequest, Fields, Weights
 from .requests import PreparedRequest
 from .turns import Deadline
+
+if TYPE_CHECKING:
+    from ...analysis.traces import TraceStream
 
 Result = TypeVar("Result")
 EXPERTS = "X-Phatgoose-Experts"

@@ -12,11 +12,10 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import from_json, to_json
-from transformers import PreTrainedTokenizerBase
 
 from ...config import Serving
 from ...errors import BaseModelError, EngineError
@@ -38,6 +37,9 @@ from .protocol import (
     for_clients,
 )
 from .turns import Deadline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
 MOST_FIELDS = 20_000  # of all objects together

@@ -16,13 +16,12 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, NamedTuple, Self
+from typing import TYPE_CHECKING, Generic, NamedTuple, Self
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
-from transformers import PreTrainedTokenizerBase
 
 from ...config import Routing, closest
 from ...errors import ConfigError, PhatgooseError
@@ -53,6 +52,9 @@ from .requests import PreparedRequest, RequestReader
 from .responses import ResponseBuilder, ResponsesRequest
 from .settings import API_KEYS, ServedModel
 from .turns import Deadline, Turns, in_thread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_NAME = 80  # characters of a name that an error repeats
 SHOWN = 3  # example prompts

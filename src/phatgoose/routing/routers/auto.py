@@ -6,8 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ...config import Routing
 from ...errors import PoolError
@@ -15,6 +14,9 @@ from ...experts.pool import REMEDIES, Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, OURS
 from .router import PLURAL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 BY_PROMPT = ("discriminant", "retrieval")  # by the prompt alone

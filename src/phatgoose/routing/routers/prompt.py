@@ -14,12 +14,11 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerBase
 
 from ...config import RATIO
 from ...errors import PoolError, RoutingError
@@ -29,6 +28,9 @@ from ...tasks.encoding import said_in_tokens
 from ..choice import BASE, Choice, Chosen
 from ..conversation import MARGIN, ChatTexts, ScoredText, Views, deciding_text
 from .router import Router, RouterAtSite, RoutingDecision, Scores, highest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
 OFF = "off"

@@ -18,12 +18,13 @@ from ...errors import ConfigError, PoolError
 from ...experts.pool import REMEDIES, Pool
 from ...files import one_line, shortened
 from ..choice import NOBODY
-from ..context import RoutingContext
 from ..kernels import top_experts_for
 from .registry import AUTO, ENTRY_POINTS, OURS, Listed, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..context import RoutingContext
 
 Scores = Mapping[str, Mapping[str, float]]  # of single experts: expert -> task -> score
 PLURAL = {"lora": "LoRAs"}  # needs that are no words themselves

@@ -170,6 +170,17 @@ def test_a_key_is_asked_for_where_there_is_one(chromium, pool):
         assert "".join(pieces(page)).startswith("[user] to be or not")
 
 
+@pytest.mark.filterwarnings("ignore:No prompts are read:UserWarning")
+def test_long_example_prompts_leave_a_narrow_page_narrow(chromium, place):
+    for name in ("e1", "e2", "e3"):
+        (place / name / LAYOUT.prompts).write_text(f"{name} reads a long prompt " * 9)
+    app = serving.app_of(Pool.open(place), LIMITS)
+    narrow = {"width": 400, "height": 800}
+    with serving.running(app) as address, page_at(chromium, address, viewport=narrow) as page:
+        page.locator("#examples button").last.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
 @pytest.mark.parametrize("learn", [True, False])
 def test_another_expert_can_be_said_to_be_right(chromium, pool_of, tmp_path, learn):
     place = taught_in(tmp_path / "experts", pool_of("llama"))

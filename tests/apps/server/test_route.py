@@ -202,6 +202,17 @@ def test_a_gateway_says_at_start_what_prompts_become_that_it_read_anyway(
     assert f"goose: {summary} (its page tells more)" in caplog.messages
 
 
+def test_our_own_server_says_it_too_of_adapters_that_it_read(pool_of, tmp_path, caplog):
+    prompts = without_statistics(tmp_path / "experts", pool_of("llama"))
+    for expert in pool_of("llama").experts:
+        brought = (prompts / expert.name / LAYOUT.prompts).read_text()
+        bare = expert.with_statistics(prompt_statistics={}, reader=None, prompts_read=None)
+        bare.save(tmp_path / "read" / expert.name)
+        (tmp_path / "read" / expert.name / LAYOUT.prompts).write_text(brought)
+    with own(tmp_path / "read"):
+        until(lambda: "20 example prompts stay" in caplog.text)
+
+
 def test_corrections_are_kept_and_later_choices_know_of_them(pool_of, engine, tmp_path):
     prompt = f"{TOPICS[0]} of the northern orchards"
     wrong = {"model": "goose", "expert": "e9", "prompt": prompt}

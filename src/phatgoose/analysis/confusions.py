@@ -9,18 +9,20 @@ paper.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..errors import PoolError
 from ..evaluation.results import Table
 from ..experts.expert import ENOUGH, FEW, Expert
 from ..experts.pool import Pool
 from ..experts.statistics import WHOLE, prompt_statistics_of
+from ..reader import Reader
 from ..routing.opening import open_chooser
 from ..routing.routers.prompt import PromptChooser
 from .measures import Finding
@@ -28,13 +30,15 @@ from .measures import Finding
 # Limits on mean differences of scores, chosen on hand 1 of benchmarks/people (pool_check.py), never
 # on hand 3. They grow with the prompts that are left when one is out.
 TWINS = -0.12  # what a prompt may lose at most where its expert's twin scores it
-MISLABELLED = 0.6  # by how much another expert leads at a prompt that is clearly its own
+MISLABELLED = 0.4  # by how much another expert leads at a prompt that is clearly its own, less
+LIKENESS = 2.0  # times the prompt's mean cosine with its expert's other prompts
 STRAY = 0.5  # the same, on average over all prompts of an expert that keeps none
 NEAREST = 0.5  # the least share of twins' prompts to which the twin is nearest
 TAKEN = 1.5  # times as many prompts as its own a thief takes, from
 ROBBED = 3  # so many experts
 SAME = 0.01  # of the length of a mean: statistics are of these prompts
 SHOWN = 60  # characters of a prompt
+NAMED = 3  # warnings in a summary
 BASE = "base"
 
 
@@ -59,10 +63,16 @@ class Confusions:
     @property
     def summary(self) -> str:
         kept = sum(row.winner == row.owner for row in self.prompts)
-        return (
+        summary = (
             f"{kept} of {len(self.prompts)} example prompts stay with their expert when they are "
             f"left out; warnings: {len(self.findings)}"
         )
+        titles = [f"{finding.kind} {' and '.join(finding.experts)}" for finding in self.findings]
+        named = list(dict.fromkeys(titles))
+        if not named:
+            return summary
+        more = ", …" if len(named) > NAMED else ""
+        return f"{summary} ({', '.join(named[:NAMED])}{more})"
 
     @property
     def table(self) -> Table:
@@ -97,7 +107,12 @@ def confusions(pool: Pool | str | Path, reader: str | None = None) -> Confusions
             f"…' on each, which keeps them in prompts.txt."
         )
     chooser = open_chooser(opened, router="discriminant", reader=reader)
-    states = {z: chooser.ready.reader.states(prompts) for z, prompts in judged.items()}
+    reading = _RememberingReader(chooser.ready.reader)
+    for z, prompts in judged.items():
+        read = opened.experts[z].states
+        if read is not None:
+            reading.read.update(zip(prompts, read, strict=True))
+    states = {z: reading.states(prompts) for z, prompts in judged.items()}
     own = {z for z in judged if is_of(opened.experts[z], states[z])}
     rows = list[LeftOut]()
     scored: dict[int, list[Tensor]] = {z: [] for z in judged}
@@ -106,6 +121,7 @@ def confusions(pool: Pool | str | Path, reader: str | None = None) -> Confusions
         for z in own:
             experts[z] = without(experts[z], states[z], turn)
         rest = PromptChooser(chooser.router, chooser.router.tables(Pool(tuple(experts))))
+        rest.ready = rest.ready._replace(reader=reading)
         present = [z for z, prompts in judged.items() if turn < len(prompts)]
         choice = rest.choose([judged[z][turn] for z in present])
         whole = torch.stack([states[z][turn] for z in present])
@@ -116,8 +132,25 @@ def confusions(pool: Pool | str | Path, reader: str | None = None) -> Confusions
             scored[z].append(row - row[z])
     leads = {z: torch.stack(of_expert) for z, of_expert in scored.items()}
     rows.sort(key=lambda row: opened.names.index(row.owner))
-    findings = tuple(_findings(opened.names, rows, leads))
-    return Confusions(opened.names, tuple(rows), findings, tuple(_notes(opened, judged, own)))
+    centre = torch.stack([of_expert.mean(dim=0) for of_expert in states.values()]).mean(dim=0)
+    alike = {z: _alike(of_expert - centre) for z, of_expert in states.items()}
+    findings = tuple(_findings(opened.names, rows, leads, alike))
+    notes = [*_notes(opened, judged, own), *_helpful(opened.names, rows, findings)]
+    return Confusions(opened.names, tuple(rows), findings, tuple(notes))
+
+
+class _RememberingReader:
+    """A reader of which each text is asked once."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.read: dict[str, Tensor] = {}
+
+    def states(self, texts: Sequence[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self.read]
+        if new:
+            self.read.update(zip(new, self._reader.states(new), strict=True))
+        return torch.stack([self.read[text] for text in texts])
 
 
 def is_of(expert: Expert, states: Tensor) -> bool:
@@ -136,6 +169,13 @@ def without(expert: Expert, states: Tensor, row: int) -> Expert:
     )
 
 
+def _alike(states: Tensor) -> Tensor:
+    """The mean cosine of each of the `states` [prompts, ..] with the others, [prompts]."""
+    directions = normalize(states.flatten(1), dim=1)
+    cosines = directions @ directions.sum(dim=0)
+    return (cosines - 1) / (len(states) - 1)
+
+
 def _notes(pool: Pool, judged: Iterable[int], own: set[int]) -> Iterator[str]:
     names = [pool.names[z] for z in judged if z not in own]
     if names:
@@ -143,10 +183,31 @@ def _notes(pool: Pool, judged: Iterable[int], own: set[int]) -> Iterator[str]:
         yield f"Statistics of other prompts than prompts.txt, so none is left out: {listed}."
 
 
+def _helpful(
+    names: Iterable[str], rows: Iterable[LeftOut], findings: Iterable[Finding]
+) -> Iterator[str]:
+    """What would help experts that lose several prompts to one other, without a warning."""
+    warned = {name for finding in findings for name in finding.experts}
+    for name in names:
+        winners = Counter(row.winner for row in rows if row.owner == name)
+        count = winners.total()
+        del winners[name]
+        for other, lost in winners.most_common(1):
+            if name not in warned and lost > 1:
+                lost_to = f"{lost} of its {count} go to {other}"
+                yield f"Two more prompts for {name} would help: {lost_to}."
+
+
 def _findings(
-    names: tuple[str, ...], rows: list[LeftOut], leads: dict[int, Tensor]
+    names: tuple[str, ...],
+    rows: list[LeftOut],
+    leads: dict[int, Tensor],
+    alike: Mapping[int, Tensor],
 ) -> Iterator[Finding]:
-    """Warnings by `leads` [prompts, E]: how much more each expert scores than a prompt's own."""
+    """Warnings by `leads` [prompts, E]: how much more each expert scores than a prompt's own.
+
+    How `alike` an expert's prompts are tells others' prompts from its own that others do too.
+    """
     wins = {z: Counter(row.winner for row in rows if row.owner == names[z]) for z in leads}
     best = {}
     nearest = {}
@@ -179,7 +240,8 @@ def _findings(
     for z in sure:
         yield from _twins_of(z, sure, names, wins, leads, nearest)
         name = names[z]
-        for row in (best[z] > MISLABELLED * _sure(len(leads[z]))).nonzero().flatten().tolist():
+        strange = best[z] / _sure(len(leads[z])) - LIKENESS * alike[z] > MISLABELLED
+        for row in strange.nonzero().flatten().tolist():
             prompt = [given.prompt for given in rows if given.owner == name][row]
             other = names[int(nearest[z][row])]
             yield Finding(

@@ -309,6 +309,7 @@ class Expert:
         prompt_statistics: By `statistics.prompt_statistics_of`; empty when there are none.
         files: The mapped files.
         source: The folder of an adapter that was read as an expert; `directory` may be temporary.
+        states: What a reader made of `prompts`, if it read these here and not earlier.
     """
 
     info: ExpertInfo
@@ -320,6 +321,7 @@ class Expert:
     prompt_statistics: Tensors = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict)
     source: Path | None = None
+    states: Tensor | None = None
 
     def __repr__(self) -> str:
         kind = kinds()[self.kind].label if self.modules else "empty"
@@ -392,8 +394,10 @@ class Expert:
         if len(texts) < FEW:
             few = f"{self.name}: few prompts ({len(texts)}); give at least {FEW}, better {ENOUGH}."
             warnings.warn(few, stacklevel=3)
-        return self.with_statistics(
-            prompt_statistics=prompt_statistics_of(reader.states(texts)),
+        states = reader.states(texts)
+        read = self if prompts else replace(self, states=states)
+        return read.with_statistics(
+            prompt_statistics=prompt_statistics_of(states),
             reader=reader.reference,
             prompts_read=len(texts),
         )

@@ -127,6 +127,11 @@ class Pool(Mapping[str, Expert]):
             if not expert.has("prompt_statistics") and expert.prompts
         )
 
+    @property
+    def was_read(self) -> bool:
+        """Whether `measured` has read the prompts of an expert."""
+        return any(expert.states is not None for expert in self.experts)
+
     def __getitem__(self, name: object) -> Expert:
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
         if name in self.names:

@@ -13,6 +13,7 @@ from phatgoose.config import Routing, Serving
 from phatgoose.experts.corrections import Correction, corrections_in
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.pool import Pool
+from routed_models import TOPICS
 from serving import PROMPT, until
 
 LIMITS = Serving(max_tokens=500)
@@ -168,6 +169,40 @@ def test_a_key_is_asked_for_where_there_is_one(chromium, pool):
         assert page.locator("#as").input_value() == "chat"
         answer(page)
         assert "".join(pieces(page)).startswith("[user] to be or not")
+
+
+def test_whose_example_prompts_become_is_seen_once_it_is_asked_for(chromium, pool_of, tmp_path):
+    place = taught_in(tmp_path / "experts", pool_of("llama"))
+    moved = place / "e0" / LAYOUT.prompts
+    moved.write_text("\n".join([f"{TOPICS[0]} {n}" for n in range(3)] + [f"{TOPICS[2]} <b>"] * 2))
+    model = ServedModel("goose", str(place), Routing("discriminant"), dtype="float32")
+    app = create_app([model, ServedModel("mean", str(place), Routing("merged"), dtype="float32")])
+    service = app.state.service
+    with serving.running(app) as address, page_at(chromium, address) as page:
+        page.locator("#check").wait_for()
+        assert service.checked == {}
+        page.click("#check summary")
+        page.locator("#matrix button").wait_for()
+        assert "18 of 20 example prompts stay" in page.inner_text("#verdict")
+        heads = page.locator("#matrix thead th").all_text_contents()
+        assert heads == ["expert", "kept", "e2"]
+        assert page.locator("#matrix tbody tr").all_text_contents() == ["e03 of 52"]
+        assert page.locator("#warnings li").count() >= 1
+        page.click("#matrix button")
+        assert page.locator("#moved li").all_inner_texts() == [f"{TOPICS[2]} <b>"] * 2
+        page.select_option("#model", "mean")
+        page.locator("#check").wait_for(state="hidden")
+
+
+@pytest.mark.filterwarnings("ignore:No prompts are read:UserWarning")
+def test_long_example_prompts_leave_a_narrow_page_narrow(chromium, place):
+    for name in ("e1", "e2", "e3"):
+        (place / name / LAYOUT.prompts).write_text(f"{name} reads a long prompt " * 9)
+    app = serving.app_of(Pool.open(place), LIMITS)
+    narrow = {"width": 400, "height": 800}
+    with serving.running(app) as address, page_at(chromium, address, viewport=narrow) as page:
+        page.locator("#examples button").last.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 @pytest.mark.parametrize("learn", [True, False])

@@ -7,15 +7,18 @@ import pytest
 
 from discriminants import FOLLOW_UP, some_chats, taught_in
 from fake_engine import engine_of, gateway
-from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.analysis.confusions import confusions
+from phatgoose.apps.server import ServedModel, create_app, service
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.corrections import Correction, corrections_in
+from phatgoose.experts.expert import LAYOUT
 from routed_models import TOPICS
-from serving import CHAT_TEMPLATE, CHATS, PATH, ask, client_of, counts_of, error_of
+from serving import CHAT_TEMPLATE, CHATS, PATH, ask, client_of, counts_of, error_of, until
 from tiny import small_reader
 
 ROUTE = "/v1/route"
+CHECK = f"{ROUTE}/check"
 CORRECTIONS = f"{ROUTE}/corrections"
 EXPERTS = "x-phatgoose-experts"
 SHADOW = "x-phatgoose-shadow"
@@ -139,6 +142,76 @@ def test_routers_by_token_and_bad_bodies_are_refused_in_a_sentence(clients):
         schema = client.get("/openapi.json").json()["paths"][ROUTE]["post"]["requestBody"]
         forms = schema["content"]["application/json"]["schema"]["oneOf"]
         assert len(forms) == 2
+
+
+def asked_to_check(client, status=200, model="goose", **options):
+    reply = client.get(CHECK, params={"model": model}, **options)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def test_a_check_says_whose_example_prompts_become(clients, place):
+    for client in clients:
+        checked = asked_to_check(client)
+        expected = confusions(str(place))
+        assert checked["summary"] == expected.summary
+        winners = [(row["owner"], row["winner"]) for row in checked["prompts"]]
+        assert winners == [(row.owner, row.winner) for row in expected.prompts]
+        assert asked_to_check(client, 404, "geese")["error"]["param"] == "model"
+
+
+def test_a_pool_is_checked_once_and_not_for_everybody(place, monkeypatch):
+    runs = []
+
+    def counted(*given):
+        runs.append(given)
+        return confusions(*given)
+
+    monkeypatch.setattr(service, "confusions", counted)
+    keys = ["all", "some=e0+e1"]
+    with own(place, api_keys=keys) as client:
+        for _ in range(2):
+            asked_to_check(client, headers={"Authorization": "Bearer all"})
+        assert len(runs) == 1
+        asked_to_check(client, 401)
+        error = asked_to_check(client, 403, headers={"Authorization": "Bearer some"})["error"]
+        assert "some experts only" in error["message"]
+    with own(place, router="arrow") as client:
+        assert "isn't routed by discriminant" in asked_to_check(client, 400)["error"]["message"]
+
+
+def without_statistics(place, pool):
+    """A folder of experts' prompts alone."""
+    for name in pool.names:
+        (place / name).mkdir(parents=True)
+        (place / name / LAYOUT.prompts).write_text(
+            "\n".join(f"{TOPICS[pool.names.index(name)]} {n}" for n in range(5))
+        )
+    return place
+
+
+def test_a_gateway_says_at_start_what_prompts_become_that_it_read_anyway(
+    place, pool_of, engine, tmp_path, caplog
+):
+    prompts = without_statistics(tmp_path / "prompts", pool_of("llama"))
+    with gateway(place, engine, router=AUTO) as client:
+        client.get("/v1/models")
+    assert "example prompts" not in caplog.text  # statistics came with the experts
+    with gateway(prompts, engine, router=AUTO, ready=False) as client:
+        until(lambda: "example prompts" in caplog.text)
+        summary = asked_to_check(client)["summary"]
+    assert f"goose: {summary} (its page tells more)" in caplog.messages
+
+
+def test_our_own_server_says_it_too_of_adapters_that_it_read(pool_of, tmp_path, caplog):
+    prompts = without_statistics(tmp_path / "experts", pool_of("llama"))
+    for expert in pool_of("llama").experts:
+        brought = (prompts / expert.name / LAYOUT.prompts).read_text()
+        bare = expert.with_statistics(prompt_statistics={}, reader=None, prompts_read=None)
+        bare.save(tmp_path / "read" / expert.name)
+        (tmp_path / "read" / expert.name / LAYOUT.prompts).write_text(brought)
+    with own(tmp_path / "read"):
+        until(lambda: "20 example prompts stay" in caplog.text)
 
 
 def test_corrections_are_kept_and_later_choices_know_of_them(pool_of, engine, tmp_path):

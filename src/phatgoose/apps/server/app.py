@@ -104,6 +104,7 @@ def routes_of(service: AnyService) -> list[tuple[str, Callable[..., object], str
         ("/v1/completions", service.completions, "Continue a text", answering),
         ("/v1/chat/completions", service.chats, "Answer in a conversation", answering),
         ("/v1/route", service.route, "Choose experts for either, and don't answer", posted),
+        ("/v1/route/check", service.check, "Check a pool's example prompts", {}),
         ("/v1/route/corrections", service.correct, "Say which expert should have", posted),
         ("/v1/responses", service.responses, "The same in the form of responses", answering),
     ]
@@ -140,7 +141,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
-        tasks = [asyncio.ensure_future(service.follow())] if limits.watch or limits.learn else []
+        tasks = [asyncio.ensure_future(service.check_new())]
+        if limits.watch or limits.learn:
+            tasks.append(asyncio.ensure_future(service.follow()))
         try:
             yield
         finally:

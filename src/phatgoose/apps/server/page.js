@@ -146,6 +146,7 @@ class Page {
     at("compare").addEventListener("change", () => this.arrange());
     at("model").addEventListener("change", () => this.choose());
     at("right").addEventListener("change", () => this.correct());
+    at("check").addEventListener("toggle", () => this.check());
     at("key").addEventListener("submit", (event) => {
       event.preventDefault();
       this.unlock();
@@ -184,6 +185,8 @@ class Page {
     at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
     at("right").replaceChildren(new Option("choose", ""), ...experts.map((name) => new Option(name, name)));
     at("correction").hidden = true;
+    at("check").hidden = !prompts.length || !router?.startsWith("discriminant");
+    at("check").open = false;
     at("examples").hidden = !prompts.length;
     at("examples").replaceChildren("Try", ...prompts.map((text) => {
       const button = document.createElement("button");
@@ -206,6 +209,64 @@ class Page {
     const two = at("compare").checked;
     at("pane-b").hidden = !two;
     at("panes").classList.toggle("two", two);
+  }
+
+  async check() { // once its section is open
+    if (!at("check").open) return;
+    for (const id of ["warnings", "matrix", "moved"]) at(id).replaceChildren();
+    at("verdict").textContent = "each is left out, and chosen for …";
+    const model = this.model.id;
+    let verdict;
+    try {
+      const checked = await (await this.api.ask(`v1/route/check?model=${encodeURIComponent(model)}`)).json();
+      if (this.model.id !== model) return;
+      verdict = `${checked.summary}.`;
+      this.draw(checked);
+    } catch (error) {
+      verdict = error.message;
+    }
+    at("verdict").textContent = verdict;
+  }
+
+  draw({experts, prompts, findings, notes}) { // a row for each expert that loses prompts, a column for each that takes some
+    const made = (name, ...children) => {
+      const element = document.createElement(name);
+      element.append(...children);
+      return element;
+    };
+    at("warnings").replaceChildren(
+      ...findings.map(({kind, message}) => made("li", made("strong", kind), `: ${message}`)),
+      ...notes.map((note) => made("li", note)),
+    );
+    const lost = prompts.filter(({owner, winner}) => owner !== winner);
+    const takers = [...new Set([...experts, "base"])].filter((name) => lost.some(({winner}) => winner === name));
+    const rows = experts.filter((name) => lost.some(({owner}) => owner === name)).map((name) => {
+      const count = prompts.filter(({owner}) => owner === name).length;
+      const cells = takers.map((taker) => {
+        const taken = lost.filter(({owner, winner}) => owner === name && winner === taker);
+        if (!taken.length) return made("td");
+        const button = made("button", String(taken.length));
+        button.title = `${taken.length} of ${name}'s go to ${taker}`;
+        button.style.setProperty("--share", taken.length / count);
+        button.addEventListener("click", () => {
+          const list = made("ul", ...taken.map(({prompt}) => made("li", prompt)));
+          at("moved").replaceChildren(made("p", `${button.title}:`), list);
+        });
+        return made("td", button);
+      });
+      const kept = count - lost.filter(({owner}) => owner === name).length;
+      const header = made("th", name);
+      header.scope = "row";
+      return made("tr", header, made("td", `${kept} of ${count}`), ...cells);
+    });
+    if (!rows.length) return;
+    const head = ["expert", "kept", ...takers].map((name) => {
+      const header = made("th", name);
+      header.scope = "col";
+      return header;
+    });
+    const caption = made("caption", "Who takes them: press a number for its prompts.");
+    at("matrix").replaceChildren(caption, made("thead", made("tr", ...head)), made("tbody", ...rows));
   }
 
   complain(message) {

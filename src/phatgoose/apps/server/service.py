@@ -23,8 +23,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from ...analysis.confusions import Confusions, confusions
 from ...config import Routing, closest
-from ...errors import ConfigError, PhatgooseError
+from ...errors import ConfigError, PhatgooseError, PoolError
 from ...experts.corrections import Correction, correct
 from ...experts.pool import Pool
 from ...files import one_line, shortened
@@ -61,6 +62,7 @@ SHOWN = 3  # example prompts
 TRACE = ("traceparent", "tracestate")  # headers of W3C's, which engines get
 PLAIN = "[ -~]{1,512}"
 MOST_ROUTINGS = 8  # that requests asked for are kept
+DISCRIMINANT = "discriminant"  # by which example prompts are checked
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class Service(Generic[R]):
         metrics.running.set_function(lambda: backend.state.running)
         self.begun = int(time.time())
         self.routings = RoutingCache(backend)
+        self.checked: dict[str, tuple[Pool, Confusions]] = {}  # models whose prompts were checked
         # One for each base: a template that takes long keeps nobody else's requests waiting.
         self._texts: dict[PreTrainedTokenizerBase | None, Texts] = {}
         for model in self.models.values():
@@ -312,6 +315,42 @@ class Service(Generic[R]):
         await in_thread(partial(correct, Path(model.settings.place), correction))
         return {"object": "correction", **body.model_dump()}
 
+    async def check(self, model: str, http: Request) -> Fields:
+        """Whose example prompts become once they are left out of their experts. Raises ApiError."""
+        if http.scope[ALLOWED] is not None:
+            raise ApiError(403, "This key is for some experts only, and may not see all prompts.")
+        served, _ = self._find(model, http)
+        if not is_checkable(served):
+            raise bad_request(f"{model!r} isn't routed by {DISCRIMINANT}.", "model")
+        deadline = Deadline(self.backend.limits.timeout)
+        work = partial(self._checked, served)
+        try:
+            checked = await self.routings.turns.run(http.scope[CLIENT], deadline, lambda _: work())
+        except PhatgooseError as error:
+            raise bad_request(protocol.for_clients(error), "model") from error
+        return {
+            "object": "check",
+            "model": model,
+            "summary": checked.summary,
+            **checked.to_dict(),
+        }
+
+    def _checked(self, model: Served[R]) -> Confusions:
+        name = model.settings.name
+        pool, checked = self.checked.get(name, (None, None))
+        if checked is None or pool is not model.pool:
+            checked = confusions(model.pool, model.settings.routing.reader)
+            self.checked[name] = model.pool, checked
+        return checked
+
+    async def check_new(self) -> None:
+        """Log what comes of checks of pools whose prompts were read at start, which is slow."""
+        for name, model in self.models.items():
+            if model.prompts and is_checkable(model) and model.pool.was_read:
+                with suppress(PoolError):  # too few prompts
+                    checked = await in_thread(partial(self._checked, model))
+                    log.warning("%s: %s (its page tells more)", name, checked.summary)
+
     async def _would_choose(
         self, model: Served[R], prepared: PreparedRequest
     ) -> list[Chosen] | None:
@@ -443,6 +482,12 @@ def check_shadow(model: Served[R]) -> None:
             f"{model.routing.router}; give another --router."
         )
     _ = model.pool  # a saved model's experts can't be left to the request
+
+
+def is_checkable(model: Served[R]) -> bool:
+    """Whether a model's prompts are routed as the check of example prompts routes them."""
+    chooser = model.runner.chooser
+    return chooser is not None and chooser.name == DISCRIMINANT
 
 
 def usable(experts: Sequence[str], http: Request) -> tuple[str, ...]:

@@ -33,13 +33,13 @@ from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, refuse_twice
 from .distribution import MEASURES, PARTS, Measure, RoutingDistribution, read_task
+from .findings import Finding
 from .measures import (
     ORACLE,
     SMOOTHING,
     Array,
     Correlation,
     Divergence,
-    Finding,
     concentration,
     correlation,
     effective_experts,

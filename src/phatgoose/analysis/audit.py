@@ -27,7 +27,7 @@ from ..routing.opening import open_chooser
 from ..routing.routers.phatgoose import standardise
 from ..routing.routers.retrieval import best_of_each
 from ..routing.stacks import stack_of
-from .measures import Finding
+from .findings import Finding
 
 LEAST = 4  # experts that a median is taken of; fewer say nothing of each other
 MANY = 8  # experts whose median hardly wanders

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..errors import PoolError
-from ..evaluation.results import Table
+from ..evaluation.tables import Table
 from ..experts.expert import ENOUGH, FEW, Expert
 from ..experts.pool import Pool
 from ..experts.statistics import WHOLE, prompt_statistics_of
 from ..reader import Reader
 from ..routing.opening import open_chooser
 from ..routing.routers.prompt import PromptChooser
-from .measures import Finding
+from .findings import Finding
 
 # Limits on mean differences of scores, chosen on hand 1 of benchmarks/people (pool_check.py), never
 # on hand 3. They grow with the prompts that are left when one is out.

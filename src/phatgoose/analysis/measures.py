@@ -132,12 +132,3 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     centre = math.atanh(r)
     half = Z / math.sqrt(n - 3)
     return Correlation(n, Estimate(r, math.tanh(centre - half), math.tanh(centre + half)))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that looks wrong: `kind` for programs, `message` for people, whom it is about."""
-
-    kind: str
-    message: str
-    experts: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import EvaluationError
 from ..evaluation.compare import label_of
 from ..evaluation.metrics import Estimate
-from ..evaluation.results import Table
+from ..evaluation.tables import Table
 from ..files import write_text, writing
 from . import figures as draw
 from .analyse import Analysis, RouterAnalysis

@@ -17,7 +17,7 @@ from transformers import T5Config
 from ..base.loading import load_skeleton, load_tokenizer
 from ..config import Lora
 from ..errors import BaseModelError
-from ..evaluation.results import Table
+from ..evaluation.tables import Table
 from ..experts import kind_for
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask

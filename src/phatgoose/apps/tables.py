@@ -14,7 +14,7 @@ from ..analysis.measures import ORACLE, effective_experts, heaviest
 from ..evaluation.compare import label_of
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.replay import Replay
-from ..evaluation.results import Table
+from ..evaluation.tables import Table
 from ..experts import kinds
 from ..experts.pool import Pool
 from ..files import one_line

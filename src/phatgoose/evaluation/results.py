@@ -6,7 +6,6 @@ Tables are Markdown to read, and JSON to compute with.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import warnings
@@ -24,35 +23,11 @@ from ..errors import EvaluationError
 from ..files import reading, regular, write_text, writing
 from .evaluate import TaskScore
 from .metrics import CONFIDENCE, Estimate, Sample, SharedMeans
+from .tables import Table
 
 BASE = "base"  # the row of the base alone
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 ALL = "all datasets"  # the column over every suite's datasets, if there are several suites
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts under a head; `notes` come below. Rows that begin with `bold` stand out."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-    bold: str | None = None
-
-    def markdown(self) -> str:
-        """A section of Markdown; names in it are of untrusted files, so nothing in it is HTML."""
-        table = [self.head, ["---"] * len(self.head)]
-        for name, *cells in self.rows:
-            shown = f"**{name}**" if name == self.bold else name
-            table.append([shown, *cells])
-        text = f"## {self.title}\n\n"
-        for row in table:
-            escaped = [cell.replace("|", "\\|") for cell in row]
-            text += f"| {' | '.join(escaped)} |\n"
-        for note in self.notes:
-            text += f"\n{note}\n"
-        return html.escape(text, quote=False)
 
 
 def stored(score: TaskScore) -> dict[str, Any]:

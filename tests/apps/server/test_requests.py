@@ -198,7 +198,7 @@ def by_prompt(pool):
     runner.tokenizer.chat_template = CHAT_TEMPLATE
     with client_of(app) as client:
         reader = composition_of(runner.model).chooser.ready.reader
-        client.models = runner.model, reader._model
+        client.models = runner.model, reader._stack.module
         yield client
 
 

@@ -304,7 +304,7 @@ def test_a_choice_that_fails_harms_no_answer_in_the_shadow(place):
     def fail(*_):
         raise RoutingError("no")
 
-    reads = small_reader()._model.register_forward_pre_hook(fail)
+    reads = small_reader()._stack.module.register_forward_pre_hook(fail)
     with own(place, Serving(shadow=True)) as client, reads:
         reply = client.post(PATH, json={"model": "goose", "prompt": "hi", "max_tokens": 2})
         assert reply.status_code == 200

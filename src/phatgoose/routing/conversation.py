@@ -2,10 +2,10 @@
 
 A chat is read text by text, from its last message backwards. Each text is scored in several views:
 as a whole, and its parts, since people wrap what they ask for in politeness and pasted passages.
-Beside the experts, scores are of classes of texts that no expert is for: general requests, neutral
-passages, politeness, what chat interfaces ask in the background, frames of agents, and follow-ups
-("shorter, please"), which go on with whatever answered before. They are in base_texts.toml. Not in
-the paper.
+Beside the experts, scores are of classes of texts that no expert is for: general requests, plain
+and polite, code, neutral passages, politeness, what chat interfaces ask in the background, frames
+of agents, and follow-ups ("shorter, please"), which go on with whatever answered before. They are
+in base_texts.toml. Not in the paper.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from browser import browser, page_at
 from phatgoose.analysis.analyse import Analysis, RouterAnalysis
 from phatgoose.analysis.distribution import site_label
-from phatgoose.analysis.measures import Finding
+from phatgoose.analysis.findings import Finding
 from phatgoose.analysis.page import inline_json
 from phatgoose.analysis.report import report_page, write_report
 from phatgoose.analysis.traces import Trace, TraceStream

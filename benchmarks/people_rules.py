@@ -44,7 +44,7 @@ class Rule:
     helps: float = conversation.HELPS
     only_follows: float = conversation.ONLY_FOLLOWS
     classes: str = ""
-    fallback: float = 0.25
+    fallback: float = 0.3
     unit: str = "fixed"
 
     @classmethod

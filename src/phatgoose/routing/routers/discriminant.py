@@ -90,7 +90,7 @@ class Discriminant(ByPrompt):
         NOT_NEGATIVE,
     ] = 1.0
     temperature: Temperature = 0.1
-    fallback: Fallback = 0.25
+    fallback: Fallback = 0.3
 
     def tables(self, pool: Pool, scores: Scores | None = None) -> Tables:
         readers = {_reader_of(expert): expert.name for expert in pool.experts}

@@ -18,7 +18,7 @@ from typing import Any
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 EXTRAS = {"dev", "docs", "test"}
-BOUND = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?>=(?P<lowest>[\w.]+)(,[^;]*)?(?P<marker>;.*)?")
+BOUND = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?[>=]=(?P<lowest>[\w.]+)(,[^;]*)?(?P<marker>;.*)?")
 
 
 def lowest_versions(project: dict[str, Any]) -> Iterator[str]:
@@ -28,7 +28,7 @@ def lowest_versions(project: dict[str, Any]) -> Iterator[str]:
     for requirement in [*project["dependencies"], *(text for each in users for text in each)]:
         found = BOUND.fullmatch(requirement)
         if found is None:
-            sys.exit(f"{PROJECT}: {requirement!r} must begin with NAME>=VERSION.")
+            sys.exit(f"{PROJECT}: {requirement!r} must begin with NAME>=VERSION, or NAME==VERSION.")
         yield f"{found['name']}=={found['lowest']}{found['marker'] or ''}"
 
 

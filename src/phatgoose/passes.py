@@ -48,7 +48,6 @@ _WHOLE: _Streams = {
     ),
 }
 # A cache's names in transformers: the first since 5.24, before it the others, the last for Mamba.
-STATEFUL = ("rwkv", "xlstm")
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 
@@ -259,14 +258,6 @@ def cache_argument(part: nn.Module) -> str:
     """What `part.forward` calls its cache."""
     names = inspect.signature(part.forward).parameters
     return next((name for name in _CACHES if name in names), "past_key_values")
-
-
-def has_states(model: PreTrainedModel) -> bool:
-    """Whether layers keep states, though neither layer types nor a cache may tell.
-
-    Of other models with states these do. Transformers below 5.25 says it of all.
-    """
-    return getattr(model, "_is_stateful", False) or model.config.model_type in STATEFUL
 
 
 def cache_of(call: Arguments) -> Any:

@@ -56,22 +56,14 @@ class ReaderReference:
         return f"{self.id}:{self.first}-{self.last}"
 
 
-@dataclass(frozen=True)
-class KnownReader:
-    """A reader that is loaded on a record's word: where it is, and which blocks are read."""
-
-    place: str
-    first: int
-    last: int
-
-
 E5 = "e5"
-KNOWN: Mapping[str, KnownReader] = {
-    E5: KnownReader(PACKAGE, 4, 11),  # on PyPI
-    "minilm": KnownReader(EMBEDDER, 2, 5),
-    "smollm2": KnownReader(SMOLLM2, 12, 19),
-    "gemma": KnownReader("google/gemma-3-270m", 5, 12),
-    "qwen": KnownReader("Qwen/Qwen2.5-Coder-0.5B", 10, 17),
+# Those that are loaded on a record's word, as a model and its blocks.
+KNOWN: Mapping[str, ReaderReference] = {
+    E5: ReaderReference(PACKAGE, 4, 11),  # on PyPI
+    "minilm": ReaderReference(EMBEDDER, 2, 5),
+    "smollm2": ReaderReference(SMOLLM2, 12, 19),
+    "gemma": ReaderReference("google/gemma-3-270m", 5, 12),
+    "qwen": ReaderReference("Qwen/Qwen2.5-Coder-0.5B", 10, 17),
 }
 
 
@@ -167,7 +159,7 @@ def reference_of(name: str) -> ReaderReference:
     Raises ConfigError for what is neither.
     """
     if name in KNOWN:
-        return ReaderReference(name, KNOWN[name].first, KNOWN[name].last)
+        return replace(KNOWN[name], id=name)
     place, _, blocks = name.rpartition(":")
     first, _, last = blocks.partition("-")
     if not place or not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
@@ -264,7 +256,7 @@ def _by_transformers(reference: ReaderReference, device: str) -> tuple[PreTraine
 def _place(name: str) -> str:
     """The Hub id or folder of a reader; of a known one what is on this machine, if it is."""
     known = KNOWN.get(name)
-    return packaged(known.place) if known else name
+    return packaged(known.id) if known else name
 
 
 def _cut(config: Any, reference: ReaderReference) -> None:

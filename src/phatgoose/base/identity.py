@@ -200,7 +200,7 @@ def _sample(parameter: Tensor) -> bytes:
 
 def quantisation(model: PreTrainedModel) -> str | None:
     """The types of quantised weights, such as "Int8Tensor" (torchao); None when there are none."""
-    kinds = {_quantised_type(parameter) for parameter in model.parameters()}
+    kinds = set(map(_quantised_type, model.parameters()))
     return ", ".join(sorted(filter(None, kinds))) or None
 
 

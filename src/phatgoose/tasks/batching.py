@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files import one_line
-from ..passes import has_states, in_context, watching
+from ..passes import in_context, watching
 from ..sites import Site, headless
 from .encoding import Encoder, TokenPair
 
@@ -210,7 +210,6 @@ def can_pack(model: PreTrainedModel) -> bool:
     return bool(
         not model.config.is_encoder_decoder
         and model._supports_attention_backend
-        and not has_states(model)
         and config._attn_implementation in IMPLEMENTATIONS
         and set(getattr(config, "layer_types", None) or [FULL]) == {FULL}
         and getattr(config, "sliding_window", None) is None

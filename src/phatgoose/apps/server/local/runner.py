@@ -32,7 +32,7 @@ from ....base.loading import load_base, settled_dtype
 from ....config import Routing
 from ....errors import BaseModelError, RoutingError
 from ....experts.pool import Pool
-from ....passes import cache_argument, has_states
+from ....passes import cache_argument
 from ....routing.choice import NOBODY, Chosen, PromptRouting
 from ....routing.compose import compose, composition_if_any, composition_of, load
 from ....routing.conversation import ChatTexts
@@ -396,8 +396,7 @@ def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
     """Whether a model keeps these of what it has read, and nothing else."""
     layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     takes_cache = cache_argument(model) in inspect.signature(model.forward).parameters
-    is_plain = not has_states(model) and not model.config.is_encoder_decoder
-    return takes_cache and layers <= BATCHED and is_plain
+    return takes_cache and layers <= BATCHED and not model.config.is_encoder_decoder
 
 
 def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:

@@ -116,7 +116,8 @@ def test_auto_on_a_gpu_takes_torch_s_and_reads_no_counts_back(tokens, experts, n
         u = torch.empty(p.u.shape, device="xpu")
         stacks = [torch.empty(part.shape, device="xpu") for part in (p.experts, p.A, p.B)]
         assert choose_kernel("auto", u, *stacks) is KERNELS[name]
-        if (tokens, experts) == (512, 100):  # bfloat16 has a product that reads none
+        has_product = hasattr(torch.nn.functional, "grouped_mm")  # torch 2.8 hasn't
+        if has_product and (tokens, experts) == (512, 100):  # it reads none, in bfloat16
             stacks = [part.bfloat16() for part in stacks]
             assert choose_kernel("auto", u.bfloat16(), *stacks) is KERNELS["grouped"]
 

@@ -1,9 +1,12 @@
 """Choosing without answering, and answering without choosing, on our own server and the gateway."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from discriminants import FOLLOW_UP, some_chats, taught_in
 from fake_engine import engine_of, gateway
@@ -260,6 +263,25 @@ def test_a_gateway_chooses_while_its_engine_is_away(place):
         assert (
             ask(client, path=ROUTE, model="auto", prompt=TOPICS[3])["choices"][0]["expert"] == "e3"
         )
+
+
+def test_a_gateway_chooses_on_each_of_its_threads(place, engine):
+    torch.set_num_threads(2)
+    with gateway(place, engine, router=AUTO) as client, ThreadPoolExecutor(2) as senders:
+        chooser = client.app.state.service.models["goose"].runner.chooser
+        choose, together = chooser.choose, threading.Barrier(2)
+
+        def when_two_are(*given, **known):
+            together.wait(60)
+            assert torch.get_num_threads() == 1
+            return choose(*given, **known)
+
+        chooser.choose = when_two_are
+
+        def expert_of(prompt):
+            return ask(client, path=ROUTE, model="goose", prompt=prompt)["choices"][0]["expert"]
+
+        assert list(senders.map(expert_of, TOPICS[:2])) == ["e0", "e1"]
 
 
 def test_in_the_shadow_requests_are_answered_as_they_ask(place, engine, caplog):

@@ -355,11 +355,11 @@ class Service(Generic[R]):
         self, model: Served[R], prepared: PreparedRequest
     ) -> list[Chosen] | None:
         """What the router of `model` chooses; None where it can't now, which harms no answer."""
-        choose = partial(model.runner.choose, replace(prepared, mixture=None))
+        chosen_for = replace(prepared, mixture=None)
         name = prepared.request.model
         try:
             chosen = await self.backend.choosing.run(
-                prepared.client, prepared.deadline, lambda _: choose()
+                prepared.client, prepared.deadline, lambda _: model.runner.choose(chosen_for)
             )
         except Exception as error:
             log.warning("shadow: nothing was chosen for a request to %s: %s", name, error)

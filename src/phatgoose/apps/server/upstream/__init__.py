@@ -11,6 +11,7 @@ from functools import partial
 from hashlib import sha256
 
 import httpx2
+import torch
 
 from ....config import Routing, Serving
 from ....errors import ConfigError
@@ -183,10 +184,11 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         bases = {adapter.base for adapter in links.adapters.values() if adapter.base}
         if len(bases) == 1:  # an engine of which nothing is said is taken to have it
             links.suppose(*bases)
-        self.choosing = Turns(1, limits.max_queue)
+        self.choosing = Turns(torch.get_num_threads(), limits.max_queue)
         self._running = FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
+        torch.set_num_threads(1)  # two choices, a thread each, are faster than one after the other
         watch = self.links.watch
         self._watching = [asyncio.ensure_future(watch(link)) for link in self.links.links]
 
@@ -285,8 +287,7 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         return replace(chosen, weights={heaviest(weights): 1.0})
 
     def _check_room(self, prepared: PreparedRequest) -> None:
-        answers = len(prepared.answers)
-        self._running.check_room(prepared.client, answers, self._limits.max_queue)
+        self._running.check_room(prepared.client, len(prepared.answers), self._limits.max_queue)
 
     def _check_mixture(self, weights: Weights) -> None:
         if self.links.can(weights):
@@ -476,10 +477,9 @@ def best_of(links: Sequence[Link], weights: Weights) -> Link:
     least_busy = min(links, key=lambda link: link.busy)
     if not weights:
         return least_busy
-    name = heaviest(weights)
 
     def place(link: Link) -> bytes:
-        return sha256(f"{name} {link.upstream.root}".encode()).digest()
+        return sha256(f"{heaviest(weights)} {link.upstream.root}".encode()).digest()
 
     able = [link for link in links if link.busy <= 2 * least_busy.busy + SEVERAL]
     return min(able, key=place)

@@ -95,11 +95,9 @@ def main() -> None:
     for count in map(int, given.prompts.split(",")):
         experts = []
         for task in tasks:
-            train = load_task(given.data / "train" / f"{task}.jsonl").train
-            texts = [row.input for row in train]
-            sample = random.Random(f"kept/{task}").sample(texts, min(count, len(texts)))
             info = ExpertInfo(task, BaseReference("any"), "")
             expert = Expert(info, Path(), {}, {}, {})
+            sample = training_prompts(given.data, task, count)
             experts.append(expert.with_prompts_read(reader, sample))
         chooser = open_chooser(Pool(tuple(experts)), router="discriminant", reader=given.reader)
         for manner in given.manners.split(","):
@@ -112,6 +110,12 @@ def main() -> None:
             print(
                 f"| {count} | {manner} | {' | '.join(cells(names, heldout, bases))} |", flush=True
             )
+
+
+def training_prompts(data: Path, task: str, count: int) -> list[str]:
+    """`count` of the prompts that the expert was trained on."""
+    texts = [row.input for row in load_task(data / "train" / f"{task}.jsonl").train]
+    return random.Random(f"kept/{task}").sample(texts, min(count, len(texts)))
 
 
 def cells(names: Sequence[str | None], heldout: Sequence[HeldOut], bases: Marks) -> list[str]:

@@ -122,14 +122,22 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: bool) -> Sets:
-    """Pieces of own and unseen tasks, the same own rows in known and new wordings.
+def evaluation_sets(
+    data: Path,
+    pool: Pool,
+    rows: int,
+    unseen: int,
+    *,
+    ranked: bool,
+    wordings: Mapping[str, str] = WORDINGS,
+) -> Sets:
+    """Pieces of own and unseen tasks, the same own rows in each of the `wordings`, by folder.
 
     A task's pieces are in an order that doesn't depend on how many are asked for. With `ranked`
     unseen tasks without choices are left out.
     """
     found: Sets = {}
-    for folder, wording in WORDINGS.items():
+    for folder, wording in wordings.items():
         limit = unseen if wording == "unseen" else rows
         for table in tables_of(data / folder):
             path = data / folder / Path(table["file"]).name
@@ -153,7 +161,7 @@ def evaluation_sets(data: Path, pool: Pool, rows: int, unseen: int, *, ranked: b
                 part = whole.examples[start : start + PIECE]
                 found[wording, task.name, start // PIECE] = replace(whole, examples=part)
     if not found:
-        raise SystemExit(f"error: {data} has no task files in {', '.join(WORDINGS)} for this pool.")
+        raise SystemExit(f"error: {data} has no task files in {', '.join(wordings)} for this pool.")
     return found
 
 

@@ -12,7 +12,8 @@ task's name, is held out. Writes
     OUT/first/, OUT/last/     own-new with the instruction before what it is about, and after it:
                               the lines that all rows of a task share, moved; tasks without such
                               lines are left out
-    OUT/*.toml                each of these four folders as a suite, with the tasks' metrics
+    OUT/own-de/, OUT/own-es/  own-new asked in German and Spanish, tasks of languages.toml alone
+    OUT/*.toml                each of these six folders as a suite, with the tasks' metrics
     OUT/eval/TASK.jsonl       evaluation tasks: wordings that share no instruction with training,
                               and BIG-bench as it is
 
@@ -27,6 +28,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--max-words", type=int, default=120)
     given = parser.parse_args()
     library = _load(given.wordings)
+    languages = tomllib.loads((Path(__file__).parent / "languages.toml").read_text("utf-8"))
     print(f"{'task':24} held out  train  selection  own")
     for task in library.TASKS.values():
         if task.folder == "eval":
@@ -62,9 +65,14 @@ def main() -> None:
         _write(given.out / "own-known" / f"{task.name}.jsonl", [known[i] for i in own])
         for place, moved in ordered([new[i] for i in own]).items():
             _write(given.out / place / f"{task.name}.jsonl", moved)
+        for language, templates in languages.items():
+            if task.name in templates:
+                asked = in_language(library, task, held, templates[task.name], own)
+                _write(given.out / f"own-{language}" / f"{task.name}.jsonl", asked)
         print(f"{task.name:24} {held:8}  {len(training):5}  {len(choosing):9}  {len(own)}")
     metrics = {each["name"]: each["metric"] for each in _tasks(given.wordings.parent)}
-    for folder in ("own-new", "own-known", "first", "last"):
+    own_folders = [f"own-{language}" for language in languages]
+    for folder in ("own-new", "own-known", "first", "last", *own_folders):
         _write_suite(given.out, folder, metrics)
     for path in sorted((given.wordings.parent / "eval").glob("bb*.jsonl")):
         shutil.copy(path, given.out / "eval")
@@ -74,6 +82,17 @@ def held_out(task: Any) -> int:
     """The wording of a task that no expert is trained on."""
     usable = range(task.drop, len(task.wordings))
     return usable[_number(f"held out|{task.name}") % len(usable)]
+
+
+def in_language(
+    library: ModuleType, task: Any, held: int, template: str, lines: list[int]
+) -> list[Row]:
+    """The rows of `lines` in another language, with the labels of the held-out wording."""
+    _, labels = task.wordings[held]
+    task.wordings.append((template, labels))
+    task.fixed.append("")  # no instruction in another language holds a target
+    rendered = _render(library, task, 0, [len(task.wordings) - 1])
+    return [rendered[line] for line in lines]
 
 
 def ordered(rows: list[Row]) -> dict[str, list[Row]]:

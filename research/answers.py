@@ -201,7 +201,8 @@ def write(
 
 def table(prompts: Sequence[Prompt], chosen: Mapping[str, Names], scores: Scores) -> str:
     """In each manner: scores of the base and own experts, then right and kept by each choice."""
-    lines = ["| manner | n | base | own | " + " | ".join(f"{by}: right | kept" for by in chosen)]
+    headings = " | ".join(f"{by}: right | kept" for by in chosen)
+    lines = [f"| manner | n | base | own | {headings} |"]
     lines.append("|---" * (4 + 2 * len(chosen)) + "|")
     for manner in dict.fromkeys(prompt.manner for prompt in prompts):
         rows = [prompt for prompt in prompts if prompt.manner == manner]

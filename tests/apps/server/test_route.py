@@ -10,6 +10,7 @@ import torch
 
 from discriminants import FOLLOW_UP, some_chats, taught_in
 from fake_engine import engine_of, gateway
+from forked import forked, needs_fork
 from phatgoose.analysis.confusions import confusions
 from phatgoose.apps.server import ServedModel, create_app, service
 from phatgoose.config import Routing, Serving
@@ -265,7 +266,14 @@ def test_a_gateway_chooses_while_its_engine_is_away(place):
         )
 
 
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_gateway_chooses_on_each_of_its_threads(place, engine):
+    # In a process of its own: once OpenMP had two threads here, later forks would hang.
+    assert forked(lambda: two_choose_at_once(place, engine)) == 0
+
+
+def two_choose_at_once(place, engine):
     torch.set_num_threads(2)
     with gateway(place, engine, router=AUTO) as client, ThreadPoolExecutor(2) as senders:
         chooser = client.app.state.service.models["goose"].runner.chooser

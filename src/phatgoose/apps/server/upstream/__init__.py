@@ -176,8 +176,6 @@ class EngineBackend(Backend[ChooserBesideEngine]):
     upstream = True
 
     def __init__(self, models: Sequence[ServedModel], links: Links, limits: Serving) -> None:
-        self.choosing = Turns(torch.get_num_threads(), limits.max_queue)
-        torch.set_num_threads(1)  # two choices, a thread each, are faster than one after the other
         self.links = links
         self._limits = limits
         self.models = {settings.name: ChosenPool(settings, self) for settings in models}
@@ -186,9 +184,11 @@ class EngineBackend(Backend[ChooserBesideEngine]):
         bases = {adapter.base for adapter in links.adapters.values() if adapter.base}
         if len(bases) == 1:  # an engine of which nothing is said is taken to have it
             links.suppose(*bases)
+        self.choosing = Turns(torch.get_num_threads(), limits.max_queue)
         self._running = FairQueue[asyncio.Future[None]]()
 
     def start(self) -> None:
+        torch.set_num_threads(1)  # two choices, a thread each, are faster than one after the other
         watch = self.links.watch
         self._watching = [asyncio.ensure_future(watch(link)) for link in self.links.links]
 

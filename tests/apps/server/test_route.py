@@ -88,9 +88,9 @@ def test_the_choice_is_that_of_the_request_itself(clients):
 def test_prompts_are_chosen_for_one_by_one_and_no_token_is_computed(clients, engine):
     engine.requests.clear()
     prompts = [TOPICS[2], f"Thanks a lot.\n\n{TOPICS[1]}"]
-    for client in clients:
+    for client, model in zip(clients, ("goose", "auto"), strict=True):
         before = counts_of(client)
-        route = ask(client, path=ROUTE, model="goose", prompt=prompts)
+        route = ask(client, path=ROUTE, model=model, prompt=prompts)
         assert (route["object"], route["router"]) == ("route", AUTO)
         assert [choice["expert"] for choice in route["choices"]] == ["e2", "e1"]
         assert [choice["index"] for choice in route["choices"]] == [0, 1]

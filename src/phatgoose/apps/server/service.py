@@ -191,7 +191,7 @@ class Service(Generic[R]):
 
             choices = await self.backend.choosing.run(prepared.client, prepared.deadline, choose)
         rows = [self.backend.applied(chosen).to_dict() for chosen in choices]
-        self.metrics.count(body.model, choices)
+        self.metrics.count(model.settings.name, choices)
         return {
             "object": "route",
             "model": body.model,
@@ -291,13 +291,14 @@ class Service(Generic[R]):
                 shadow = await self._would_choose(model, prepared)
             reply, chosen = await self.backend.begin(prepared, cached.runner)
             cached.requests += 1  # and it is until the reply is closed
-        reply.at_end += [partial(self._count, reply), cached.release]
+        name = model.settings.name
+        reply.at_end += [partial(self._count, name, reply), cached.release]
         by_base = [a for a in prepared.answers if chosen is not None and not chosen[a.row].weights]
-        self.metrics.by_base.labels(request.model).inc(len(by_base))
+        self.metrics.by_base.labels(name).inc(len(by_base))
         if is_shadowed:
-            self.metrics.count(request.model, shadow or ())
+            self.metrics.count(name, shadow or ())
         elif prepared.mixture is None:
-            self.metrics.count(request.model, chosen or ())
+            self.metrics.count(name, chosen or ())
         return reply, headers_of(prepared, chosen, shadow)
 
     async def correct(self, body: protocol.CorrectionRequest, http: Request) -> Fields:
@@ -467,9 +468,8 @@ class Service(Generic[R]):
                     words = "%s has changed, and is served as it was: %s"
                     log.warning(words, name, one_line(error))
 
-    def _count(self, reply: Reply) -> None:
+    def _count(self, name: str, reply: Reply) -> None:
         usage = reply.builder.usage
-        name = reply.builder.request.model
         self.metrics.prompt.labels(name).inc(usage["prompt_tokens"])
         self.metrics.generated.labels(name).inc(usage["completion_tokens"])
 

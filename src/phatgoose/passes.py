@@ -206,7 +206,7 @@ def arguments_of(module: nn.Module, args: Sequence[object], kwargs: Arguments) -
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def real_tokens(call: Arguments) -> Tensor | None:
+def real_input_ids(call: Arguments) -> Tensor | None:
     """Which of the `input_ids` of a call are real, None for all of them."""
     tokens = _streams(_STACK, call)["decoder"]
     return None if tokens.shape is None else tokens.real(tokens.shape)

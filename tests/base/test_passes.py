@@ -8,7 +8,7 @@ import torch
 
 from architectures import make_tiny
 from phatgoose.errors import RoutingError
-from phatgoose.passes import real_tokens, watching
+from phatgoose.passes import real_input_ids, watching
 from phatgoose.sites import find_sites, prompt_stack
 from tiny import logits_of, make_ids
 
@@ -57,7 +57,7 @@ def test_a_mask_of_four_dimensions_tells_who_sees_itself(llama):
         logits_of(llama.model, ids, attention_mask=added)
     assert all(torch.equal(real, mask.bool()) for _, real in seen[LAYER])
     kinds = {"sliding_attention": sees[..., -1:], "full_attention": sees}  # as Gemma takes them
-    assert torch.equal(real_tokens({"input_ids": ids, "attention_mask": kinds}), mask.bool())
+    assert torch.equal(real_input_ids({"input_ids": ids, "attention_mask": kinds}), mask.bool())
 
 
 def test_nothing_is_left_behind_even_after_an_error(base):

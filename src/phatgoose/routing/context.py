@@ -28,7 +28,7 @@ from ..passes import (
     cache_of,
     cached_tokens,
     callable_parts,
-    real_tokens,
+    real_input_ids,
     token_positions,
 )
 from .choice import Choice, ChoosesExperts, PromptRouting
@@ -271,7 +271,7 @@ class RoutingContext:
                 return PromptRouting()  # the model says itself what it lacks
             ids = torch.arange(embeds.shape[1]).expand(len(embeds), -1)  # lengths are enough
             call = {**call, "input_ids": embeds[..., 0]}
-        return self._routing_of_rows(ids, real_tokens(call))
+        return self._routing_of_rows(ids, real_input_ids(call))
 
     def _routing_of_rows(self, ids: Tensor, real: Tensor | None) -> PromptRouting:
         # Padding is left out, so a prompt's choice doesn't depend on its batch.

@@ -113,8 +113,9 @@ class ChatTexts:
     """What routers by prompt read of a chat: the system prompt, and the user's messages.
 
     Each is read by itself, since instructions, tools and earlier turns would outweigh the question.
-    `messages` are the last MOST_MESSAGES, the question last, none where nobody says anything;
-    `system` is None where there is none.
+    `messages` are the user's last MOST_MESSAGES, the question last. Where no user says anything it
+    is the chat's last message, whoever wrote it, and none where there is no text at all. `system`
+    is None where there is none.
     """
 
     system: Views | None

@@ -30,7 +30,7 @@ sys.exit(code)
     reason="tiles are x86-64's, and asked of Linux; needs a C++ compiler",
 )
 def test_tiles_choose_as_the_formula_and_alone_as_among_others(tmp_path):
-    flags = "-DTILES -mamx-tile -mamx-bf16"
+    flags = "-mamx-tile -mamx-bf16"
     settings = os.environ | {"PHATGOOSE_NATIVE": "compile", "PHATGOOSE_NATIVE_FLAGS": flags}
     command = [sys.executable, "-c", TESTED_AGAIN]
     if is_stood_in_for := "amx_bf16" not in PROCESSORS.read_text():

@@ -14,7 +14,8 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#if defined(TILES) && defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define TILES
 #include <unistd.h>
 #endif
 
@@ -207,9 +208,8 @@ void dots(const T* const* u, const T* rows, index_t count, index_t n, float* con
     }
 }
 
-// Intel's tiles (AMX): one instruction takes 16 rows times 16 tokens, 32 numbers deep. Only where
-// TILES is defined: no machine of ours has them, so what they gain is unknown.
-#if defined(TILES) && defined(__AMX_BF16__)
+// Intel's tiles (AMX): one instruction takes 16 rows times 16 tokens, 32 numbers deep.
+#ifdef TILES
 // Linux lends them to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 const bool has_tiles = syscall(158, 0x1023, 18) == 0;
 // out[m E + i] = u_m . row_i for M <= 16 tokens, whose numbers come in `pairs` [n / 2, M], and

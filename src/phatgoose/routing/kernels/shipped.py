@@ -22,7 +22,6 @@ from pathlib import Path
 EXACTLY = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 OPTIMISED = ("-std=c++17", "-O3", *EXACTLY, "-fPIC")
 PROCESSORS = Path("/proc/cpuinfo")
-X86 = ("x86_64", "amd64")
 SECONDS = 120  # for a compiler
 
 # OpenMP is asked for when compiling and not when linking. So the library names no runtime: it finds
@@ -47,19 +46,20 @@ class Level:
 V3 = frozenset(("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3", "avx", "avx2"))
 V3 |= {"bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+BF16 = ("-march=x86-64-v4", "-mavx512bf16")
 ANY = Level("any")  # of the kind that the wheel is for
 LEVELS = (  # of x86-64, best first
-    Level("avx512-bf16", ("-march=x86-64-v4", "-mavx512bf16"), V4 | {"avx512_bf16"}),
+    Level("amx-bf16", (*BF16, "-mamx-bf16"), V4 | {"avx512_bf16", "amx_bf16"}),
+    Level("avx512-bf16", BF16, V4 | {"avx512_bf16"}),
     Level("avx512", ("-march=x86-64-v4",), V4),
     Level("avx2", ("-march=x86-64-v3",), V3),
     ANY,
 )
 
 
-def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Path]:
+def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> Iterator[Path]:
     """The libraries of the C++ file `source` for processors of this kind, or OSError."""
-    levels = LEVELS if platform.machine().lower() in X86 else (ANY,)
-    libraries = []
+    levels = LEVELS if platform.machine() == "x86_64" else (ANY,)
     with tempfile.TemporaryDirectory() as work:
         for level in levels:
             object_file = str(Path(work) / f"{level.name}.o")
@@ -67,8 +67,7 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Pa
             flags = (*OPTIMISED, *PARALLEL, *level.flags, "-Wno-psabi")
             run(compiler, *flags, "-c", str(source), "-o", object_file)
             run(compiler, *LINKED, object_file, "-o", str(library))
-            libraries.append(library)
-    return libraries
+            yield library
 
 
 def load_shipped(source: Path, processors: Path = PROCESSORS) -> ctypes.CDLL | None:
@@ -89,7 +88,7 @@ def _name(source: Path, level: Level) -> str:
 
 
 def _levels_of(processors: Path) -> Iterator[Level]:
-    can: set[str] = set()
+    can = set[str]()
     with suppress(OSError):
         for line in processors.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):

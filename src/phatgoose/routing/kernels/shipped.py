@@ -49,7 +49,7 @@ V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 BF16 = ("-march=x86-64-v4", "-mavx512bf16")
 ANY = Level("any")  # of the kind that the wheel is for
 LEVELS = (  # of x86-64, best first
-    Level("amx-bf16", (*BF16, "-mamx-bf16"), V4 | {"avx512_bf16", "amx_bf16"}),
+    Level("amx-bf16", (*BF16, "-mamx-tile", "-mamx-bf16"), V4 | {"avx512_bf16", "amx_bf16"}),
     Level("avx512-bf16", BF16, V4 | {"avx512_bf16"}),
     Level("avx512", ("-march=x86-64-v4",), V4),
     Level("avx2", ("-march=x86-64-v3",), V3),

@@ -5,13 +5,13 @@
 
 DATA is what `render_tasks.py` writes, POOL a pool whose experts are named after their tasks. Each
 task's held-out prompts, in the wording that no expert was trained on, are asked plainly, in three
-weights of politeness, before, after and inside a paste (hand 2's texts in benchmarks/people), in
-German and in Spanish (languages.toml). The base, the task's own expert and whoever is chosen answer
-each of them; every prompt is scored as `phatgoose evaluate` does. `discriminant` chooses by
---prompts of the training prompts. --chosen adds choices from elsewhere: FILE is JSON, the expert's
-name, or null for the base, by the first 16 hex digits of a prompt's SHA-256; OUT/prompts.json has
-the prompts. Kept is the share of what own experts score in that manner, the mean of tasks, with a
-95 % interval over tasks and prompts.
+weights of politeness, misspelt, before, after and inside a paste (hand 2's texts in
+benchmarks/people), in German and in Spanish (languages.toml). The base, the task's own expert and
+whoever is chosen answer each of them; every prompt is scored as `phatgoose evaluate` does.
+`discriminant` chooses by --prompts of the training prompts. --chosen adds choices from elsewhere:
+FILE is JSON, the expert's name, or null for the base, by the first 16 hex digits of a prompt's
+SHA-256; OUT/prompts.json has the prompts. Kept is the share of what own experts score in that
+manner, the mean of tasks, with a 95 % interval over tasks and prompts.
 
 OUT/cells.jsonl keeps what is scored: run the command again to go on. OUT/answers.parquet has one
 row a prompt and manner, and no text.
@@ -50,7 +50,6 @@ from phatgoose.routing.opening import open_chooser
 from phatgoose.tasks.task import Example
 
 LANGUAGES = {"own-de": "German", "own-es": "Spanish"}
-OF_PLAIN = [manner for manner in MANNERS if not manner.startswith("typos")]
 BASE = "base"
 
 
@@ -117,7 +116,7 @@ def sets_in_manners(data: Path, pool: Pool, rows: int) -> Sets:
     hand = load_hand(2)
     made = dict(sets)
     for (wording, task, piece), plain in sets.items():
-        for manner in OF_PLAIN if wording == "plain" else ():
+        for manner in MANNERS if wording == "plain" else ():
             examples = []
             for example in plain.examples:
                 rng = random.Random(f"{manner}/{example.input}")

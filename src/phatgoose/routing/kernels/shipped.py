@@ -62,7 +62,7 @@ def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> Iterato
     levels = LEVELS if platform.machine() == "x86_64" else (ANY,)
     with tempfile.TemporaryDirectory() as work:
         for level in levels:
-            object_file = str(Path(work) / f"{level.name}.o")
+            object_file = f"{work}/{level.name}.o"
             library = folder / _name(source, level)
             flags = (*OPTIMISED, *PARALLEL, *level.flags, "-Wno-psabi")
             run(compiler, *flags, "-c", str(source), "-o", object_file)

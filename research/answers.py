@@ -199,10 +199,10 @@ def write(
 
 
 def table(prompts: Sequence[Prompt], chosen: Mapping[str, Names], scores: Scores) -> str:
-    """In each manner: scores of the base and own experts, then right and kept by each choice."""
-    headings = " | ".join(f"{by}: right | kept" for by in chosen)
+    """In each manner: scores of base and own experts; right, score and kept by each choice."""
+    headings = " | ".join(f"{by}: right | score | kept" for by in chosen)
     lines = [f"| manner | n | base | own | {headings} |"]
-    lines.append("|---" * (4 + 2 * len(chosen)) + "|")
+    lines.append("|---" * (4 + 3 * len(chosen)) + "|")
     for manner in dict.fromkeys(prompt.manner for prompt in prompts):
         rows = [prompt for prompt in prompts if prompt.manner == manner]
         owners = np.array([prompt.task for prompt in rows])
@@ -214,7 +214,8 @@ def table(prompts: Sequence[Prompt], chosen: Mapping[str, Names], scores: Scores
             got = np.array([scores[prompt, names[prompt] or BASE] for prompt in rows])
             right = np.mean([names[prompt] == prompt.task for prompt in rows])
             low, middle, high = kept(got, own, owners)
-            cells += [f"{100 * right:.0f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]"]
+            cells += [f"{100 * right:.0f}", f"{100 * by_task(got, owners):.1f}"]
+            cells.append(f"{middle:.0f} [{low:.0f}, {high:.0f}]")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

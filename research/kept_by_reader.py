@@ -146,17 +146,16 @@ def kept(got: np.ndarray, own: np.ndarray, owners: np.ndarray) -> tuple[float, f
     places = [np.flatnonzero(owners == name) for name in names]
 
     def share(picked: list[np.ndarray]) -> float:
-        return float(
-            100
-            * np.mean([got[rows].mean() for rows in picked])
-            / np.mean([own[rows].mean() for rows in picked])
-        )
+        of_own = np.mean([own[rows].mean() for rows in picked])
+        if of_own == 0:  # a resample that says nothing
+            return np.nan
+        return float(100 * np.mean([got[rows].mean() for rows in picked]) / of_own)
 
     drawn = []
     for _ in range(1000):
         tasks = rng.integers(len(names), size=len(names))
         drawn.append(share([rng.choice(places[task], len(places[task])) for task in tasks]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
     return low, share(places), high
 
 

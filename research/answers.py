@@ -10,11 +10,10 @@ benchmarks/people), in German and in Spanish (languages.toml). The base, the tas
 whoever is chosen answer each of them; every prompt is scored as `phatgoose evaluate` does.
 `discriminant` chooses by --prompts of the training prompts. --chosen adds choices from elsewhere:
 FILE is JSON, the expert's name, or null for the base, by the first 16 hex digits of a prompt's
-SHA-256; OUT/prompts.json has the prompts. Kept is the share of what own experts score in that
-manner, the mean of tasks, with a 95 % interval over tasks and prompts.
+SHA-256; OUT/prompts.json has the prompts.
 
 OUT/cells.jsonl keeps what is scored: run the command again to go on. OUT/answers.parquet has one
-row a prompt and manner, and no text.
+row a prompt and manner, and no text: answers_table.py reads it.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from kept_by_reader import MANNERS, kept, training_prompts
+from kept_by_reader import MANNERS, training_prompts
 from marks import Model, Sets, alike, answer, evaluation_sets, keys_of
 
 from people_cases import Draw, load_hand
@@ -94,7 +92,6 @@ def main() -> None:
     with ResultStore.alone(given.out / "cells.jsonl") as store:
         scores = scored(store, base, pool, sets, chosen)
     write(given.out / "answers.parquet", prompts, chosen, scores)
-    print(table(prompts, chosen, scores))
 
 
 def _options() -> argparse.Namespace:
@@ -196,33 +193,6 @@ def write(
         columns[f"chosen/{by}"] = [names[prompt] for prompt in prompts]
         columns[f"score/{by}"] = [scores[prompt, names[prompt] or BASE] for prompt in prompts]
     pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def table(prompts: Sequence[Prompt], chosen: Mapping[str, Names], scores: Scores) -> str:
-    """In each manner: scores of base and own experts; right, score and kept by each choice."""
-    headings = " | ".join(f"{by}: right | score | kept" for by in chosen)
-    lines = [f"| manner | n | base | own | {headings} |"]
-    lines.append("|---" * (4 + 3 * len(chosen)) + "|")
-    for manner in dict.fromkeys(prompt.manner for prompt in prompts):
-        rows = [prompt for prompt in prompts if prompt.manner == manner]
-        owners = np.array([prompt.task for prompt in rows])
-        own = np.array([scores[prompt, prompt.task] for prompt in rows])
-        base = np.array([scores[prompt, BASE] for prompt in rows])
-        means = [by_task(values, owners) for values in (base, own)]
-        cells = [manner, str(len(rows)), *(f"{100 * mean:.1f}" for mean in means)]
-        for names in chosen.values():
-            got = np.array([scores[prompt, names[prompt] or BASE] for prompt in rows])
-            right = np.mean([names[prompt] == prompt.task for prompt in rows])
-            low, middle, high = kept(got, own, owners)
-            cells += [f"{100 * right:.0f}", f"{100 * by_task(got, owners):.1f}"]
-            cells.append(f"{middle:.0f} [{low:.0f}, {high:.0f}]")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def by_task(values: np.ndarray, owners: np.ndarray) -> float:
-    """The mean of tasks' means."""
-    return float(np.mean([values[owners == owner].mean() for owner in np.unique(owners)]))
 
 
 if __name__ == "__main__":

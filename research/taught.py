@@ -59,7 +59,7 @@ def main() -> None:
             counts[name] = counts_of(Reader.of(named), every)
             kept.write_text(json.dumps(counts, indent=0), encoding="utf-8")
             print(name, file=sys.stderr, flush=True)
-    drawn = {name: shares_of(of_manners) for name, of_manners in counts.items()}
+    drawn = {name: shares_of(counts[name]) for name in sorted(counts, key=run_and_step)}
     print(table(drawn))
     draw(drawn).savefig(given.out.with_suffix(".png"))
 
@@ -70,6 +70,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--hand", type=int, default=2, choices=(2, 3))
     return parser.parse_args()
+
+
+def run_and_step(name: str) -> tuple[str, int]:
+    run, _, step = name.partition("/")
+    return run, int(step or 0)
 
 
 def counts_of(reader: Reader, every: Sequence[Case]) -> Counts:

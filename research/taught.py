@@ -57,7 +57,7 @@ def main() -> None:
     for name, named in readers.items():
         if name not in counts:
             counts[name] = counts_of(Reader.of(named), every)
-            kept.write_text(json.dumps(counts, indent=0), encoding="utf-8")
+            kept.write_text(json.dumps(counts), encoding="utf-8")
             print(name, file=sys.stderr, flush=True)
     drawn = {name: shares_of(counts[name]) for name in sorted(counts, key=run_and_step)}
     print(table(drawn))

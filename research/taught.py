@@ -39,7 +39,8 @@ RESAMPLES = 1000
 ALL = "all manners"
 SHOWN = ("plain", "heavy", "typos 7 %", "de", "middle of 400 words", "helper -> base", ALL)
 UNTAUGHT = "e5"
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, ORANGE = "#0072B2", "#D55E00"
+LESS_TAUGHT = {"plain": "#009E73", "skills24": "#CC79A7", "skills60": "#666666"}
 
 
 def main() -> None:
@@ -139,7 +140,8 @@ def draw(drawn: Mapping[str, Mapping[str, Array]]) -> Figure:
             at = [0, *steps][-len(points) :]
             values = [point[0] for point in points]
             if not run.startswith("seed"):
-                panel.plot(at, values, "s--", ms=4, lw=0.8, label=run)
+                colour = LESS_TAUGHT[run]
+                panel.plot(at, values, "s--", ms=4, lw=0.8, color=colour, label=run)
                 continue
             colour = BLUE if run == "seed0" else ORANGE
             panel.plot(at, values, "o-", ms=4, color=colour, label=run)
@@ -148,7 +150,7 @@ def draw(drawn: Mapping[str, Mapping[str, Array]]) -> Figure:
         panel.set(title=manner, xlabel="steps")
         panel.grid(lw=0.4)
     panels[0].set_ylabel("right expert, or the base (%)")
-    panels[1].legend(frameon=False, fontsize="small")
+    panels[1].legend(frameon=False, fontsize="small", loc="lower right")
     return figure
 
 

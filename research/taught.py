@@ -39,8 +39,14 @@ RESAMPLES = 1000
 ALL = "all manners"
 SHOWN = ("plain", "heavy", "typos 7 %", "de", "middle of 400 words", "helper -> base", ALL)
 UNTAUGHT = "e5"
-BLUE, ORANGE = "#0072B2", "#D55E00"
-LESS_TAUGHT = {"plain": "#009E73", "skills24": "#CC79A7", "skills60": "#666666"}
+MIDDLE = "seed0/90"  # where runs with less to learn end
+COLOURS = {
+    "seed0": "#0072B2",
+    "seed1": "#D55E00",
+    "plain": "#009E73",
+    "skills24": "#CC79A7",
+    "skills60": "#666666",
+}
 
 
 def main() -> None:
@@ -49,15 +55,13 @@ def main() -> None:
     kept = given.out.with_suffix(".json")
     counts = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     every = cases(load_hand(given.hand), 1)
-    folders = sorted(
-        given.folder.glob("*/[0-9]*"), key=lambda path: (path.parts[-2], int(path.name))
-    )
+    folders = given.folder.glob("*/[0-9]*")
     readers = {UNTAUGHT: "e5"} | {
         "/".join(folder.parts[-2:]): f"e5:4-11+{folder}" for folder in folders
     }
-    for name, named in readers.items():
+    for name in sorted(readers, key=run_and_step):
         if name not in counts:
-            counts[name] = counts_of(Reader.of(named), every)
+            counts[name] = counts_of(Reader.of(readers[name]), every)
             kept.write_text(json.dumps(counts), encoding="utf-8")
             print(name, file=sys.stderr, flush=True)
     drawn = {name: shares_of(counts[name]) for name in sorted(counts, key=run_and_step)}
@@ -112,15 +116,19 @@ def interval(shares: Array) -> str:
 
 
 def table(drawn: Mapping[str, Mapping[str, Array]]) -> str:
-    """A row for each reader, then differences from the run of all texts at the same step."""
+    """A row for each reader, then differences, in pairs.
+
+    They are from e5 as published, from seed 0 at the same step, and from its middle.
+    """
     lines = [f"| reader | {' | '.join(SHOWN)} |", "|---" * (1 + len(SHOWN)) + "|"]
     for name, shares in drawn.items():
         lines.append(f"| {name} | {' | '.join(interval(shares[manner]) for manner in SHOWN)} |")
     for name, shares in drawn.items():
-        other = f"seed0/{name.partition('/')[2]}"
-        if other in drawn and other != name:
-            differences = [interval(shares[manner] - drawn[other][manner]) for manner in SHOWN]
-            lines.append(f"| {name} - {other} | {' | '.join(differences)} |")
+        _, step = run_and_step(name)
+        for other in dict.fromkeys((UNTAUGHT, f"seed0/{step}", MIDDLE)):
+            if other in drawn and name not in (other, UNTAUGHT):
+                differences = [interval(shares[manner] - drawn[other][manner]) for manner in SHOWN]
+                lines.append(f"| {name} - {other} | {' | '.join(differences)} |")
     return "\n".join(lines)
 
 
@@ -130,8 +138,8 @@ def draw(drawn: Mapping[str, Mapping[str, Array]]) -> Figure:
     runs = defaultdict[str, list[int]](list)
     for name in drawn:
         if name != UNTAUGHT:
-            run, _, step = name.partition("/")
-            runs[run].append(int(step))
+            run, step = run_and_step(name)
+            runs[run].append(step)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, manner in zip(panels, ("plain", ALL), strict=True):
         for run, steps in runs.items():
@@ -139,11 +147,10 @@ def draw(drawn: Mapping[str, Mapping[str, Array]]) -> Figure:
             points += [drawn[f"{run}/{step}"][manner] for step in steps]
             at = [0, *steps][-len(points) :]
             values = [point[0] for point in points]
+            colour = COLOURS.get(run)
             if not run.startswith("seed"):
-                colour = LESS_TAUGHT[run]
                 panel.plot(at, values, "s--", ms=4, lw=0.8, color=colour, label=run)
                 continue
-            colour = BLUE if run == "seed0" else ORANGE
             panel.plot(at, values, "o-", ms=4, color=colour, label=run)
             ends = np.array([np.quantile(point[1:], [0.025, 0.975]) for point in points])
             panel.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.12, lw=0)

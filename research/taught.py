@@ -39,13 +39,13 @@ RESAMPLES = 1000
 ALL = "all manners"
 SHOWN = ("plain", "heavy", "typos 7 %", "de", "middle of 400 words", "helper -> base", ALL)
 UNTAUGHT = "e5"
-MIDDLE = "seed0/90"  # where runs with less to learn end
-COLOURS = {
-    "seed0": "#0072B2",
-    "seed1": "#D55E00",
-    "plain": "#009E73",
-    "skills24": "#CC79A7",
-    "skills60": "#666666",
+MIDDLE = 90  # the step at which runs with less to learn end
+COLOURS_AND_MARKS = {
+    "seed0": ("#0072B2", "o"),
+    "seed1": ("#D55E00", "o"),
+    "plain": ("#009E73", "^"),
+    "skills24": ("#CC79A7", "s"),
+    "skills60": ("#666666", "D"),
 }
 
 
@@ -118,14 +118,14 @@ def interval(shares: Array) -> str:
 def table(drawn: Mapping[str, Mapping[str, Array]]) -> str:
     """A row for each reader, then differences, in pairs.
 
-    They are from e5 as published, from seed 0 at the same step, and from its middle.
+    They are from e5 as published, from seed 0 at the same step, and from the run's own middle.
     """
     lines = [f"| reader | {' | '.join(SHOWN)} |", "|---" * (1 + len(SHOWN)) + "|"]
     for name, shares in drawn.items():
         lines.append(f"| {name} | {' | '.join(interval(shares[manner]) for manner in SHOWN)} |")
     for name, shares in drawn.items():
-        _, step = run_and_step(name)
-        for other in dict.fromkeys((UNTAUGHT, f"seed0/{step}", MIDDLE)):
+        run, step = run_and_step(name)
+        for other in (UNTAUGHT, f"seed0/{step}", f"{run}/{MIDDLE}"):
             if other in drawn and name not in (other, UNTAUGHT):
                 differences = [interval(shares[manner] - drawn[other][manner]) for manner in SHOWN]
                 lines.append(f"| {name} - {other} | {' | '.join(differences)} |")
@@ -147,11 +147,12 @@ def draw(drawn: Mapping[str, Mapping[str, Array]]) -> Figure:
             points += [drawn[f"{run}/{step}"][manner] for step in steps]
             at = [0, *steps][-len(points) :]
             values = [point[0] for point in points]
-            colour = COLOURS.get(run)
+            colour, mark = COLOURS_AND_MARKS.get(run, (None, "s"))
+            look = {"color": colour, "marker": mark, "label": run}
             if not run.startswith("seed"):
-                panel.plot(at, values, "s--", ms=4, lw=0.8, color=colour, label=run)
+                panel.plot(at, values, ls="none", ms=6, mfc="none", **look)
                 continue
-            panel.plot(at, values, "o-", ms=4, color=colour, label=run)
+            panel.plot(at, values, ms=4, **look)
             ends = np.array([np.quantile(point[1:], [0.025, 0.975]) for point in points])
             panel.fill_between(at, ends[:, 0], ends[:, 1], color=colour, alpha=0.12, lw=0)
         panel.set(title=manner, xlabel="steps")

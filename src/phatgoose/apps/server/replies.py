@@ -320,8 +320,8 @@ class Reply:
         for end in self.at_end:
             end()
 
-    async def begun(self, http: Request) -> None:
-        """Wait for what is first. Raises ApiError when that is an error, or no one waits.
+    async def wait_for_first(self, http: Request) -> None:
+        """Wait for the first event. Raises ApiError when that is an error, or no one waits.
 
         Then it is closed.
         """

@@ -93,7 +93,7 @@ class Service(Generic[R]):
         self.metrics = metrics
         metrics.waiting.set_function(lambda: backend.state.waiting)
         metrics.running.set_function(lambda: backend.state.running)
-        self.begun = int(time.time())
+        self.started = int(time.time())
         self.routings = RoutingCache(backend)
         self.checked: dict[str, tuple[Pool, Confusions]] = {}  # models whose prompts were checked
         # One for each base: a template that takes long keeps nobody else's requests waiting.
@@ -213,7 +213,7 @@ class Service(Generic[R]):
         return {
             "id": name,
             "object": "model",
-            "created": self.begun,
+            "created": self.started,
             "owned_by": "phatgoose",
             "base": protocol.without_paths(model.bases[-1]),
             "router": model.routing.router if is_routed else None,  # None for a base alone
@@ -272,15 +272,15 @@ class Service(Generic[R]):
     ) -> Response:
         """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
         # The event loop only waits here: slow work is done in threads, a few at a time.
-        reply, headers = await self._begun(request, http, builder)
+        reply, headers = await self._begin(request, http, builder)
         if request.stream:
-            await reply.begun(http)
+            await reply.wait_for_first(http)
             return EventStream(reply, headers)  # which closes the reply
         with closing(reply):
             content = await unless_gone(http, reply.whole())
         return Response(content, media_type="application/json", headers=headers)
 
-    async def _begun(
+    async def _begin(
         self, request: AnyRequest, http: Request, builder: Callable[..., Builder]
     ) -> tuple[Reply, dict[str, str]]:
         """A reply whose answers are being computed, to be closed, and what is told before them."""
